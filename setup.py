@@ -11,7 +11,18 @@ import os
 from setuptools import Extension, setup
 
 NATIVE = ("descriptors", "wire", "mapping", "spin", "bell", "areas")
-CHANNEL = ("membership", "records", "roles", "messages", "queues", "calls", "streams")
+CHANNEL = (
+    "membership",
+    "records",
+    "ends",
+    "roles",
+    "writers",
+    "views",
+    "readers",
+    "queues",
+    "calls",
+    "streams",
+)
 
 
 def extensions(suffix: str) -> list[Extension]:

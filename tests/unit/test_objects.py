@@ -22,7 +22,9 @@ import pytest
 import ivshmem
 from ivshmem import channel, guest
 from ivshmem._core import Doorbells
-from ivshmem.channel.membership import Wakeup
+from ivshmem.channel.ends import Wakeup
+from ivshmem.channel.queues import ClaimingEnd
+from ivshmem.channel.roles import ReaderEnd, WriterEnd
 from ivshmem.native import descriptors
 from ivshmem.native import mapping as _memory
 
@@ -126,6 +128,9 @@ def end_of_a_channel(kind: str) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "Membership": lambda: channels._membership,
         "Wakeup": lambda: Wakeup(channels._member),
+        "WriterEnd": lambda: WriterEnd(channels, channels._member, 0, "messages"),
+        "ReaderEnd": lambda: ReaderEnd(channels, channels._member, 0, "messages", None, 1),
+        "ClaimingEnd": lambda: ClaimingEnd(channels, channels._member, 1, "queue"),
         "Writer": messages.writer,
         "Loan": lambda: messages.writer().loan(),
         "Reader": messages.reader,
@@ -150,9 +155,12 @@ MAKERS: dict[str, Callable[[], Any]] = {
     **{
         f"ivshmem.channel.{module}.{kind}": partial(end_of_a_channel, kind)
         for module, kinds in {
-            "membership": ("Membership", "Wakeup"),
-            "messages": ("Writer", "Loan", "Reader", "ValueReader"),
-            "queues": ("QueueReader", "Taken"),
+            "membership": ("Membership",),
+            "ends": ("Wakeup",),
+            "writers": ("Writer", "Loan"),
+            "readers": ("Reader", "ValueReader"),
+            "roles": ("WriterEnd", "ReaderEnd"),
+            "queues": ("ClaimingEnd", "QueueReader", "Taken"),
             "calls": ("Caller", "PendingCall", "CallServer", "Call"),
             "streams": ("StreamListener",),
         }.items()

@@ -25,9 +25,11 @@ from .calls import Call, Caller, CallServer, PendingCall
 from .channels import Channels, open  # noqa: A004 - as guest.open
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
 from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
-from .messages import Loan, Reader, ValueReader, View, Writer
 from .queues import QueueReader, Taken
+from .readers import Reader, ValueReader
 from .streams import Stream, StreamListener
+from .views import View
+from .writers import Loan, Writer
 
 __all__ = [
     "Bytes",

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from ..errors import ClosedError
 from ..system.time_limits import seconds_of
-from .membership import ChannelEnd, Membership, Wakeup
+from .ends import ChannelEnd, Wakeup
+from .membership import Membership
 
 _T = TypeVar("_T")
 

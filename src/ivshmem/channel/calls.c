@@ -1826,7 +1826,9 @@ static const char* const __pyx_f[] = {
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
+  "ivshmem/channel/ends.pxd",
   "ivshmem/channel/roles.pxd",
+  "ivshmem/channel/views.pxd",
   "ivshmem/channel/queues.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
@@ -2017,11 +2019,14 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
+struct __pyx_obj_7ivshmem_7channel_5views_Received;
+struct __pyx_obj_7ivshmem_7channel_5views_View;
 struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd;
 struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader;
 struct __pyx_obj_7ivshmem_7channel_6queues_Taken;
@@ -2090,7 +2095,7 @@ struct __pyx_t_7ivshmem_6native_4spin_Turn {
 */
 typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
 
-/* "descriptors.pxd":10
+/* "native/descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2185,7 +2190,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 };
 struct __pyx_t_7ivshmem_7channel_10membership_Rings;
 
-/* "membership.pxd":12
+/* "membership.pxd":11
  * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2196,7 +2201,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
 };
 
-/* "membership.pxd":16
+/* "membership.pxd":15
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2209,8 +2214,8 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":8
- * from .membership cimport ChannelEnd, Membership
+/* "roles.pxd":9
+ * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
@@ -2218,7 +2223,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":10
+  /* "roles.pxd":11
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2229,7 +2234,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":20
+/* "roles.pxd":21
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2281,7 +2286,7 @@ struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
 };
 
 
-/* "descriptors.pxd":86
+/* "native/descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2294,7 +2299,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2313,7 +2318,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2330,7 +2335,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2345,7 +2350,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2397,7 +2402,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2413,7 +2418,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2425,7 +2430,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2437,7 +2442,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2492,7 +2497,21 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":25
+/* "membership.pxd":20
+ * 
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtab;
+  PyObject *__weakref__;
+};
+
+
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2527,16 +2546,16 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "membership.pxd":21
+/* "ends.pxd":11
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
@@ -2544,32 +2563,30 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
 };
 
 
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+/* "ends.pxd":21
  * 
  * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   PyObject *channels;
   PyObject *name;
   struct ivshmem_channel channel;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
   int copying;
-  PyObject *__weakref__;
 };
 
 
-/* "roles.pxd":25
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2577,7 +2594,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
  *     cdef readonly object type  # of the messages: what checks and converts them, or None
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_writer writer;
   PyObject *type;
   int times;
@@ -2588,7 +2605,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2596,7 +2613,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
  *     cdef readonly object type
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_reader reader;
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
@@ -2606,7 +2623,37 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "queues.pxd":7
+/* "views.pxd":7
+ * 
+ * 
+ * cdef class Received:             # <<<<<<<<<<<<<<
+ *     cdef ReaderEnd reader
+ *     cdef ivshmem_message message
+*/
+struct __pyx_obj_7ivshmem_7channel_5views_Received {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *reader;
+  struct ivshmem_message message;
+  int exports;
+  int live;
+};
+
+
+/* "views.pxd":17
+ * 
+ * 
+ * cdef class View(Received):             # <<<<<<<<<<<<<<
+ *     cdef bint overtaken
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_5views_View {
+  struct __pyx_obj_7ivshmem_7channel_5views_Received __pyx_base;
+  int overtaken;
+};
+
+
+/* "queues.pxd":8
  * 
  * 
  * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -2621,7 +2668,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
 };
 
 
-/* "queues.pxd":20
+/* "queues.pxd":21
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2633,20 +2680,16 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "queues.pxd":24
+/* "queues.pxd":25
  * 
  * 
- * cdef class Taken:             # <<<<<<<<<<<<<<
- *     cdef ClaimingEnd reader
+ * cdef class Taken(Received):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_taken taken
+ * 
 */
 struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *reader;
+  struct __pyx_obj_7ivshmem_7channel_5views_Received __pyx_base;
   struct ivshmem_taken taken;
-  int exports;
-  int live;
 };
 
 
@@ -2658,7 +2701,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
  * cdef class PendingCall(ChannelEnd):
 */
 struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_5calls_Caller *caller;
   uint64_t position;
   PyObject *reply;
@@ -2767,7 +2810,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2784,7 +2827,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2799,7 +2842,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2813,7 +2856,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2853,6 +2896,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7i
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2860,7 +2905,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2877,7 +2922,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2891,7 +2936,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2905,7 +2950,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2961,51 +3006,21 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":20
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
-  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
-
-
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
- * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
-  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
+  int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":25
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -3021,6 +3036,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -3031,13 +3047,57 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "roles.pxd":25
+/* "ends.pxd":11
+ * 
+ * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
+
+
+/* "ends.pxd":21
+ * 
+ * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent __pyx_base;
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+
+
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3046,7 +3106,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
@@ -3061,7 +3121,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3070,7 +3130,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
@@ -3080,7 +3140,37 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "queues.pxd":7
+/* "views.pxd":7
+ * 
+ * 
+ * cdef class Received:             # <<<<<<<<<<<<<<
+ *     cdef ReaderEnd reader
+ *     cdef ivshmem_message message
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
+
+
+/* "views.pxd":17
+ * 
+ * 
+ * cdef class View(Received):             # <<<<<<<<<<<<<<
+ *     cdef bint overtaken
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received __pyx_base;
+  int (*abandon)(struct __pyx_obj_7ivshmem_7channel_5views_View *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
+
+
+/* "queues.pxd":8
  * 
  * 
  * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -3098,7 +3188,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "queues.pxd":20
+/* "queues.pxd":21
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -3113,17 +3203,16 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "queues.pxd":24
+/* "queues.pxd":25
  * 
  * 
- * cdef class Taken:             # <<<<<<<<<<<<<<
- *     cdef ClaimingEnd reader
+ * cdef class Taken(Received):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_taken taken
+ * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
-  int (*check)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
-  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received __pyx_base;
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
 
@@ -3137,7 +3226,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7i
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
 
@@ -4485,7 +4574,7 @@ static int __Pyx_State_RemoveModule(void*);
 
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
@@ -4534,7 +4623,11 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.membership" */
 
+/* Module declarations from "ivshmem.channel.ends" */
+
 /* Module declarations from "ivshmem.channel.roles" */
+
+/* Module declarations from "ivshmem.channel.views" */
 
 /* Module declarations from "ivshmem.channel.queues" */
 static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *(*__pyx_f_7ivshmem_7channel_6queues_taken_of)(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
@@ -4677,11 +4770,14 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_Received;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_View;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_QueueReader;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_Taken;
@@ -4968,11 +5064,14 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5views_Received);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -5035,11 +5134,14 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5views_Received);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -5079,7 +5181,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "descriptors.pxd":28
+/* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5091,7 +5193,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "native/descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -5100,7 +5202,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "native/descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -5113,7 +5215,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5127,7 +5229,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5144,7 +5246,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "native/descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -5181,7 +5283,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5194,7 +5296,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5210,7 +5312,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5222,7 +5324,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "native/descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -5235,7 +5337,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -5244,7 +5346,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "native/descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5268,7 +5370,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "native/descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5277,7 +5379,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "native/descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5286,7 +5388,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "native/descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5299,7 +5401,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5313,7 +5415,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5328,7 +5430,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "native/descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5356,7 +5458,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5369,7 +5471,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5384,7 +5486,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "native/descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5393,7 +5495,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "native/descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5402,7 +5504,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "native/descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5411,7 +5513,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "native/descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5420,7 +5522,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "native/descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5429,7 +5531,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5441,7 +5543,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "native/descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5454,7 +5556,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5463,7 +5565,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5475,7 +5577,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "native/descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5488,7 +5590,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5497,7 +5599,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5509,7 +5611,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "native/descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5522,7 +5624,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5531,7 +5633,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5543,7 +5645,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "native/descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5556,7 +5658,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5566,7 +5668,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5583,7 +5685,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5597,7 +5699,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "native/descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5606,7 +5708,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5632,7 +5734,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "native/descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5645,7 +5747,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5654,7 +5756,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "native/descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5667,7 +5769,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5681,7 +5783,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5692,7 +5794,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "native/descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5705,7 +5807,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5718,7 +5820,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5729,7 +5831,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "native/descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5742,7 +5844,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6286,7 +6388,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
  *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_GIVEREF(__pyx_t_2);
     __Pyx_GOTREF(__pyx_v_self->error);
@@ -6430,7 +6532,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
 
     __pyx_t_5 = 0;
   } else {
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
     __pyx_t_5 = __pyx_t_6;
   }
   {
@@ -6466,8 +6568,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj
  * 
 */
 
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_r = NULL;
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
@@ -6479,11 +6581,11 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
  *     cdef int begin_sleep(self) except -2:
 */
   {
-    struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_temp;
+    struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
       __Pyx_INCREF((PyObject *)__pyx_v_self->caller);
-      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller);
+      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller);
     }
     __Pyx_XDECREF((PyObject *)__pyx_temp);
   }
@@ -6904,7 +7006,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 133, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 == IVSHMEM_AGAIN);
 
 
@@ -7432,7 +7534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)));
+  __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->caller)));
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -8572,7 +8674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 210, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 210, __pyx_L8_error)
 
 
           /* "ivshmem/channel/calls.pyx":211
@@ -8594,7 +8696,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *             self.find_room(&cell, timeout, spin)
  *             memcpy(self.at(cell), view.buf, view.len)
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -8616,7 +8718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L8_error)
 
 
           /* "ivshmem/channel/calls.pyx":214
@@ -8626,7 +8728,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *             call.caller = self
  *             call.membership = self.membership
 */
-          (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
+          (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
 
           /* "ivshmem/channel/calls.pyx":215
  *             self.find_room(&cell, timeout, spin)
@@ -8715,7 +8817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
  *             return call
  *         finally:
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L8_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L8_error)
 
 
           /* "ivshmem/channel/calls.pyx":223
@@ -10578,7 +10680,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
  *             return None
  *         return taken_of(Call, self, &taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 293, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 != 0);
 
 
@@ -12668,10 +12770,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
  *         cdef CallServer server = self.reader             # <<<<<<<<<<<<<<
- *         self.check()
+ *         self.enter()
  *         if server.type is not None:
 */
-  __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.reader);
   __Pyx_INCREF(__pyx_t_1);
   if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 372, __pyx_L1_error)
   __pyx_v_server = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_t_1);
@@ -12680,16 +12782,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   /* "ivshmem/channel/calls.pyx":373
  *         """
  *         cdef CallServer server = self.reader
- *         self.check()             # <<<<<<<<<<<<<<
+ *         self.enter()             # <<<<<<<<<<<<<<
  *         if server.type is not None:
  *             data = server.type.encode(data)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
 
 
   /* "ivshmem/channel/calls.pyx":374
  *         cdef CallServer server = self.reader
- *         self.check()
+ *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
  *             data = server.type.encode(data)
  *         return self.send(data, REPLY)
@@ -12699,7 +12801,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 
 
     /* "ivshmem/channel/calls.pyx":375
- *         self.check()
+ *         self.enter()
  *         if server.type is not None:
  *             data = server.type.encode(data)             # <<<<<<<<<<<<<<
  *         return self.send(data, REPLY)
@@ -12720,7 +12822,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 
     /* "ivshmem/channel/calls.pyx":374
  *         cdef CallServer server = self.reader
- *         self.check()
+ *         self.enter()
  *         if server.type is not None:             # <<<<<<<<<<<<<<
  *             data = server.type.encode(data)
  *         return self.send(data, REPLY)
@@ -12734,7 +12836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
  * 
  *     def fail(self, why):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12774,7 +12876,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
- *         self.check()
+ *         self.enter()
 */
 
 /* Python wrapper */
@@ -12882,16 +12984,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   /* "ivshmem/channel/calls.pyx":380
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
- *         self.check()             # <<<<<<<<<<<<<<
+ *         self.enter()             # <<<<<<<<<<<<<<
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(str(why).encode()[:limit], FAILURE)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L1_error)
 
 
   /* "ivshmem/channel/calls.pyx":381
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
- *         self.check()
+ *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
  *         return self.send(str(why).encode()[:limit], FAILURE)
  * 
@@ -12899,7 +13001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
 
   __pyx_t_2 = __pyx_e_7ivshmem_7channel_5calls_SHOWN;
 
-  __pyx_t_3 = __pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.record.geometry.limit;
+  __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit;
   __pyx_t_5 = (__pyx_t_2 < __pyx_t_3);
 
   if (__pyx_t_5) {
@@ -12914,7 +13016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
 
 
   /* "ivshmem/channel/calls.pyx":382
- *         self.check()
+ *         self.enter()
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(str(why).encode()[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
@@ -12928,7 +13030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_t_6 = PySequence_GetSlice(__pyx_t_7, 0, __pyx_v_limit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 382, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_6, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_6, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 382, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   {
@@ -12947,7 +13049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
- *         self.check()
+ *         self.enter()
 */
 
   /* function exit code */
@@ -13005,7 +13107,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *         cdef int code
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             self.check()
+ *             self.enter()
 */
   __pyx_t_1 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 387, __pyx_L1_error)
 
@@ -13014,7 +13116,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *         cdef int code
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
- *             self.check()
+ *             self.enter()
  *             self.check_exports()
 */
   /*try:*/ {
@@ -13022,31 +13124,31 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
     /* "ivshmem/channel/calls.pyx":389
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
- *             self.check()             # <<<<<<<<<<<<<<
+ *             self.enter()             # <<<<<<<<<<<<<<
  *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
 
 
     /* "ivshmem/channel/calls.pyx":390
  *         try:
- *             self.check()
+ *             self.enter()
  *             self.check_exports()             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                 raise MessageTooLong(
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L4_error)
 
 
     /* "ivshmem/channel/calls.pyx":391
- *             self.check()
+ *             self.enter()
  *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"
 */
-    __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.record.geometry.limit);
+    __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit);
 
     if (unlikely(__pyx_t_2)) {
 
@@ -13079,7 +13181,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                 )
  *             memcpy(
 */
-      __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 394, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 394, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
       __pyx_t_8[1] = __pyx_t_6;
@@ -13129,7 +13231,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       __PYX_ERR(0, 392, __pyx_L4_error)
 
       /* "ivshmem/channel/calls.pyx":391
- *             self.check()
+ *             self.enter()
  *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
@@ -13144,7 +13246,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *                 self.reader.channel.area.memory.start
  *                 + ivshmem_reply_offset(
 */
-    (void)(memcpy((__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
+    (void)(memcpy((__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
     /* "ivshmem/channel/calls.pyx":404
  *                 view.len,
@@ -13153,7 +13255,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *         finally:
  *             PyBuffer_Release(&view)
 */
-    __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.reader->__pyx_base.reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
+    __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.__pyx_base.reader->reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
   }
 
   /* "ivshmem/channel/calls.pyx":406
@@ -13213,7 +13315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *         self.reader.membership.flush()
  *         return code == 0
 */
-  __pyx_v_self->__pyx_base.live = 0;
+  __pyx_v_self->__pyx_base.__pyx_base.live = 0;
 
   /* "ivshmem/channel/calls.pyx":408
  *             PyBuffer_Release(&view)
@@ -13222,7 +13324,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
  *         return code == 0
  * 
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
 
 
   /* "ivshmem/channel/calls.pyx":409
@@ -13604,13 +13706,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
  *             self.fail(
  *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
 */
-  if (__pyx_v_self->__pyx_base.live) {
+  if (__pyx_v_self->__pyx_base.__pyx_base.live) {
   } else {
 
-    __pyx_t_1 = __pyx_v_self->__pyx_base.live;
+    __pyx_t_1 = __pyx_v_self->__pyx_base.__pyx_base.live;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__pyx_v_self->__pyx_base.exports == 0);
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.exports == 0);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -13756,13 +13858,13 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
  *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
  *             self.fail("the server gave no reply")
 */
-  if (__pyx_v_self->__pyx_base.live) {
+  if (__pyx_v_self->__pyx_base.__pyx_base.live) {
   } else {
 
-    __pyx_t_1 = __pyx_v_self->__pyx_base.live;
+    __pyx_t_1 = __pyx_v_self->__pyx_base.__pyx_base.live;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__pyx_v_self->__pyx_base.exports == 0);
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.exports == 0);
 
   if (__pyx_t_2) {
 
@@ -13772,7 +13874,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_base.reader));
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -13827,7 +13929,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 
 /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
 
@@ -13884,16 +13986,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_12__reduce_cython__(CYT
 
   /* "(tree fragment)":2
  * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
  * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
   __PYX_ERR(1, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
 
@@ -13908,9 +14010,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_12__reduce_cython__(CYT
 
 /* "(tree fragment)":3
  * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
 
 /* Python wrapper */
@@ -14008,18 +14110,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_14__setstate_cython__(C
   __Pyx_RefNannySetupContext("__setstate_cython__", 0);
 
   /* "(tree fragment)":4
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
   __PYX_ERR(1, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
 
   /* function exit code */
@@ -14035,7 +14137,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall __pyx_vtable
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5calls_PendingCall(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *p = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
   p->caller = ((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)Py_None); Py_INCREF(Py_None);
   p->reply = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->error = Py_None; Py_INCREF(Py_None);
@@ -14044,10 +14146,10 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5calls_PendingCa
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -14082,13 +14184,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_5calls_PendingCall(PyObject *o) {
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_5calls_PendingCall);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -14099,8 +14201,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall(PyObject *o, v
   struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *p = (struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)o;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -14245,7 +14347,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller __pyx_vtable_7ivs
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5calls_Caller(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5calls_Caller *p = ((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)o);
-  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
+  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
   p->given_up = ((PyObject*)Py_None); Py_INCREF(Py_None);
   return o;
 }
@@ -14420,7 +14522,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer __pyx_vtable_
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5calls_CallServer(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *p = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)o);
-  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
+  p->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
   return o;
 }
 
@@ -14617,7 +14719,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call __pyx_vtable_7ivshm
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5calls_Call(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5calls_Call *p = ((struct __pyx_obj_7ivshmem_7channel_5calls_Call *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken*)__pyx_vtabptr_7ivshmem_7channel_5calls_Call;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received*)__pyx_vtabptr_7ivshmem_7channel_5calls_Call;
   return o;
 }
 
@@ -15335,15 +15437,15 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_PendingCall ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall = &__pyx_vtable_7ivshmem_7channel_5calls_PendingCall;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper;
-  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_PendingCall_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -15352,7 +15454,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall = &__pyx_type_7ivshmem_7channel_5calls_PendingCall;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
   if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
@@ -15368,7 +15470,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_PendingCall, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall, __pyx_base.__pyx_base.__weakref__);
   #endif
   if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
@@ -15390,7 +15492,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_Caller ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_Caller = &__pyx_vtable_7ivshmem_7channel_5calls_Caller;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
-  __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_restore;
+  __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_restore;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_ready;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
@@ -15418,7 +15520,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_Caller, __pyx_base.__pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_Caller, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
   if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
@@ -15466,7 +15568,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
   if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
@@ -15708,8 +15810,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -15718,8 +15820,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -15728,8 +15830,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -15738,8 +15840,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -15754,18 +15856,18 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(8, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -15774,10 +15876,23 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 46, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 47, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -15787,10 +15902,33 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 46, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 46, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(10, 47, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(10, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 20, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 7, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.views", "Received",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) __PYX_ERR(11, 7, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_Received) != 1)) __PYX_ERR(11, 7, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.views", "View",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 17, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(12, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.queues", "QueueReader",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -15800,8 +15938,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(10, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(10, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(12, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(12, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -16134,18 +16272,18 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
-  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.membership", "ChannelEnd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_t_3 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -16639,7 +16777,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
- *         self.check()
+ *         self.enter()
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -16696,7 +16834,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
@@ -16709,9 +16847,9 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -16881,31 +17019,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{98},{38},{34},{11},{26},{8},{7},{6},{2},{9},{16},{14},{12},{25},{27},{73},{63},{63},{15},{24},{0},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{13},{15},{5},{6},{4},{3}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{16},{14},{12},{25},{27},{73},{63},{63},{15},{24},{0},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{13},{15},{5},{6},{4},{3}};
     const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{163},{9},{55},{237},{22},{53},{9},{11},{115},{58},{49},{100},{23},{138},{22},{109},{24},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1671 bytes) */
-static const char cstring[] = "x\332\235VKs\033E\020\266)\341\330\216\202\255\304\004Hx\214B\010q\022D\21181\204\342\241\2621I\025\017\013\2132\016UlF\273#i\361jV\332\231\325#@U\216:\356q\216{\234\343\036u\3241\307=\352\230\237\340\237@\317\354J\226\355\344\000\252\222\325\323\3233\375\365\327\2171\252\3669aw\020\246\026\342\r\202\314\006\246\2248\0373\344\330M\233#\233!\304\020\373\022\335\344\036!\250\346\341z\223P\276^x\200\036 \330\357b\206LLM\3428\304z\200\250\213<\322r\372\310\246\260\257.d\304\353\020\017\325\260\255\rN(y\003s\324\300\026\252\222\272OQ\327\346\r\224\370\254\273\224|\211\272\r\002\326\236\322Yv\202\257\353z\207\312\200\272\034\035R\267K\277\371\tLwm\363\320\261i\035\2715\304\270\347\233\0345I\263J<\200\356\233\r\004 \031qj\005\216\017\tEM\237qp\211H\257\345\330\246\315\001\256G\332>a\234X\t\210o\261\317]\243\245n%7+\236O\3261\332%\324\002\027[\330q\024\200&\266\010\252\366\221Z\023\257\300\374*\320\205\201\013\330\006K\226\\\364D\263\361\004\271\036z\242(x\202S~\000(\236\320\320\000x\047\030\320\227\200\205e3\\u\010\241\352o\335\264Y\"Yv\2075 \276B\232\254\302dM<\317\365\330d\305I\217\247\362\247\251\345\247\352fVh\365{\220\250Wy\327L5\210c\335\321\222G RO%Yq\016\264\231.\205s\212+\356B\020\273}\336p)r\253\177\022\240\275\006\221\266\322l\350\343-\317\255\202\351\377=\336\365l\376\377\274\317\324\231\312\307\314\262\216;dZ\251*\177\352[0\014\322\263\271a\244\013\217X\276I\014S\337?\3252\302\031\307\374\224\336\202\022\324\202J\261\026\352v\207\030Ul\036\352\325\324\321\216\356\002%\355i(\307\322\313=N\367^\3527\335\325Q\235^\033\230\365\2519\243U\245\177jyl\223 y\025\212W#\200\0353\345/\025g\357L\233\342\304\"\331\377\2210\206\353\244\342\272?\270\264>\323Y3\342Y,\0477\317\000\232\335NF\322\t\215\34322\253PI\233]{\204\371\016?\253I\020\047\264\375\3402\250\220\335~\017\276\333\266\311\215\237\240\307~!5\303\320\365\251\320\300\007w\261*\244IA\031F\315\247\246\372\255O \303\247\211m\252\177]\313w\264\206\342\246\376\205\3564R3%v\270\352y\265\321\366\26131J\2511\316\2204U""\220\236Z\000K\323\213\331\214\3733\354\031\006\274\003\n\255\315\014\323\365\\\237\333\224\350\320\033\236K]\237i\331v\013\323M\246\247\206J\372q\342\023\336\325k`B\017\022\003b\344\0366\211j\005\235\001\013s\030\047\246k\021\305?\241J\322c+\231]\252\201\024[\334\206\272\000\272\246}\324pa:\221&;=\372\364@;\264\251\345\220\032\327OV\023\320r\227\332&%\2201\n\tj9\300u\313m\2516\004,\272\033\223\334\316fX\215\033\246&\205\312\364L\017%C\003\370\262H\r\2035k\3314\251\345\331\212V\375t\334S\372\235Q\363\227\003y]n7\211\372\002m>\345\266\243Y\201u\262`.\3546\240\346:\330\361\211\376\303:6\351v\033\375\364)K\352\000F\234\261\231\206ol\246\361\033\367\341\335\202\003FE\277l\267n\356\366+\375\026\3719\031\207\267\356\240\377p\305\026\320\324\004\034\337\301\277\002\307\047\047\346\311\323\t\323\027\336\316[\353szi\270\265g\363\343\314\362\340vP~V\032/\236\037l\014:AE\254\211\203\320\224\271qv5x=(\217W\013\222Dw\243?G\257\215\362\243\215\321\337\361^%\256\034\304\007\217\343\307\277\303\261\017\213Q\356\350\312\334\322\373\242<\271b_\224\306\331K\301F\340\213\357\303b\010W\257\014\376\0227\303|X\034/f\007\017\003\320\\\021yq?\314\2057\344\374xqI\371Z\010\3608\2732x\n\376\177\r\257\205\333r1:\027\365G\363\343\325\313\201%\326\341\242m\260\005\303e8Z\024;\341\272,\216\263\027\203<8b\240\332\014\257\2075\271\035Ml\324\317\033\302\n\265p^l\210\266\022\026EF\241S\2026\314\212\355\360\\\330\236\321@\314A\r\264\013!VQ\024_d\337\025%Q\026\370Y\351\005\240\337\t\362*\036\036|.\356\n3\314\315h\3018\330\026\347D/\354J;\352\r\333\211\341=1/.\301\025\225\360-\371\232\274&\037F\245\344\320\367AQ\to\014\354\240-\346\225\370\216\310MH\334\003\240\017\303\255\320\227[\222G\033QwX\037\2255\240)\207\331\301\243\340\261h\207\3132/7d[\237\214W>\000\315|\270\026\356\313GQexuTR\307V\203sA_\005*3R\347C9\230\2173\340\360\350\342\334\3225\260/\217\047q\234\037\334\017.\007]\241\343\277/\336\024\365\260\014dL\203\271,\332q\346\252\370Z\346\216\336\235[\312j\270\345\370\362m\371E\2643\314\017\213)""\312\225A\017\342Z\020\265\260\024\226\343\314{\342\017YT\225\242\016\370A)8\200\235-E\375\305\340\216\300\342\251\314\311\353qa\033\000\357?O\313\261\033\324\241\254\300\340z\220\372\177\240i\\\220fte\2701\354\216\310\363\315\370\227\275xo?\336\377-\316\344\303\334\0130\373;\276z[\026\345Nt=\252\017\313J\375\276l\037\275=\267\224\013\226\000\375?\t\005<\330\324E\370\216\374H\221\267\224\324lO0\250\254\273\262\032-\016\027\206\315\347\305D\rl\210N\370\253\314\217WV\001P|\361\256\316Ic\204S\374\343UU\322\033\361\007\367\2422x\335\327\274_Z\323\346\212}\210\363B\234\3710,j\200\212<y#\312D\217\024\276\033!\215JGksK\313\223\276)A\017\022U\337+@\325\026\034^\205~\2740^}[,\352\344VT\177^\n\276\n\241=\326\202\357DN\\\323\025\246\032*\033\225\"\355:\335\311\303\341\027 \357\250\276\2113\3532w\032\302\301\010\307\313\237\310r\274\374Y\224\377\027B\351\315)";
-    PyObject *data = __Pyx_DecompressString(cstring, 1671, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1676 bytes) */
+static const char cstring[] = "x\332\235VKs\033E\020\266)\341\330\216\202\255\304\004Hx\214B\010q\022D\21181\204\342\241\2621I\025\017\013\2132\016UlF\273#i\361jV\332\231\325#@U\216:\356q\216{\234\343\036u\3241\307=\352\230\237\340\237@\317\354J\226\355\344\000\252\222\325\323\3233\375\365\327\2171\252\3669aw\020\246\026\342\r\202\314\006\246\2248\0373\344\330M\233#\233!\304\020\373\022\335\344\036!\250\346\341z\223P\276^x\200\036 \330\357b\206LLM\3428\304z\200\250\213<\322r\372\310\246\260\257.d\304\353\020\017\325\260\255\rN(y\003s\324\300\026\252\222\272OQ\327\346\r\224\370\254\273\224|\211\272\r\002\326\236\322Yv\202\257\353z\207\312\200\272\034\035R\267K\277\371\tLwm\363\320\261i\035\2715\304\270\347\233\0345I\263J<\200\356\233\r\004 \031qj\205&a\014\327\311\035\275\340\370\220P\324\364\031\007\377\210\364Z\216m\332\034\260{\244\355\023\306\211\225 \372\026\373\3345Z\312\005\271Y\361|\262\216\321.\241\026\370\333\302\216\243\3204\261EP\265\217\324\232x\005\346W\201;\014\304\3006X\262\344\242\047\232\232\047\310\365\320\023\305\307\023\234\222\005\250\361\204\223\006`=A\207\276\004,,\233\341\252C\010U\177\353\246\315\022\311\262;\254\001\301\026\322\314\025&k\342y\256\307&+Nz<\225?M-?U7\263B\253\337\203\254\275\312\273f\252A\034+\341\314#\020\251\2472\256\022\000\264\231.\205s\212+\356B\020\273}\336p)r\253\177\022\310A\r\"m\245\251\321\307[\236[\005\323\377{\274\353\331\374\377y\237):\225\217\231e\035w\310\264lU\376\324\267`\030\244gs\303H\027\036\261|\223\030\246\276\177\252e\2043\216\371)\275\005\365\250\005\225b-\324\355\0161\252\330<\324\253\251\243\035\335\022J\332\323P\216\245\227{\234\356\275\324o\272\253\243:\27560\353SsF\253J\377\324\362\330&A\362*\024\257F\000;f\312_*\316\336\2316\305\211E\262\377c\322\224\025\327\375\301\245\365\231\316\232\021\317b9\271y\006\320\354v2\237Nh\034\227\221Y\205J\332\354\332#\314w\370YM\2028\241\355\007\227A\205\354\366{\360\335\266Mn\374\004=\366\013\251\031\206\256O\205\006>\270\213U!M\n\3120j>5\325o}\002\031>MlS\375\353Z\276\2435\0247\365/t\247\221""\232)\261\303U\317\253\215\266\217\235\211QJ\215q\206\244\251\202\364\324\002X\232^\314f\334\237a\3170\340QPhmf\230\256\347\372\334\246D\207\336\360\\\352\372L\313\266[\230n2=5T\322\217\023\237\360\256\236\006\023z\220\030\020#\367\260IT+\350\014X\230\30381]\213(\376\tU\222\036[\311\354R\r\244\330\3426\324\005\3205\355\243\206\013\323\2114\331\351\321\247\007\332\241M-\207\324\270~\277\232\200\226\273\3246)\201\214QHP\313\001\256[nK\265!`\321\335\230\344v6\303j\33405)T\246gz(\031\032\300\227Ej\030\254Y\313\246I-\317V\264\352\247\343\236\322\357\214\232\277\034\310\353r\273I\324\027h\363)\267\035\315\n\254\223\005sa\267\0015\327\301\216O\364\037\326\261I\267\333\350\247\357ZR\0070\342\214\3154|c3\215\337\270\017\357\026\0340*\372e\273us\267_\351\267\310\317\3118\274u\007\375\207+\266\200\246&\340\370\016\376/8>91O\236N\230\276\360v\336Z\237\323K\303\255=\233\037g\226\007\267\203\362\263\322x\361\374`c\320\t*bM\034\204\246\314\215\263\253\301\353Ay\274Z\220$\272\033\3759zm\224\037m\214\376\216\367*q\345 >x\034?\376\035\216}X\214rGW\346\226\336\027\345\311\025\373\2424\316^\n6\002_|\037\026C\270ze\360\227\270\031\346\303\342x1;x\030\200\346\212\310\213\373a.\274!\347\307\213K\312\327B\200\307\331\225\301S\360\377kx-\334\226\213\321\271\250?\232\037\257^\016,\261\016\027m\203-\030.\303\321\242\330\t\327eq\234\275\030\344\301\021\003\325fx=\254\311\355hb\243~\336\020V\250\205\363bC\264\225\260(2\n\235\022\264aVl\207\347\302\366\214\006b\016j\240]\010\261\212\242\370\"\373\256(\211\262\300\317J/\000\375N\220W\361\360\340sqW\230anF\013\306\301\2668\047zaW\332Qo\330N\014\357\211yq\t\256\250\204o\311\327\3445\3710*%\207\276\017\212Jxc`\007m1\257\304wDnB\342\036\000}\030n\205\276\334\222<\332\210\272\303\372\250\254\001M9\314\016\036\005\217E;\\\226y\271!\333\372d\274\362\001h\346\303\265p_>\212*\303\253\243\222:\266\032\234\013\372*P\231\221:\037\312\301|\234\001\207G\027\347\226\256\201}y<\211\343\374\340~p9\350\n\035\377}\361\246\250\207e c\032\314e\321\2163W\305\3272w""\364\356\334RV\303-\307\227o\313/\242\235a~XLQ\256\014z\020\327\202\250\205\245\260\034g\336\023\177\310\242\252\024u\300\017J\301\001\354l)\352/\006w\004\026OeN^\217\013\333\000x\377yZ\216\335\240\016e\005\006\327\203\324\377\003M\343\2024\243+\303\215awD\236o\306\277\354\305{\373\361\376oq&\037\346^\200\331\337\361\325\333\262(w\242\353Q}XV\352\367e\373\350\355\271\245\\\260\004\350\377I(\340\301\246.\302w\344G\212\274\245\244f{\202Ae\335\225\325hq\2700l>/&j`Ct\302_e~\274\262\n\200\342\213wuN\032#\234\342\037\257\252\222\336\210?\270\027\225\301\353\276\346\375\322\2326W\354C\234\027\342\314\207aQ\003T\344\311\033Q&z\244\360\335\010iT:Z\233[Z\236\364M\tz\220\250\372^\001\252\266\340\360*\364\343\205\361\352\333bQ\047\267\242\372\363R\360U\010\355\261\026|\047r\342\232\2560\325P\331\250\024i\327\351N\036\016\277\000yG\365M\234Y\227\271\323\020\016F8^\376D\226\343\345\317\242\374\277\232\355\322\022";
+    PyObject *data = __Pyx_DecompressString(cstring, 1676, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2158 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.taken m\367ustp\000 exp\337licit\254\000re\177quested\177\003\177@auto_pR\001\377e(True)a\337 Pend`\000Ca{ll\222!made\272 \375 \014\001er.sub\242\254 a\211 \034\000\047\000s\310\003`~\211\"` or `\377\001\263`a\231$\246\000a \225$h\344\301 \365\nc`\001\310\000dis\277ableen\002\001g\367cis\004\003divs\325h\335\000.\246D.\010\005er\357rors\026\005tex\325t#\004/\320D/V\001s.\307pyx\246@f\025\245\"he\267ld,\257\"re\347\000r4\341A\360!b\240`on\317@\250!\367to \225 ytho\277n obje\364 f\362\347\000p\207D\356\"prob\370\324 \241`\n2write\360I2\362h\214A\201\204\010gave\370\241\204\006\314A\320A.__ex\357it__\006\004red\237uce_c\331\002\r\006s\277etstat\t\014d\307one?\002\342\204\001H\002gi\177ve_backV\002$\216\205\002\265aF\201\205\002\277aS\222\205\002\000\007\000|\000_\020 \003\230\000c\022\027\004\335\205\002?\010~\355\205\002_asyncU\010\330\367\204\001\000\014\032\007er\300\204\004__v\345\020erj\025er.\250\204\001\300\375\204\004\263\204\001H\t\216\205\004\225\205\n\222\003Me\377ssageToo\017Long\317\205\010\332\205\010\200/\017\013\360\372.0\t\215\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\200\207\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin\375e\300bhronou]s\314bio.\024\006s\261\212\002\260\250\210\001\357G\205\213\003\212\213\001cl=\000_\276\341\000trace\207\205\001c\376\376!datadec7ode\261\205\001en\006\001\262\210\002\030\266\210\003\243\213\001""\252!ti\225`\254 \277\205\006\377howitems\374\353\210\r\314\210\002kindle\353ft\256\214\002m\253\000ton\377icnevern\337extpl\351 po\001p\226\214\001\211\000\234\214\002\350C\356C\246\205\003\235\213\001\341s\266\212\001\255\214\001\271\205\010\273\214\003set\357defa\237`spi\201n\350\212\003\356\212\003\344\205\003\326\213\001\332\213\001\004\007n\372\374\211\001t\272 wtime|\000\001\321 until\221\"\354\021\000\007\003so\033\000hin\277gvalue\000\002s\177viewwhy\304\214\004}_\203bobj_7\363\212\004\373_7\241\216\004_6que\337ues_T\325\214\002*(\177PyTypeO\207\212\003\327*, \030(C\244 mi?ngEnd 0\007j\005\376\265\215\003const *\373)\000\305\215\002_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\013\2104\210v\377\220T\230\024\230Y\240c\377\250\021\330\014\020\220\005\220\377Q\330\020.\250e\2603\377\260j\300\002\300!\3004\377\300|\320ST\320TY\277\320YZ\320Z[4\000#\3771\260\021\360\032\000\t\036\373\230Q;\005W\230A\330\014\377\023\2204\220u\230G\240\3731\240X\000\017\210{\230(\377\240!\2401\330\010\014\210\373H\220j\000\032\230!\2306\377\240\021\240&\250\001\330\010\375\th\001\006\220a\330\014\017\373\210z}\000U\240\"\240D\377\250\010\260\007\260y\300\001\177\330\020\026\220d\230)F\000\351D)\000\222\000\n8\0001\230F\377\240)\2501\330\014\022\220\365!f\000sK\0007\240$\240?f\250D\260\001\330\036\003\274\001\337\016\230d\240!\305\001\013\230w4\230q\316\001\010\230\004\232\001\357\020\220\010\230$\002\014\230D\327\240\007\240\024\004\001\355\004\220f\366\023\000\006\240\215\000\023\2201\340\377\014\034\230A\230Q\230a\367\200A\340\273\000F\220!\330\377\010\017\210t\2208\2303\317\230c\240\021\013\010*\000\220D\377\230\007\230x\240w\250i\357\260x\270q#\0035\230\001\373\230\023@\000T\240\027\250\002\277\250\"\250H\260AE\003G\373\2201P\001\016\210i\220q\273\230\001[\001\031\230\021\200ES\376\246\000H\240C\240u\250C\377\250t\2604\260w\270g\363\300Q\323!\272\047\014\210I\220\377Z\230q\240\n\250!\250w4\250q\275B\320\017\037\017\000\377\001\240\024\240W\250I\260\337T\270\033\300A3""\001\020\220w\007\220y\345\001\250\004\250\213B\177v\220S\230\001\320\004n\000\237\360\022\000\t\"-\000\274@\014\375\210\331\002\013\2106\220\026\220\373w\230\373\0026\230\025\230g\343\240Q\212 \361\002\311\001\026\230q\377\320\004\033\230>\250\021\360\357\034\000\t\014\262bQ\320\026\377+\2509\260F\270!\270\3351\237\004\017\210x\325\000\006\230\377f\240A\240Q\320\004\035\317\230^\2501\246a-\001u\220\327A\220Y\027\000C\367!\022\220\377,\230a\230z\250\021\250o$\320.D\256\000W\310\210\204\004\047w\220g\324`\342@$\232`\361\"\373:\230\303!\006\250c\260\032\377\2704\270w\300e\3107\377\320RS\320SW\320W\177X\320\004!\240\021\340\232@\377|\320\033+\2501\250F\337\260$\260g\270x\000!\240\377\036\250q\360\030\000\t\021\277\220\t\230\026\230}\375\003t\273\2207\200\204\002\031\250%\271!\t\356\256\204\003x\230s\327`3\250b\177\260\010\270\006\270m\310\311\002\3754\212!\230v\240U\250!w\330\017\020\363`\320\0223\217Bgh\300a\200\204\001\275\000\330\020\317\204\001\2774\320\0375\260Qs\000W\306\363\"\023\024*\002\372!\373`\r\320\317\004#\2401\234\002\271!\250&\357\260\004\260I\234\001&\240n\177\260A\360\024\000\t\n\260\205\005\337A\230Y\240e\334\204\001\017\210\377u\220C\220q\330\020\021\377\330\014\r\330\020\030\230\010\365\240\331AT\234\206\001\023\220=\240\377\001\330\020\024\220E\230\021\363\230\"\335b\315\205\001\014\260A\260SQ\330x\000\023\004!:\000\340#\000}F\264\205\001\320\004)\250\021s\r\377Y\300a\320\n-\250Q\037\320\n2\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2158, 3156);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2164 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\253sh\352\000.\263D.\010\005e\337rrors\026\005te\253xt#\004/\335D/V\001s\217.pyx\263@f\025\262\"h\267eld\256#re\347\000r4\356A\375!b\255`on\334@\250!\367to \225 ytho\277n obje\201@f\362\347\000p\224D\373\"prob\370\324 \256`\n2write\360I2\377h\214A\216\204\010gave\370\256\204\006\314A\320A.__ex\357it__\006\004red\237uce_c\331\002\r\006s\277etstat\t\014d\307one?\002\357\204\001H\002gi\177ve_backV\002$\233\205\002\265aF\216\205\002\277aS\237\205\002\000\007\000|\000_\020 \003\230\000c\022\027\004\352\205\002?\010~\372\205\002_asyncU\010\330\367\204\001\000\014\032\007er\300\204\004__v\345\020erj\025er.\250\204\001@\375\204\004\263\204\001H\t\216\205\004\225\205\n\222\003M\217\206\003\177TooLong\317\205\010\200\332\205\010\200/\017\013\372.0\t\232\210\003\005\nl\307oseS\t\261Ac\tre\217sult\000\017\304#\252CL\373os\237`Pyx_P\377yDict_Ne\377xtRef__a\327nno\224b_\t\000wa\374\305a\311e__func\346\025\000_g\266e\"\000mai\375n\020\001module.\032\001nam\003\002p\\\000\337c\315_\007\001vt\200\207\001;\001qu\223al\035\005\230\204\004_\240N\271Fe\275xo\001set_Q\005s\274t\010\270\204\016__te\331\001_\377is_corou\357tine\300bhro\357nous\314bio.\202\024\006s\276\212\002\250\210\001\357G\222\213\003\227\213\001c\365l=\000_\341\000trac\365e\207\205\001c\376!data\277decode\261\205\001e\301n\006\001\262\210\002""\266\210\003\260\213\001\252!ti\370\225`\254 \277\205\006howit\347ems\353\210\r\314\210\002kin_dleft\273\214\002m\253\000\377tonicnev\377ernextpl\016\351 pop\243\214\001\211\000\251\214\002\350C\010\356C\246\205\003\252\213\001s\266\212\001\272\214\001\271\205\010\310\214\003\177setdefa\237`\017spin\350\212\003\356\212\003\344\205\003\326\213\001\324\332\213\001\004\007n\374\211\001t\272 wt\347ime\000\001\321 untcil\221\"\021\000\007\003so\033\000\377hingvalu\375e\000\002svieww\353hy\321\214\004_\203bobj\333_7\363\212\004_7\256\216\004_6\377queues_T\376\325\214\002*(PyTyp\273eO\207\212\003*, \030(C\376\244 mingEnd\361 0\007j\005\265\215\003cons\337t *)\000\305\215\002_o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\013\210\3774\210v\220T\230\024\230\377Y\240c\250\021\330\014\020\377\220\005\220Q\330\020.\250\377e\2603\260j\300\002\300\377!\3004\300|\320ST\377\320TY\320YZ\320Z\375[4\000#1\260\021\360\032\337\000\t\036\230Q;\005W\230\377A\330\014\023\2204\220u\337\230G\2401\240X\000\017\210\377{\230(\240!\2401\330\337\010\014\210H\220j\000\032\230\377!\2306\240\021\240&\250\357\001\330\010\th\001\006\220a\337\330\014\017\210z}\000U\240\377\"\240D\250\010\260\007\260\377y\300\001\330\020\026\220dK\230)F\000D)\000\222\000\n8\000\3771\230F\240)\2501\330\257\014\022\220!f\000sK\0007\377\240$\240f\250D\260\001\371\330\036\003\274\001\016\230d\240!\276\305\001\013\2304\230q\316\001\010{\230\004\232\001\020\220\010\230$\002\277\014\230D\240\007\240\024\004\001\266\355\004\220f\023\000\006\240\215\000\023\377\2201\340\014\034\230A\230\277Q\230a\200A\340\273\000F\377\220!\330\010\017\210t\220\1778\2303\230c\240\021\013\010\376*\000\220D\230\007\230x\240\177w\250i\260x\270q#\003\3375\230\001\230\023@\000T\240\377\027\250\002\250\"\250H\260\335AE\003G\2201P\001\016\210\337i\220q\230\001[\001\031\230\365\021\200ES\246\000H\240C\240\377u\250C\250t\2604\260\237w\270g\300Q\323!\272\047\014\377\210I\220Z\230q\240\n\277\250!\2504\250q\275B\320\373\017\037\017\000\001\240\024\240W""\377\250I\260T\270\033\300A\2763\001\020\220\007\220y\345\001\250\373\004\250\213Bv\220S\230\001\373\320\004n\000\360\022\000\t\"\354-\000\274@\014\210\331\002\013\2106\337\220\026\220w\230\373\0026\230\037\025\230g\240Q\212 \361\002\311\001\377\026\230q\320\004\033\230>\177\250\021\360\034\000\t\014\262b\377Q\320\026+\2509\260F\357\270!\2701\237\004\017\210x\376\325\000\006\230f\240A\240Q\177\320\004\035\230^\2501\246a\276-\001u\220A\220Y\027\000C\376\367!\022\220,\230a\230z\177\250\021\250$\320.D\256\000;W\310\210\204\004w\220g\324`\342@\331$\232`\361\":\230\303!\006\250\377c\260\032\2704\270w\300\377e\3107\320RS\320S\377W\320WX\320\004!\240\373\021\340\232@|\320\033+\250\3771\250F\260$\260g\270\376x\000!\240\036\250q\360\030\377\000\t\021\220\t\230\026\230\335}\375\003t\2207\200\204\002\031\250u%\271!\t\256\204\003x\230s\327`\3773\250b\260\010\270\006\270\353m\310\311\0024\212!\230v\240\277U\250!\330\017\020\363`\320;\0223\217Bh\300a\200\204\001\275\000\373\330\020\317\204\0014\320\0375\2605Qs\000W\363\"\023\024*\002\372!~\373`\r\320\004#\2401\234\002~\271!\250&\260\004\260I\234\001\377&\240n\260A\360\024\000\373\t\n\260\205\005A\230Y\240e\376\334\204\001\017\210u\220C\220q\377\330\020\021\330\014\r\330\020\257\030\230\010\240\331AT\234\206\001\023\377\220=\240\001\330\020\024\220\237E\230\021\230\"\335b\315\205\001\014\237\260A\260Q\330x\000\023\004!\352:\000\340#\000F\264\205\001\320\004)\373\250\021s\rY\300a\320\n\377-\250Q\320\n2\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2164, 3169);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3156 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutuntil_in_timeuntil_somethingvaluevaluesviewwhystruct __pyx_obj_7ivshmem_7channel_6queues_Taken"" *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\017\210t\2208\2303\230c\240\021\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\010\013\2104\210v\220S\230\004\230H\240C\240u\250C\250t\2604\260w\270g\300Q\330\014\023\2201\330\010\014\210H\220A\330\010\014\210I\220Z\230q\240\n\250!\2504\250q\330\010\013\2104\320\017\037\230q\240\001\240\024\240W\250I\260T\270\033\300A\300Q\330\014\020\220\007\220y\240\007\240q\250\004\250A\330\010\017\210v\220S\230\001\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\033\230>\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201""\330\010\017\210x\220q\230\006\230f\240A\240Q\320\004\035\230^\2501\360\032\000\t\014\2104\210u\220A\220Y\230f\240C\240q\330\014\022\220,\230a\230z\250\021\250$\320.D\300A\300W\310A\330\010\013\2104\210w\220g\230Q\330\014\022\220$\220a\330\010\017\210t\220:\230T\240\027\250\006\250c\260\032\2704\270w\300e\3107\320RS\320SW\320WX\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210|\230>\250\021\250&\260\004\260I\270Q\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210|\230>\250\021\250&\260\004\260I\270Y\300a\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3169 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutuntil_in_timeuntil_somethingvaluevaluesviewwhystruct __pyx_obj_7ivshmem_7channel_""6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\017\210t\2208\2303\230c\240\021\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\010\013\2104\210v\220S\230\004\230H\240C\240u\250C\250t\2604\260w\270g\300Q\330\014\023\2201\330\010\014\210H\220A\330\010\014\210I\220Z\230q\240\n\250!\2504\250q\330\010\013\2104\320\017\037\230q\240\001\240\024\240W\250I\260T\270\033\300A\300Q\330\014\020\220\007\220y\240\007\240q\250\004\250A\330\010\017\210v\220S\230\001\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\033\230>\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330""\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\320\004\035\230^\2501\360\032\000\t\014\2104\210u\220A\220Y\230f\240C\240q\330\014\022\220,\230a\230z\250\021\250$\320.D\300A\300W\310A\330\010\013\2104\210w\220g\230Q\330\014\022\220$\220a\330\010\017\210t\220:\230T\240\027\250\006\250c\260\032\2704\270w\300e\3107\320RS\320SW\320WX\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210|\230>\250\021\250&\260\004\260I\270Q\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210|\230>\250\021\250&\260\004\260I\270Y\300a\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED

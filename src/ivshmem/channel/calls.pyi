@@ -3,7 +3,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self, disjoint_base, final
 
-from .membership import ChannelEnd
+from .ends import ChannelEnd
 from .queues import ClaimingEnd, Taken
 from .roles import WriterEnd
 

@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .membership cimport ChannelEnd
+from .ends cimport ChannelEnd
 from .queues cimport ClaimingEnd, Taken, taken_of
 from .roles cimport WriterEnd
 
@@ -370,14 +370,14 @@ cdef class Call(Taken):
             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
         """
         cdef CallServer server = self.reader
-        self.check()
+        self.enter()
         if server.type is not None:
             data = server.type.encode(data)
         return self.send(data, REPLY)
 
     def fail(self, why):
         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
-        self.check()
+        self.enter()
         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
         return self.send(str(why).encode()[:limit], FAILURE)
 
@@ -386,7 +386,7 @@ cdef class Call(Taken):
         cdef int code
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self.check()
+            self.enter()
             self.check_exports()
             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
                 raise MessageTooLong(

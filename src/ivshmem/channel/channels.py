@@ -20,7 +20,8 @@ from ..native.areas import find_area
 from ..peer.endpoint import Endpoint
 from ..system.uncopied import Uncopied
 from ..text import plain
-from . import records, types
+from . import records
+from .geometry import MOST, check_name, check_same, power, type_and_limit
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
 from .kinds import KINDS, Bytes, Calls, Channel, Messages, Queue, Value
 from .membership import Membership
@@ -47,7 +48,6 @@ _WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
     "resource2": "uncached",
     "uio": "uncached",
 }
-_MOST = (1 << 31) - 64  # bytes of a message
 _SHOWN = 20  # names in an error message
 
 
@@ -162,7 +162,7 @@ class Channels(Uncopied):
         for way in allowed or ("",):
             if way not in records.OVERFLOW:
                 raise ValueError(f"overflow {way!r}: {', '.join(records.OVERFLOW)} are possible")
-        text, most = _type_and_limit(dtype, shape, schema, limit)
+        text, most = type_and_limit(dtype, shape, schema, limit)
         return self._create(
             Messages,
             name,
@@ -172,9 +172,9 @@ class Channels(Uncopied):
             options=int(times) | 2 * int(ring_always),
             writers=writers,
             readers=readers,
-            slots=_power(slots),
+            slots=power(slots),
             loans=loans + 1,  # one for `put`, while the program has its own
-            views=_power(slots) if views is None else views,
+            views=power(slots) if views is None else views,
             limit=most,
         )
 
@@ -197,7 +197,7 @@ class Channels(Uncopied):
 
         A queue that is full blocks its writers.
         """
-        text, most = _type_and_limit(dtype, shape, schema, limit)
+        text, most = type_and_limit(dtype, shape, schema, limit)
         return self._create(
             Queue,
             name,
@@ -207,7 +207,7 @@ class Channels(Uncopied):
             options=int(times),
             writers=writers,
             readers=readers,
-            slots=_power(slots),
+            slots=power(slots),
             loans=loans + 1,
             views=1,
             limit=most,
@@ -226,7 +226,7 @@ class Channels(Uncopied):
         exist_ok: bool = False,
     ) -> Value:
         """Create a value; the arguments and errors are those of `create_messages`."""
-        text, most = _type_and_limit(dtype, shape, schema, limit)
+        text, most = type_and_limit(dtype, shape, schema, limit)
         return self._create(
             Value,
             name,
@@ -264,7 +264,7 @@ class Channels(Uncopied):
             name, dtype, shape, schema, exist_ok: as in `create_messages`; requests and replies have
                 the same type.
         """
-        text, most = _type_and_limit(dtype, shape, schema, limit)
+        text, most = type_and_limit(dtype, shape, schema, limit)
         return self._create(
             Calls,
             name,
@@ -274,7 +274,7 @@ class Channels(Uncopied):
             options=0,
             writers=callers,
             readers=servers,
-            slots=_power(slots),
+            slots=power(slots),
             loans=2,
             views=1,
             limit=most,
@@ -299,7 +299,7 @@ class Channels(Uncopied):
             listeners: how many processes can listen at once.
             name, schema, exist_ok: as in `create_messages`.
         """
-        text, _ = _type_and_limit(None, None, schema, 1)
+        text, _ = type_and_limit(None, None, schema, 1)
         return self._create(
             Bytes,
             name,
@@ -309,14 +309,14 @@ class Channels(Uncopied):
             options=0,
             writers=connections,
             readers=listeners,
-            slots=max(_power(buffer), 64),
+            slots=max(power(buffer), 64),
             loans=1,
             views=1,
             limit=1,
         )
 
     def _create(self, kind: type[_C], name: str, text: str, exist_ok: bool, **geometry: int) -> _C:
-        _check_name(name)
+        check_name(name)
         for what, number in geometry.items():
             if not 0 <= operator.index(number) < 1 << 32:
                 raise ValueError(f"{what} {number}: 0 to {(1 << 32) - 1} are possible")
@@ -328,7 +328,7 @@ class Channels(Uncopied):
                 except NoSuchChannel:
                     pass
                 else:
-                    _check_same(found, kind.kind, name, text, geometry)
+                    check_same(found, kind.kind, name, text, geometry)
                     return kind(self, self._member, found)
             try:
                 records.create(self._member, name, geometry, text.encode())
@@ -372,7 +372,7 @@ class Channels(Uncopied):
         if kind is not None and found["kind"] != kind:
             raise ChannelTypeError(f"channel {name!r} is of kind {found['kind']}, not {kind}")
         if dtype is not None or schema is not None:
-            wanted, _ = _type_and_limit(dtype, shape, schema or "", _MOST)
+            wanted, _ = type_and_limit(dtype, shape, schema or "", MOST)
             if wanted != found["type"]:
                 there = plain(found["type"])
                 raise ChannelTypeError(
@@ -504,78 +504,3 @@ def open(  # noqa: A001 - as guest.open
     if area is None:
         raise NoChannels(NO_ROOM)
     return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
-
-
-def _power(number: int) -> int:
-    """Return the least power of two that is not less.
-
-    Raises:
-        ValueError: the number is less than 1.
-    """
-    if operator.index(number) < 1:
-        raise ValueError(f"{number}: 1 or more are needed")
-    return 1 << max(operator.index(number) - 1, 0).bit_length()
-
-
-def _check_same(
-    found: dict[str, Any], kind: str, name: str, text: str, geometry: dict[str, int]
-) -> None:
-    """Check that a channel that is there is the one that was to be created.
-
-    Raises:
-        ChannelTypeError: it is of another kind or type.
-        ChannelExists: it has another geometry.
-    """
-    if found["kind"] != kind or found["type"] != text:
-        raise ChannelTypeError(
-            f"channel {name!r} is there, of kind {found['kind']} and type {plain(found['type'])!r};"
-            f" wanted was kind {kind}, type {text!r}"
-        )
-    for what in ("limit", "slots", "writers", "readers", "views"):
-        if found[what] != geometry[what]:
-            raise ChannelExists(
-                f"channel {name!r} is there, with {what} {found[what]} and not {geometry[what]}"
-            )
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"a channel's name is text, not {name!r}")
-    if (
-        not name.isprintable()
-        or name != name.strip()
-        or not 1 <= len(name.encode()) <= records.NAME_BYTES
-    ):
-        raise ValueError(
-            f"channel {name!r}: a name is 1 to {records.NAME_BYTES} bytes of printable text without"
-            " a space at either end"
-        )
-
-
-def _type_and_limit(dtype: Any, shape: Any, schema: str, limit: int | None) -> tuple[str, int]:
-    if not isinstance(schema, str):
-        raise TypeError(f"a schema is text, not {schema!r}")
-    if dtype is not None and schema:
-        raise ValueError("dtype and schema exclude each other")
-    if dtype is None:
-        if limit is None:
-            raise ValueError("limit: how many bytes the longest message has")
-        text = f"schema {schema}" if schema else ""
-        if not text.isprintable():
-            raise ValueError(f"schema {schema!r}: printable text is allowed")
-    else:
-        kind = types.array_type(dtype, shape)
-        text = kind.text
-        if limit is None:
-            if kind.size is None:
-                raise ValueError(f"limit: a message of {kind} has no greatest size")
-            limit = kind.size
-        elif kind.size is not None and limit < kind.size:
-            raise ValueError(f"limit {limit}: a message of {kind} has {kind.size} bytes")
-    if len(text.encode()) > records.TYPE_BYTES:
-        raise ValueError(
-            f"the type takes {len(text.encode())} bytes; {records.TYPE_BYTES} are allowed"
-        )
-    if not 1 <= operator.index(limit) <= _MOST:
-        raise ValueError(f"limit {limit}: 1 to {_MOST} bytes")
-    return text, limit

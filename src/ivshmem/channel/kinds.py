@@ -16,10 +16,11 @@ from ..system.time_limits import deadline_of
 from ..text import plain
 from . import records, streams, types
 from .calls import Caller, CallServer
-from .messages import Reader, ValueReader, Writer
 from .pickled import Pickled
 from .queues import QueueReader
+from .readers import Reader, ValueReader
 from .streams import Stream, StreamListener
+from .writers import Writer
 
 if TYPE_CHECKING:
     from typing import Literal, TypeAlias

@@ -1669,9 +1669,6 @@ static int __Pyx_init_tpflags_variables(void) {
         return (now != 0 && started != 0 && now != started) || ivshmem_process_is_zombie(process);
     }
     
-
-    #include <sys/mman.h>
-    
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -1890,8 +1887,8 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/membership.pyx",
-  "ivshmem/channel/membership.pxd",
   "(tree fragment)",
+  "ivshmem/channel/membership.pxd",
   "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
   "ivshmem/native/bell.pxd",
@@ -2050,7 +2047,7 @@ static const char* const __pyx_f[] = {
 #define __Pyx_PyCriticalSection2_End PyCriticalSection2_End
 #endif
 
-/* CriticalSections.proto (used by ParseKeywordsImpl) */
+/* CriticalSections.proto */
 #if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
 #define __Pyx_PyCriticalSection_Begin(cs, arg) (void)(cs)
 #define __Pyx_PyCriticalSection2_Begin(cs, arg1, arg2) (void)(cs)
@@ -2099,9 +2096,8 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
 
 /* "descriptors.pxd":10
  * )
@@ -2256,7 +2252,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 };
 struct __pyx_t_7ivshmem_7channel_10membership_Rings;
 
-/* "ivshmem/channel/membership.pxd":12
+/* "ivshmem/channel/membership.pxd":11
  * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2267,7 +2263,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
 };
 
-/* "ivshmem/channel/membership.pxd":16
+/* "ivshmem/channel/membership.pxd":15
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2277,17 +2273,6 @@ enum  {
 struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
   int count;
-};
-
-/* "ivshmem/channel/membership.pyx":138
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
- * # peer's work: after so many it sleeps all the same.
- * cdef enum:             # <<<<<<<<<<<<<<
- *     FUTILE = 64
- * 
-*/
-enum  {
-  __pyx_e_7ivshmem_7channel_10membership_FUTILE = 64
 };
 
 /* "descriptors.pxd":86
@@ -2406,7 +2391,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2422,7 +2407,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2434,7 +2419,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2446,7 +2431,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2515,7 +2500,21 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "ivshmem/channel/membership.pxd":25
+/* "ivshmem/channel/membership.pxd":20
+ * 
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtab;
+  PyObject *__weakref__;
+};
+
+
+/* "ivshmem/channel/membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2547,48 +2546,6 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int joined;
   int lost;
   int64_t beat;
-};
-
-
-/* "ivshmem/channel/membership.pxd":21
- * 
- * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
-*/
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
-  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
-  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
-  int64_t pause;
-};
-
-
-/* "ivshmem/channel/membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
-  PyObject *channels;
-  PyObject *name;
-  struct ivshmem_channel channel;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
-  int asleep;
-  int awaited;
-  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
-  int watched;
-  int open;
-  int copying;
-  PyObject *__weakref__;
 };
 
 
@@ -2679,6 +2636,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7i
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2686,7 +2645,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2703,7 +2662,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2717,7 +2676,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2731,7 +2690,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2805,51 +2764,21 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":607
- * # -- sleeping -------------------------------------------------------------------------------------
+/* "ivshmem/channel/membership.pyx":62
  * 
- * cdef class Wakeup:             # <<<<<<<<<<<<<<
- *     """What a thread sleeps on, or a program watches: an epoll object that each ring wakes.
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
-  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
+  int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "ivshmem/channel/membership.pyx":680
- * 
- * 
- * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd:
- *     """One end of a channel: what all kinds of ends have in common.
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
-  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-
-
-/* "ivshmem/channel/membership.pyx":163
+/* "ivshmem/channel/membership.pyx":81
  * 
  * 
  * @cython.no_gc_clear  # it needs the mapping to the end             # <<<<<<<<<<<<<<
@@ -2865,6 +2794,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2875,7 +2805,6 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
@@ -3038,6 +2967,10 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 #define __Pyx_ArgsSlice_FASTCALL __Pyx_ArgsSlice_VARARGS
 #endif
 
+/* RaiseArgTupleInvalid.export */
+static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
+    Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
+
 /* py_dict_items.proto (used by OwnedDictNext) */
 #define __Pyx_PyDict_items_TypePtr  (&PyDictKeys_Type)
 #define __Pyx_PyDict_items_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyDictItems_TypePtr)
@@ -3150,7 +3083,7 @@ static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod0(__Pyx_CachedCFunction* 
 #define __Pyx_PyDict_values_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyDictValues_TypePtr)
 static CYTHON_INLINE PyObject* __Pyx_PyDict_Values(PyObject* d);
 
-/* OwnedDictNext.proto (used by ParseKeywordsImpl) */
+/* OwnedDictNext.proto (used by RejectKeywords) */
 #if CYTHON_AVOID_BORROWED_REFS
 static int __Pyx_PyDict_NextRef(PyObject *p, PyObject **ppos, PyObject **pkey, PyObject **pvalue);
 #else
@@ -3158,94 +3091,8 @@ CYTHON_INLINE
 static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, PyObject **pvalue);
 #endif
 
-/* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
-static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
-
-/* ParseKeywordsImpl.export */
-static int __Pyx_ParseKeywordsTuple(
-    PyObject *kwds,
-    PyObject * const *kwvalues,
-    PyObject ** const argnames[],
-    PyObject *kwds2,
-    PyObject *values[],
-    Py_ssize_t num_pos_args,
-    Py_ssize_t num_kwargs,
-    const char* function_name,
-    int ignore_unknown_kwargs
-);
-static int __Pyx_ParseKeywordDictToDict(
-    PyObject *kwds,
-    PyObject ** const argnames[],
-    PyObject *kwds2,
-    PyObject *values[],
-    Py_ssize_t num_pos_args,
-    const char* function_name
-);
-static int __Pyx_ParseKeywordDict(
-    PyObject *kwds,
-    PyObject ** const argnames[],
-    PyObject *values[],
-    Py_ssize_t num_pos_args,
-    Py_ssize_t num_kwargs,
-    const char* function_name,
-    int ignore_unknown_kwargs
-);
-
-/* CallUnboundCMethod2.proto */
-CYTHON_UNUSED
-static PyObject* __Pyx__CallUnboundCMethod2(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg1, PyObject* arg2);
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject *__Pyx_CallUnboundCMethod2(__Pyx_CachedCFunction *cfunc, PyObject *self, PyObject *arg1, PyObject *arg2);
-#else
-#define __Pyx_CallUnboundCMethod2(cfunc, self, arg1, arg2)  __Pyx__CallUnboundCMethod2(cfunc, self, arg1, arg2)
-#endif
-
-/* ParseKeywords.proto */
-static CYTHON_INLINE int __Pyx_ParseKeywords(
-    PyObject *kwds, PyObject *const *kwvalues, PyObject ** const argnames[],
-    PyObject *kwds2, PyObject *values[],
-    Py_ssize_t num_pos_args, Py_ssize_t num_kwargs,
-    const char* function_name,
-    int ignore_unknown_kwargs
-);
-
-/* RaiseArgTupleInvalid.export */
-static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
-    Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
-
-/* ArgTypeTestError.export */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
-
-/* ArgTypeTest.proto */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
-
-/* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
-
-/* RaiseErrorWithObjectTypes.proto (used by ExtTypeTest) */
-#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
-#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
-#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
-
-/* ExtTypeTest.proto */
-static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
@@ -3302,13 +3149,16 @@ static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObj
 #endif
 #define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
 
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+/* PyErrExceptionMatches.proto (used by GetAttr3) */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
 static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
 #else
 #define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
 #endif
+
+/* GetAttr3.proto */
+static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
 
 /* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
@@ -3363,6 +3213,101 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
 
+/* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
+static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
+
+/* ParseKeywordsImpl.export */
+static int __Pyx_ParseKeywordsTuple(
+    PyObject *kwds,
+    PyObject * const *kwvalues,
+    PyObject ** const argnames[],
+    PyObject *kwds2,
+    PyObject *values[],
+    Py_ssize_t num_pos_args,
+    Py_ssize_t num_kwargs,
+    const char* function_name,
+    int ignore_unknown_kwargs
+);
+static int __Pyx_ParseKeywordDictToDict(
+    PyObject *kwds,
+    PyObject ** const argnames[],
+    PyObject *kwds2,
+    PyObject *values[],
+    Py_ssize_t num_pos_args,
+    const char* function_name
+);
+static int __Pyx_ParseKeywordDict(
+    PyObject *kwds,
+    PyObject ** const argnames[],
+    PyObject *values[],
+    Py_ssize_t num_pos_args,
+    Py_ssize_t num_kwargs,
+    const char* function_name,
+    int ignore_unknown_kwargs
+);
+
+/* CallUnboundCMethod2.proto */
+CYTHON_UNUSED
+static PyObject* __Pyx__CallUnboundCMethod2(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg1, PyObject* arg2);
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject *__Pyx_CallUnboundCMethod2(__Pyx_CachedCFunction *cfunc, PyObject *self, PyObject *arg1, PyObject *arg2);
+#else
+#define __Pyx_CallUnboundCMethod2(cfunc, self, arg1, arg2)  __Pyx__CallUnboundCMethod2(cfunc, self, arg1, arg2)
+#endif
+
+/* ParseKeywords.proto */
+static CYTHON_INLINE int __Pyx_ParseKeywords(
+    PyObject *kwds, PyObject *const *kwvalues, PyObject ** const argnames[],
+    PyObject *kwds2, PyObject *values[],
+    Py_ssize_t num_pos_args, Py_ssize_t num_kwargs,
+    const char* function_name,
+    int ignore_unknown_kwargs
+);
+
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
+/* ArgTypeTestError.export */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+
+/* ArgTypeTest.proto */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
+/* RaiseErrorWithObjectTypes.proto (used by ExtTypeTest) */
+#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
+
+/* ExtTypeTest.proto */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
+
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
@@ -3389,16 +3334,6 @@ CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize
 #else
 static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
 #endif
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* PyRuntimeError_Check.proto */
 #define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
@@ -3439,28 +3374,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 
 /* py_dict_pop_ignore.proto */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
-
-/* GetAttr3.proto */
-static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
-
-/* PyObjectDelAttr.proto (used by PyObjectSetAttrStr) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_SetAttr(o, n, NULL)
-#else
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_DelAttr(o, n)
-#endif
-
-/* PyObjectSetAttrStr.proto */
-#if CYTHON_USE_TYPE_SLOTS
-#define __Pyx_PyObject_DelAttrStr(o,n) __Pyx_PyObject_SetAttrStr(o, n, NULL)
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value);
-#else
-#define __Pyx_PyObject_DelAttrStr(o,n)   __Pyx_PyObject_DelAttr(o,n)
-#define __Pyx_PyObject_SetAttrStr(o,n,v) PyObject_SetAttr(o,n,v)
-#endif
-
-/* RejectKeywords.export */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -3640,17 +3553,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_int(int value, Py_ssi
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
-/* KeywordStringCheck.proto */
-static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
-
-/* WriteUnraisableException.proto */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil);
-
-/* PyBaseException_Check.proto */
-#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
-
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
 
@@ -3671,13 +3573,6 @@ static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, Py
 static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
 #endif
 
-/* CallTypeTraverse.proto */
-#if !CYTHON_USE_TYPE_SPECS
-#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
-#else
-static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
-#endif
-
 /* DeallocKeepAlive.proto */
 #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
 #define __Pyx_DeallocKeepAliveBegin(o) do {\
@@ -3690,6 +3585,13 @@ static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visi
 #else
 #define __Pyx_DeallocKeepAliveBegin(o) Py_SET_REFCNT(o, Py_REFCNT(o) + 1)
 #define __Pyx_DeallocKeepAliveEnd(o)   Py_SET_REFCNT(o, Py_REFCNT(o) - 1)
+#endif
+
+/* CallTypeTraverse.proto */
+#if !CYTHON_USE_TYPE_SPECS
+#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
 
 /* PyObjectCallMethod0.proto (used by PyType_Ready) */
@@ -3965,6 +3867,18 @@ static void __pyx_insert_code_object(int code_line, __Pyx_CachedCodeObjectType* 
 static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
+/* PyObjectCallMethod1.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg);
+
+/* CheckUnpickleChecksumError.export */
+static void __Pyx_RaiseUnpickleChecksumError(long checksum, long checksum1, long checksum2, long checksum3, const char *members);
+
+/* UpdateUnpickledDict.export */
+static int __Pyx_UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index);
+
+/* CheckUnpickleChecksum.proto */
+static CYTHON_INLINE int __Pyx_CheckUnpickleChecksum(long checksum, long checksum1, long checksum2, long checksum3, const char *members);
+
 /* CIntFromPy.proto */
 static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
 
@@ -3974,14 +3888,14 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 /* CIntFromPy.proto */
 static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
+/* CIntFromPy.proto */
+static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
+
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
@@ -3991,9 +3905,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
 
 /* GetRuntimeVersion.proto */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
@@ -4085,7 +3996,9 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
@@ -4094,7 +4007,6 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, uint32_t __pyx_v_target); /* proto*/
-static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_7channel_10membership_10Membership_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
@@ -4104,24 +4016,6 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code, struct ivshmem_channel *__pyx_v_channel, PyObject *__pyx_v_name); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, int64_t __pyx_v_deadline); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_sleeper(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, int __pyx_v_code); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4142,7 +4036,6 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
 /* Module declarations from "ivshmem.native.syscalls" */
 
 /* Module declarations from "ivshmem.native.descriptors" */
-static int64_t (*__pyx_f_7ivshmem_6native_11descriptors_deadline_of)(PyObject *); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t, struct timespec *); /*proto*/
@@ -4155,7 +4048,6 @@ static int (*__pyx_f_7ivshmem_6native_4bell_ring_bell)(void *, int64_t); /*proto
 /* Module declarations from "ivshmem.native.mapping" */
 
 /* Module declarations from "ivshmem.native.spin" */
-static int64_t (*__pyx_f_7ivshmem_6native_4spin_spin_of)(PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem._core" */
 
@@ -4163,17 +4055,16 @@ static int64_t (*__pyx_f_7ivshmem_6native_4spin_spin_of)(PyObject *); /*proto*/
 
 /* Module declarations from "cython" */
 
-/* Module declarations from "cpython.exc" */
-
 /* Module declarations from "libc.stdlib" */
 
+/* Module declarations from "ivshmem.channel.processes" */
+
 /* Module declarations from "ivshmem.channel.membership" */
-static int64_t __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
-static int64_t __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE;
+static int64_t __pyx_v_7ivshmem_7channel_10membership_PAUSE;
 static unsigned int __pyx_v_7ivshmem_7channel_10membership_generation;
 static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *, unsigned int, unsigned int); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(void *); /*proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *); /*proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.membership"
@@ -4183,9 +4074,12 @@ int __pyx_module_is_main_ivshmem__channel__membership = 0;
 /* Implementation of "ivshmem.channel.membership" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Internal_a_process_s_place_in_an[] = "Internal: a process\047s place in an area of channels, its beat, and how its ends sleep and wake.\n\nKnows: joining, beats, rings, sleeping. Does not know: what passes through a channel.\n\nInvariants:\n1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which\n   touch nothing that an end keeps.\n2. A ring is never waited for, and never relied upon: each sleep ends at the latest after a beat.\n3. The memory stays mapped while the membership is open, also if the region is closed: the thread of\n   the beat may be between two of its loads.\n4. A call that may have run other code (another thread, a signal handler, a finalizer) checks the\n   end, by `enter` or `usable`, before it touches the memory again.\n5. The place is given back after the last store that this process can make: after buffers of loans,\n   and copies without the GIL. A forked child stores nothing.\n6. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their\n   finalizers and their buffers need it. No cycle is made of them alone.\n";
+static const char __pyx_k__2[] = "";
+static const char __pyx_k_Internal_a_process_s_place_in_an[] = "Internal: a process\047s place in an area of channels, its beat, and the rings that it sends.\n\nKnows: joining, beats, rings. Does not know: how an end sleeps; what passes through a channel.\n\nInvariants:\n1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which\n   touch nothing that an end keeps.\n2. A ring is never waited for.\n3. The memory stays mapped while the membership is open, also if the region is closed: the thread of\n   the beat may be between two of its loads.\n4. The place is given back after the last store that this process can make: after buffers of loans,\n   and copies without the GIL. A forked child stores nothing.\n";
 /* #### Code section: decls ### */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cython__(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self, PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_region, uint64_t __pyx_v_offset, PyObject *__pyx_v_endpoint, Py_ssize_t __pyx_v_vector, int __pyx_v_mapping, double __pyx_v_beat, double __pyx_v_lease, PyObject *__pyx_v_name); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
@@ -4199,33 +4093,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_5loops___get__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wakeup(PyObject *o, 
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v___pyx_type, long __pyx_v___pyx_checksum, PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Dependent(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
     PyObject *a, PyObject *k
 #endif
 ); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Dependent(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -4233,16 +4109,14 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup(P
 #endif
 ); /*proto*/
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_Wakeup(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_Dependent(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 #endif
 #if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7channel_10membership_Wakeup __pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup
+#define __pyx_tp_new_7ivshmem_7channel_10membership_Dependent __pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Dependent
 #endif
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Wakeup(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Dependent(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
 #endif
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Membership(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -4303,20 +4177,18 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
-    PyObject *__pyx_type_7ivshmem_7channel_10membership_Wakeup;
-    PyObject *__pyx_type_7ivshmem_7channel_10membership_ChannelEnd;
+    PyObject *__pyx_type_7ivshmem_7channel_10membership_Dependent;
     PyObject *__pyx_type_7ivshmem_7channel_10membership_Membership;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_get;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[19];
-    PyObject *__pyx_string_tab[193];
-    PyObject *__pyx_number_tab[3];
+    PyObject *__pyx_codeobj_tab[10];
+    PyObject *__pyx_string_tab[164];
+    PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4362,200 +4234,172 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u__2 __pyx_string_tab[0]
 #define __pyx_kp_u_at __pyx_string_tab[1]
-#define __pyx_kp_u_cannot_be_copied_or_pickled_ope __pyx_string_tab[2]
-#define __pyx_kp_u_is_closed __pyx_string_tab[3]
-#define __pyx_kp_u_of __pyx_string_tab[4]
-#define __pyx_kp_u_of_ivshmem_channel_h __pyx_string_tab[5]
-#define __pyx_kp_u_places_of_the_area_are_taken_iv __pyx_string_tab[6]
-#define __pyx_kp_u_x __pyx_string_tab[7]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[8]
-#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[9]
-#define __pyx_kp_u_closed_2 __pyx_string_tab[10]
-#define __pyx_kp_u_is_impossible __pyx_string_tab[11]
-#define __pyx_kp_u_which_belongs_to_slot __pyx_string_tab[12]
-#define __pyx_kp_u__5 __pyx_string_tab[13]
-#define __pyx_kp_u__3 __pyx_string_tab[14]
-#define __pyx_kp_u_the_area_has __pyx_string_tab[15]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[16]
-#define __pyx_kp_u__4 __pyx_string_tab[17]
-#define __pyx_kp_u_ __pyx_string_tab[18]
-#define __pyx_kp_u_None __pyx_string_tab[19]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[20]
-#define __pyx_kp_u_a __pyx_string_tab[21]
-#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[22]
-#define __pyx_kp_u_a_word __pyx_string_tab[23]
-#define __pyx_kp_u_add_note __pyx_string_tab[24]
-#define __pyx_kp_u_all __pyx_string_tab[25]
-#define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[26]
-#define __pyx_kp_u_at_work __pyx_string_tab[27]
-#define __pyx_kp_u_channel __pyx_string_tab[28]
-#define __pyx_kp_u_disable __pyx_string_tab[29]
-#define __pyx_kp_u_enable __pyx_string_tab[30]
-#define __pyx_kp_u_error __pyx_string_tab[31]
-#define __pyx_kp_u_gc __pyx_string_tab[32]
-#define __pyx_kp_u_isenabled __pyx_string_tab[33]
-#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[34]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[35]
-#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[36]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[37]
-#define __pyx_kp_u_place __pyx_string_tab[38]
-#define __pyx_kp_u_the __pyx_string_tab[39]
-#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[40]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[41]
-#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[42]
-#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[43]
-#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[44]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[45]
-#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[46]
-#define __pyx_kp_u_this __pyx_string_tab[47]
-#define __pyx_kp_u_this_mapping_of_the_memory_has_n __pyx_string_tab[48]
-#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[49]
-#define __pyx_n_u__2 __pyx_string_tab[50]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[51]
-#define __pyx_n_u_ChannelEnd __pyx_string_tab[52]
-#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[53]
-#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[54]
-#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[55]
-#define __pyx_n_u_ChannelEnd__begin_waiting __pyx_string_tab[56]
-#define __pyx_n_u_ChannelEnd__end_waiting __pyx_string_tab[57]
-#define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[58]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[59]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[60]
-#define __pyx_n_u_ChannelError __pyx_string_tab[61]
-#define __pyx_n_u_ClosedError __pyx_string_tab[62]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[63]
-#define __pyx_n_u_Membership __pyx_string_tab[64]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[65]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[66]
-#define __pyx_n_u_Membership_close __pyx_string_tab[67]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[68]
-#define __pyx_n_u_Membership_places __pyx_string_tab[69]
-#define __pyx_n_u_Membership_run __pyx_string_tab[70]
-#define __pyx_n_u_NoChannels __pyx_string_tab[71]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[72]
-#define __pyx_n_u_RegionError __pyx_string_tab[73]
-#define __pyx_n_u_Wakeup __pyx_string_tab[74]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[76]
-#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[77]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[78]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[79]
-#define __pyx_n_u_WeakSet __pyx_string_tab[80]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[81]
-#define __pyx_n_u_annotate __pyx_string_tab[82]
-#define __pyx_n_u_enter __pyx_string_tab[83]
-#define __pyx_n_u_exit __pyx_string_tab[84]
-#define __pyx_n_u_func __pyx_string_tab[85]
-#define __pyx_n_u_getstate __pyx_string_tab[86]
-#define __pyx_n_u_main __pyx_string_tab[87]
-#define __pyx_n_u_module __pyx_string_tab[88]
-#define __pyx_n_u_name_2 __pyx_string_tab[89]
-#define __pyx_n_u_pyx_state __pyx_string_tab[90]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[91]
-#define __pyx_n_u_qualname __pyx_string_tab[92]
-#define __pyx_n_u_reduce __pyx_string_tab[93]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[94]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[95]
-#define __pyx_n_u_set_name __pyx_string_tab[96]
-#define __pyx_n_u_setstate __pyx_string_tab[97]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[98]
-#define __pyx_n_u_test __pyx_string_tab[99]
-#define __pyx_n_u_after_fork __pyx_string_tab[100]
-#define __pyx_n_u_begin_waiting __pyx_string_tab[101]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[102]
-#define __pyx_n_u_end_waiting __pyx_string_tab[103]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[104]
-#define __pyx_n_u_membership_2 __pyx_string_tab[105]
-#define __pyx_n_u_add __pyx_string_tab[106]
-#define __pyx_n_u_after_in_child __pyx_string_tab[107]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[108]
-#define __pyx_n_u_at_2 __pyx_string_tab[109]
-#define __pyx_n_u_beat __pyx_string_tab[110]
-#define __pyx_n_u_clear_rings __pyx_string_tab[111]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[112]
-#define __pyx_n_u_close __pyx_string_tab[113]
-#define __pyx_n_u_closed __pyx_string_tab[114]
-#define __pyx_n_u_code __pyx_string_tab[115]
-#define __pyx_n_u_contextlib __pyx_string_tab[116]
-#define __pyx_n_u_count __pyx_string_tab[117]
-#define __pyx_n_u_current_id __pyx_string_tab[118]
-#define __pyx_n_u_decode __pyx_string_tab[119]
-#define __pyx_n_u_discard __pyx_string_tab[120]
-#define __pyx_n_u_encode __pyx_string_tab[121]
-#define __pyx_n_u_end __pyx_string_tab[122]
-#define __pyx_n_u_endpoint __pyx_string_tab[123]
-#define __pyx_n_u_error_2 __pyx_string_tab[124]
-#define __pyx_n_u_errors __pyx_string_tab[125]
-#define __pyx_n_u_eventfds __pyx_string_tab[126]
-#define __pyx_n_u_fileno __pyx_string_tab[127]
-#define __pyx_n_u_found __pyx_string_tab[128]
-#define __pyx_n_u_free_place __pyx_string_tab[129]
-#define __pyx_n_u_get __pyx_string_tab[130]
-#define __pyx_n_u_getpid __pyx_string_tab[131]
-#define __pyx_n_u_i __pyx_string_tab[132]
-#define __pyx_n_u_identity __pyx_string_tab[133]
-#define __pyx_n_u_index __pyx_string_tab[134]
-#define __pyx_n_u_items __pyx_string_tab[135]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[136]
-#define __pyx_n_u_lease __pyx_string_tab[137]
-#define __pyx_n_u_left __pyx_string_tab[138]
-#define __pyx_n_u_limit __pyx_string_tab[139]
-#define __pyx_n_u_local __pyx_string_tab[140]
-#define __pyx_n_u_machine __pyx_string_tab[141]
-#define __pyx_n_u_mapping __pyx_string_tab[142]
-#define __pyx_n_u_membership __pyx_string_tab[143]
-#define __pyx_n_u_memory __pyx_string_tab[144]
-#define __pyx_n_u_mute __pyx_string_tab[145]
-#define __pyx_n_u_name __pyx_string_tab[146]
-#define __pyx_n_u_next_beat __pyx_string_tab[147]
-#define __pyx_n_u_number __pyx_string_tab[148]
-#define __pyx_n_u_offset __pyx_string_tab[149]
-#define __pyx_n_u_one __pyx_string_tab[150]
-#define __pyx_n_u_os __pyx_string_tab[151]
-#define __pyx_n_u_peer __pyx_string_tab[152]
-#define __pyx_n_u_place_2 __pyx_string_tab[153]
-#define __pyx_n_u_places __pyx_string_tab[154]
-#define __pyx_n_u_pop __pyx_string_tab[155]
-#define __pyx_n_u_randbits __pyx_string_tab[156]
-#define __pyx_n_u_region __pyx_string_tab[157]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[158]
-#define __pyx_n_u_replace __pyx_string_tab[159]
-#define __pyx_n_u_run __pyx_string_tab[160]
-#define __pyx_n_u_secrets __pyx_string_tab[161]
-#define __pyx_n_u_self __pyx_string_tab[162]
-#define __pyx_n_u_setdefault __pyx_string_tab[163]
-#define __pyx_n_u_signal __pyx_string_tab[164]
-#define __pyx_n_u_silent __pyx_string_tab[165]
-#define __pyx_n_u_sleeper __pyx_string_tab[166]
-#define __pyx_n_u_suppress __pyx_string_tab[167]
-#define __pyx_n_u_text __pyx_string_tab[168]
-#define __pyx_n_u_threading __pyx_string_tab[169]
-#define __pyx_n_u_values __pyx_string_tab[170]
-#define __pyx_n_u_vector __pyx_string_tab[171]
-#define __pyx_n_u_wakeup __pyx_string_tab[172]
-#define __pyx_n_u_weakref __pyx_string_tab[173]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[174]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[175]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_ha_1_K_A_z __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[192]
+#define __pyx_kp_u_of_ivshmem_channel_h __pyx_string_tab[2]
+#define __pyx_kp_u_places_of_the_area_are_taken_iv __pyx_string_tab[3]
+#define __pyx_kp_u_x __pyx_string_tab[4]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
+#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[6]
+#define __pyx_kp_u_is_impossible __pyx_string_tab[7]
+#define __pyx_kp_u_which_belongs_to_slot __pyx_string_tab[8]
+#define __pyx_kp_u__4 __pyx_string_tab[9]
+#define __pyx_kp_u__3 __pyx_string_tab[10]
+#define __pyx_kp_u_the_area_has __pyx_string_tab[11]
+#define __pyx_kp_u_ __pyx_string_tab[12]
+#define __pyx_kp_u_None __pyx_string_tab[13]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[14]
+#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[15]
+#define __pyx_kp_u_a_word __pyx_string_tab[16]
+#define __pyx_kp_u_add_note __pyx_string_tab[17]
+#define __pyx_kp_u_all __pyx_string_tab[18]
+#define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[19]
+#define __pyx_kp_u_at_work __pyx_string_tab[20]
+#define __pyx_kp_u_channel __pyx_string_tab[21]
+#define __pyx_kp_u_disable __pyx_string_tab[22]
+#define __pyx_kp_u_enable __pyx_string_tab[23]
+#define __pyx_kp_u_error __pyx_string_tab[24]
+#define __pyx_kp_u_gc __pyx_string_tab[25]
+#define __pyx_kp_u_isenabled __pyx_string_tab[26]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[27]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[28]
+#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[29]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[30]
+#define __pyx_kp_u_place __pyx_string_tab[31]
+#define __pyx_kp_u_the __pyx_string_tab[32]
+#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[33]
+#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[34]
+#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[35]
+#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[36]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[37]
+#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[38]
+#define __pyx_kp_u_this_mapping_of_the_memory_has_n __pyx_string_tab[39]
+#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[40]
+#define __pyx_n_u__2 __pyx_string_tab[41]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[42]
+#define __pyx_n_u_ChannelError __pyx_string_tab[43]
+#define __pyx_n_u_ClosedError __pyx_string_tab[44]
+#define __pyx_n_u_Dependent __pyx_string_tab[45]
+#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[46]
+#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[47]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[48]
+#define __pyx_n_u_Membership __pyx_string_tab[49]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[50]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[51]
+#define __pyx_n_u_Membership_close __pyx_string_tab[52]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[53]
+#define __pyx_n_u_Membership_places __pyx_string_tab[54]
+#define __pyx_n_u_Membership_run __pyx_string_tab[55]
+#define __pyx_n_u_NoChannels __pyx_string_tab[56]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[57]
+#define __pyx_n_u_RegionError __pyx_string_tab[58]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[59]
+#define __pyx_n_u_WeakSet __pyx_string_tab[60]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[61]
+#define __pyx_n_u_annotate __pyx_string_tab[62]
+#define __pyx_n_u_dict __pyx_string_tab[63]
+#define __pyx_n_u_enter __pyx_string_tab[64]
+#define __pyx_n_u_exit __pyx_string_tab[65]
+#define __pyx_n_u_func __pyx_string_tab[66]
+#define __pyx_n_u_getstate __pyx_string_tab[67]
+#define __pyx_n_u_main __pyx_string_tab[68]
+#define __pyx_n_u_module __pyx_string_tab[69]
+#define __pyx_n_u_name_2 __pyx_string_tab[70]
+#define __pyx_n_u_new __pyx_string_tab[71]
+#define __pyx_n_u_pyx_checksum __pyx_string_tab[72]
+#define __pyx_n_u_pyx_result __pyx_string_tab[73]
+#define __pyx_n_u_pyx_state __pyx_string_tab[74]
+#define __pyx_n_u_pyx_type __pyx_string_tab[75]
+#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[76]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[77]
+#define __pyx_n_u_qualname __pyx_string_tab[78]
+#define __pyx_n_u_reduce __pyx_string_tab[79]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[80]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[81]
+#define __pyx_n_u_set_name __pyx_string_tab[82]
+#define __pyx_n_u_setstate __pyx_string_tab[83]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[84]
+#define __pyx_n_u_test __pyx_string_tab[85]
+#define __pyx_n_u_after_fork __pyx_string_tab[86]
+#define __pyx_n_u_dict_2 __pyx_string_tab[87]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[88]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[89]
+#define __pyx_n_u_after_in_child __pyx_string_tab[90]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[91]
+#define __pyx_n_u_at_2 __pyx_string_tab[92]
+#define __pyx_n_u_beat __pyx_string_tab[93]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[94]
+#define __pyx_n_u_close __pyx_string_tab[95]
+#define __pyx_n_u_closed __pyx_string_tab[96]
+#define __pyx_n_u_code __pyx_string_tab[97]
+#define __pyx_n_u_contextlib __pyx_string_tab[98]
+#define __pyx_n_u_count __pyx_string_tab[99]
+#define __pyx_n_u_current_id __pyx_string_tab[100]
+#define __pyx_n_u_decode __pyx_string_tab[101]
+#define __pyx_n_u_encode __pyx_string_tab[102]
+#define __pyx_n_u_end __pyx_string_tab[103]
+#define __pyx_n_u_endpoint __pyx_string_tab[104]
+#define __pyx_n_u_error_2 __pyx_string_tab[105]
+#define __pyx_n_u_errors __pyx_string_tab[106]
+#define __pyx_n_u_eventfds __pyx_string_tab[107]
+#define __pyx_n_u_found __pyx_string_tab[108]
+#define __pyx_n_u_free_place __pyx_string_tab[109]
+#define __pyx_n_u_get __pyx_string_tab[110]
+#define __pyx_n_u_getpid __pyx_string_tab[111]
+#define __pyx_n_u_i __pyx_string_tab[112]
+#define __pyx_n_u_identity __pyx_string_tab[113]
+#define __pyx_n_u_index __pyx_string_tab[114]
+#define __pyx_n_u_items __pyx_string_tab[115]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[116]
+#define __pyx_n_u_lease __pyx_string_tab[117]
+#define __pyx_n_u_left __pyx_string_tab[118]
+#define __pyx_n_u_limit __pyx_string_tab[119]
+#define __pyx_n_u_local __pyx_string_tab[120]
+#define __pyx_n_u_machine __pyx_string_tab[121]
+#define __pyx_n_u_mapping __pyx_string_tab[122]
+#define __pyx_n_u_memory __pyx_string_tab[123]
+#define __pyx_n_u_mute __pyx_string_tab[124]
+#define __pyx_n_u_name __pyx_string_tab[125]
+#define __pyx_n_u_next_beat __pyx_string_tab[126]
+#define __pyx_n_u_number __pyx_string_tab[127]
+#define __pyx_n_u_offset __pyx_string_tab[128]
+#define __pyx_n_u_one __pyx_string_tab[129]
+#define __pyx_n_u_os __pyx_string_tab[130]
+#define __pyx_n_u_peer __pyx_string_tab[131]
+#define __pyx_n_u_place_2 __pyx_string_tab[132]
+#define __pyx_n_u_places __pyx_string_tab[133]
+#define __pyx_n_u_pop __pyx_string_tab[134]
+#define __pyx_n_u_randbits __pyx_string_tab[135]
+#define __pyx_n_u_region __pyx_string_tab[136]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[137]
+#define __pyx_n_u_replace __pyx_string_tab[138]
+#define __pyx_n_u_run __pyx_string_tab[139]
+#define __pyx_n_u_secrets __pyx_string_tab[140]
+#define __pyx_n_u_self __pyx_string_tab[141]
+#define __pyx_n_u_setdefault __pyx_string_tab[142]
+#define __pyx_n_u_signal __pyx_string_tab[143]
+#define __pyx_n_u_silent __pyx_string_tab[144]
+#define __pyx_n_u_state __pyx_string_tab[145]
+#define __pyx_n_u_suppress __pyx_string_tab[146]
+#define __pyx_n_u_text __pyx_string_tab[147]
+#define __pyx_n_u_threading __pyx_string_tab[148]
+#define __pyx_n_u_update __pyx_string_tab[149]
+#define __pyx_n_u_use_setstate __pyx_string_tab[150]
+#define __pyx_n_u_values __pyx_string_tab[151]
+#define __pyx_n_u_vector __pyx_string_tab[152]
+#define __pyx_n_u_weakref __pyx_string_tab[153]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t1D_vQ_a_A_HA_6 __pyx_string_tab[163]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
+#define __pyx_int_238750788 __pyx_number_tab[3]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4584,10 +4428,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_10membership_Membership);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_get.method);
@@ -4595,9 +4437,9 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<19; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<193; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<164; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4634,10 +4476,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_10membership_Membership);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_get.method);
@@ -4645,9 +4485,9 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<19; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<193; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<164; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5394,7 +5234,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/membership.pyx":144
+/* "ivshmem/channel/membership.pyx":54
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5424,7 +5264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_after_fork", 0);
 
-  /* "ivshmem/channel/membership.pyx":146
+  /* "ivshmem/channel/membership.pyx":56
  * def _after_fork():
  *     global generation
  *     generation += 1             # <<<<<<<<<<<<<<
@@ -5433,7 +5273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = (__pyx_v_7ivshmem_7channel_10membership_generation + 1);
 
-  /* "ivshmem/channel/membership.pyx":144
+  /* "ivshmem/channel/membership.pyx":54
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5448,7 +5288,505 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":152
+/* "ivshmem/channel/membership.pyx":65
+ *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
+ * 
+ *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Do what an end does once a beat."""
+ *         return 0
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/membership.pyx":67
+ *     cdef int beat(self) except -1:
+ *         """Do what an end does once a beat."""
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":65
+ *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
+ * 
+ *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Do what an end does once a beat."""
+ *         return 0
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     cdef tuple state
+ *     cdef object _dict
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_9Dependent___reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_9Dependent___reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent___reduce_cython__(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
+  PyObject *__pyx_v_state = 0;
+  PyObject *__pyx_v__dict = 0;
+  int __pyx_v_use_setstate;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":5
+ *     cdef object _dict
+ *     cdef bint use_setstate
+ *     with CRITICAL_SECTION(self):             # <<<<<<<<<<<<<<
+ *         state = ()
+ *         _dict = getattr(self, '__dict__', None)
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "(tree fragment)":6
+ *     cdef bint use_setstate
+ *     with CRITICAL_SECTION(self):
+ *         state = ()             # <<<<<<<<<<<<<<
+ *         _dict = getattr(self, '__dict__', None)
+ *     if _dict is not None and _dict:
+*/
+        __Pyx_INCREF(__pyx_mstate_global->__pyx_empty_tuple);
+        __pyx_v_state = __pyx_mstate_global->__pyx_empty_tuple;
+
+        /* "(tree fragment)":7
+ *     with CRITICAL_SECTION(self):
+ *         state = ()
+ *         _dict = getattr(self, '__dict__', None)             # <<<<<<<<<<<<<<
+ *     if _dict is not None and _dict:
+ *         state += (_dict,)
+*/
+        __pyx_t_2 = __Pyx_GetAttr3(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_dict, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 7, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        __pyx_v__dict = __pyx_t_2;
+        __pyx_t_2 = 0;
+      }
+
+      /* "(tree fragment)":5
+ *     cdef object _dict
+ *     cdef bint use_setstate
+ *     with CRITICAL_SECTION(self):             # <<<<<<<<<<<<<<
+ *         state = ()
+ *         _dict = getattr(self, '__dict__', None)
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "(tree fragment)":8
+ *         state = ()
+ *         _dict = getattr(self, '__dict__', None)
+ *     if _dict is not None and _dict:             # <<<<<<<<<<<<<<
+ *         state += (_dict,)
+ *         use_setstate = True
+*/
+  __pyx_t_4 = (__pyx_v__dict != Py_None);
+  if (__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L7_bool_binop_done;
+  }
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v__dict); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(1, 8, __pyx_L1_error)
+
+  __pyx_t_3 = __pyx_t_4;
+
+  __pyx_L7_bool_binop_done:;
+  if (__pyx_t_3) {
+
+
+    /* "(tree fragment)":9
+ *         _dict = getattr(self, '__dict__', None)
+ *     if _dict is not None and _dict:
+ *         state += (_dict,)             # <<<<<<<<<<<<<<
+ *         use_setstate = True
+ *     else:
+*/
+    __pyx_t_1 = PyTuple_New(1); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_INCREF(__pyx_v__dict);
+    __Pyx_GIVEREF(__pyx_v__dict);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v__dict) != (0)) __PYX_ERR(1, 9, __pyx_L1_error);
+    __pyx_t_2 = PyNumber_InPlaceAdd(__pyx_v_state, __pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 9, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_DECREF_SET(__pyx_v_state, ((PyObject*)__pyx_t_2));
+    __pyx_t_2 = 0;
+
+    /* "(tree fragment)":10
+ *     if _dict is not None and _dict:
+ *         state += (_dict,)
+ *         use_setstate = True             # <<<<<<<<<<<<<<
+ *     else:
+ *         use_setstate = False
+*/
+    __pyx_v_use_setstate = 1;
+
+    /* "(tree fragment)":8
+ *         state = ()
+ *         _dict = getattr(self, '__dict__', None)
+ *     if _dict is not None and _dict:             # <<<<<<<<<<<<<<
+ *         state += (_dict,)
+ *         use_setstate = True
+*/
+    goto __pyx_L6;
+  }
+
+  /* "(tree fragment)":12
+ *         use_setstate = True
+ *     else:
+ *         use_setstate = False             # <<<<<<<<<<<<<<
+ *     if use_setstate:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, None), state
+*/
+  /*else*/ {
+    __pyx_v_use_setstate = 0;
+  }
+  __pyx_L6:;
+
+  /* "(tree fragment)":13
+ *     else:
+ *         use_setstate = False
+ *     if use_setstate:             # <<<<<<<<<<<<<<
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, None), state
+ *     else:
+*/
+  if (__pyx_v_use_setstate) {
+
+    /* "(tree fragment)":14
+ *         use_setstate = False
+ *     if use_setstate:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, None), state             # <<<<<<<<<<<<<<
+ *     else:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
+*/
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 14, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 14, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
+    __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_238750788);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_238750788);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __Pyx_INCREF(Py_None);
+    __Pyx_GIVEREF(Py_None);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, Py_None) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __pyx_t_5 = PyTuple_New(3); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 14, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_GIVEREF(__pyx_t_2);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_2) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __Pyx_GIVEREF(__pyx_t_1);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_v_state);
+    __Pyx_GIVEREF(__pyx_v_state);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
+    __pyx_t_2 = 0;
+    __pyx_t_1 = 0;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_5;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_5 = 0;
+    goto __pyx_L0;
+
+    /* "(tree fragment)":13
+ *     else:
+ *         use_setstate = False
+ *     if use_setstate:             # <<<<<<<<<<<<<<
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, None), state
+ *     else:
+*/
+  }
+
+  /* "(tree fragment)":16
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, None), state
+ *     else:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
+*/
+  /*else*/ {
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent); if (unlikely(!__pyx_t_5)) __PYX_ERR(1, 16, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 16, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
+    __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_238750788);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_238750788);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_238750788) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_v_state);
+    __Pyx_GIVEREF(__pyx_v_state);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    __pyx_t_2 = PyTuple_New(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 16, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_GIVEREF(__pyx_t_5);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_t_5) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    __Pyx_GIVEREF(__pyx_t_1);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
+    __pyx_t_5 = 0;
+    __pyx_t_1 = 0;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+  }
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     cdef tuple state
+ *     cdef object _dict
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Dependent.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_state);
+  __Pyx_XDECREF(__pyx_v__dict);
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":17
+ *     else:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 17, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 17, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 17, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 17, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.membership.Dependent.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self, PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":18
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
+ * def __setstate_cython__(self, __pyx_state):
+ *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)             # <<<<<<<<<<<<<<
+*/
+  __pyx_t_1 = __pyx_v___pyx_state;
+  __Pyx_INCREF(__pyx_t_1);
+  if (!(likely(PyTuple_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("tuple", __pyx_t_1))) __PYX_ERR(1, 18, __pyx_L1_error)
+  if (unlikely(__pyx_t_1 == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
+    __PYX_ERR(1, 18, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 18, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":17
+ *     else:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Dependent.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":70
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5460,7 +5798,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   struct __pyx_t_7ivshmem_7channel_10membership_Rings *__pyx_v_rings;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":153
+  /* "ivshmem/channel/membership.pyx":71
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context             # <<<<<<<<<<<<<<
@@ -5469,7 +5807,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   __pyx_v_rings = ((struct __pyx_t_7ivshmem_7channel_10membership_Rings *)__pyx_v_context);
 
-  /* "ivshmem/channel/membership.pyx":154
+  /* "ivshmem/channel/membership.pyx":72
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5481,7 +5819,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":155
+    /* "ivshmem/channel/membership.pyx":73
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = peer << 16 | vector             # <<<<<<<<<<<<<<
@@ -5490,7 +5828,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     (__pyx_v_rings->targets[__pyx_v_rings->count]) = ((__pyx_v_peer << 16) | __pyx_v_vector);
 
-    /* "ivshmem/channel/membership.pyx":156
+    /* "ivshmem/channel/membership.pyx":74
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = peer << 16 | vector
  *         rings.count += 1             # <<<<<<<<<<<<<<
@@ -5499,7 +5837,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     __pyx_v_rings->count = (__pyx_v_rings->count + 1);
 
-    /* "ivshmem/channel/membership.pyx":154
+    /* "ivshmem/channel/membership.pyx":72
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5508,7 +5846,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":152
+  /* "ivshmem/channel/membership.pyx":70
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5520,7 +5858,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
 }
 
-/* "ivshmem/channel/membership.pyx":159
+/* "ivshmem/channel/membership.pyx":77
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5531,7 +5869,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED void *__pyx_v_context) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":160
+  /* "ivshmem/channel/membership.pyx":78
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:
  *     return now()             # <<<<<<<<<<<<<<
@@ -5544,7 +5882,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":159
+  /* "ivshmem/channel/membership.pyx":77
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5557,7 +5895,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":182
+/* "ivshmem/channel/membership.pyx":100
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5610,81 +5948,81 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_endpoint,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_beat,&__pyx_mstate_global->__pyx_n_u_lease,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 100, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 100, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 100, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 182, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 100, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 100, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 100, __pyx_L3_error)
     }
     __pyx_v_region = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
     __pyx_v_endpoint = values[2];
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L3_error)
-    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
-    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L3_error)
-    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 190, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 105, __pyx_L3_error)
+    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L3_error)
+    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 107, __pyx_L3_error)
+    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 108, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[7]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 100, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5695,8 +6033,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 184, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 191, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 109, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_region, __pyx_v_offset, __pyx_v_endpoint, __pyx_v_vector, __pyx_v_mapping, __pyx_v_beat, __pyx_v_lease, __pyx_v_name);
 
   /* function exit code */
@@ -5735,17 +6073,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   size_t __pyx_t_5;
   int __pyx_t_6;
   Py_ssize_t __pyx_t_7;
-  struct ivshmem_pulse *__pyx_t_8;
-  int __pyx_t_9;
-  uint64_t __pyx_t_10;
-  int __pyx_t_11;
+  int __pyx_t_8;
+  struct ivshmem_pulse *__pyx_t_9;
+  int __pyx_t_10;
+  uint64_t __pyx_t_11;
   char const *__pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":196
+  /* "ivshmem/channel/membership.pyx":114
  *         cdef char text[64]
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -5754,7 +6092,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/channel/membership.pyx":197
+  /* "ivshmem/channel/membership.pyx":115
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation             # <<<<<<<<<<<<<<
@@ -5763,7 +6101,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->generation = __pyx_v_7ivshmem_7channel_10membership_generation;
 
-  /* "ivshmem/channel/membership.pyx":198
+  /* "ivshmem/channel/membership.pyx":116
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation
  *         self.mapping = region             # <<<<<<<<<<<<<<
@@ -5775,7 +6113,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_region);
 
-  /* "ivshmem/channel/membership.pyx":199
+  /* "ivshmem/channel/membership.pyx":117
  *         self.generation = generation
  *         self.mapping = region
  *         self.endpoint = endpoint             # <<<<<<<<<<<<<<
@@ -5787,7 +6125,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->endpoint);
   __Pyx_DECREF_SET(__pyx_v_self->endpoint, __pyx_v_endpoint);
 
-  /* "ivshmem/channel/membership.pyx":200
+  /* "ivshmem/channel/membership.pyx":118
  *         self.mapping = region
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint             # <<<<<<<<<<<<<<
@@ -5796,13 +6134,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_t_1 = __pyx_v_endpoint;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 200, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 118, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
   __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":201
+  /* "ivshmem/channel/membership.pyx":119
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint
  *         self.vector = vector             # <<<<<<<<<<<<<<
@@ -5811,21 +6149,21 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->vector = __pyx_v_vector;
 
-  /* "ivshmem/channel/membership.pyx":202
+  /* "ivshmem/channel/membership.pyx":120
  *         self.doorbells = endpoint
  *         self.vector = vector
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":203
+  /* "ivshmem/channel/membership.pyx":121
  *         self.vector = vector
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()             # <<<<<<<<<<<<<<
@@ -5833,9 +6171,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.loops = weakref.WeakKeyDictionary()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5855,7 +6193,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5863,17 +6201,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->ends, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":204
+  /* "ivshmem/channel/membership.pyx":122
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()             # <<<<<<<<<<<<<<
  *         self.loops = weakref.WeakKeyDictionary()
- *         if not ivshmem_enter(&region.accesses):
+ *         region.borrow()
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -5893,7 +6231,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 204, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5901,17 +6239,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->threads, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":205
+  /* "ivshmem/channel/membership.pyx":123
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()             # <<<<<<<<<<<<<<
- *         if not ivshmem_enter(&region.accesses):
- *             raise ClosedError("the region is closed")
+ *         region.borrow()
+ *         self.pinned = True
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_5 = 1;
@@ -5931,7 +6269,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5939,72 +6277,27 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->loops, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":206
+  /* "ivshmem/channel/membership.pyx":124
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
- *         if not ivshmem_enter(&region.accesses):             # <<<<<<<<<<<<<<
- *             raise ClosedError("the region is closed")
- *         self.pinned = True
-*/
-  __pyx_t_6 = (!ivshmem_enter((&__pyx_v_region->accesses)));
-
-  if (unlikely(__pyx_t_6)) {
-
-
-    /* "ivshmem/channel/membership.pyx":207
- *         self.loops = weakref.WeakKeyDictionary()
- *         if not ivshmem_enter(&region.accesses):
- *             raise ClosedError("the region is closed")             # <<<<<<<<<<<<<<
+ *         region.borrow()             # <<<<<<<<<<<<<<
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
 */
-    __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_2);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_2);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_region_is_closed};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":206
- *         self.threads = threading.local()
+
+  /* "ivshmem/channel/membership.pyx":125
  *         self.loops = weakref.WeakKeyDictionary()
- *         if not ivshmem_enter(&region.accesses):             # <<<<<<<<<<<<<<
- *             raise ClosedError("the region is closed")
- *         self.pinned = True
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":208
- *         if not ivshmem_enter(&region.accesses):
- *             raise ClosedError("the region is closed")
+ *         region.borrow()
  *         self.pinned = True             # <<<<<<<<<<<<<<
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
 */
   __pyx_v_self->pinned = 1;
 
-  /* "ivshmem/channel/membership.pyx":209
- *             raise ClosedError("the region is closed")
+  /* "ivshmem/channel/membership.pyx":126
+ *         region.borrow()
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start             # <<<<<<<<<<<<<<
  *         memory.size = region.length
@@ -6012,7 +6305,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.start = ((unsigned char *)__pyx_v_region->start);
 
-  /* "ivshmem/channel/membership.pyx":210
+  /* "ivshmem/channel/membership.pyx":127
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length             # <<<<<<<<<<<<<<
@@ -6023,7 +6316,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.size = __pyx_t_7;
 
-  /* "ivshmem/channel/membership.pyx":211
+  /* "ivshmem/channel/membership.pyx":128
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping             # <<<<<<<<<<<<<<
@@ -6032,18 +6325,18 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.mapping = ((enum ivshmem_mapping)__pyx_v_mapping);
 
-  /* "ivshmem/channel/membership.pyx":212
+  /* "ivshmem/channel/membership.pyx":129
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed             # <<<<<<<<<<<<<<
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
 */
-  __pyx_t_6 = __pyx_v_region->fixed;
+  __pyx_t_8 = __pyx_v_region->fixed;
 
-  __pyx_v_memory.readonly = __pyx_t_6;
+  __pyx_v_memory.readonly = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":213
+  /* "ivshmem/channel/membership.pyx":130
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)             # <<<<<<<<<<<<<<
@@ -6052,32 +6345,32 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_code = ivshmem_area_open((&__pyx_v_self->member.area), (&__pyx_v_memory), __pyx_v_offset);
 
-  /* "ivshmem/channel/membership.pyx":214
+  /* "ivshmem/channel/membership.pyx":131
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
 */
-  __pyx_t_6 = (__pyx_v_code != 0);
+  __pyx_t_8 = (__pyx_v_code != 0);
 
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":215
+    /* "ivshmem/channel/membership.pyx":132
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
  *             raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 215, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 215, __pyx_L1_error)
+    __PYX_ERR(0, 132, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":214
+    /* "ivshmem/channel/membership.pyx":131
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6086,7 +6379,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":216
+  /* "ivshmem/channel/membership.pyx":133
  *         if code:
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)             # <<<<<<<<<<<<<<
@@ -6095,7 +6388,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->beat = ((int64_t)(__pyx_v_beat * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":217
+  /* "ivshmem/channel/membership.pyx":134
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)             # <<<<<<<<<<<<<<
@@ -6104,7 +6397,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.lease = ((int64_t)(__pyx_v_lease * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":218
+  /* "ivshmem/channel/membership.pyx":135
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings             # <<<<<<<<<<<<<<
@@ -6113,7 +6406,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.context = (&__pyx_v_self->rings);
 
-  /* "ivshmem/channel/membership.pyx":219
+  /* "ivshmem/channel/membership.pyx":136
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring             # <<<<<<<<<<<<<<
@@ -6122,7 +6415,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ring = __pyx_f_7ivshmem_7channel_10membership_note_ring;
 
-  /* "ivshmem/channel/membership.pyx":220
+  /* "ivshmem/channel/membership.pyx":137
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time             # <<<<<<<<<<<<<<
@@ -6131,7 +6424,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.now = __pyx_f_7ivshmem_7channel_10membership_tell_time;
 
-  /* "ivshmem/channel/membership.pyx":221
+  /* "ivshmem/channel/membership.pyx":138
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended             # <<<<<<<<<<<<<<
@@ -6140,53 +6433,53 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ended = ivshmem_process_ended;
 
-  /* "ivshmem/channel/membership.pyx":222
+  /* "ivshmem/channel/membership.pyx":139
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
 */
-  __pyx_t_3 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
-  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 222, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 139, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":223
+  /* "ivshmem/channel/membership.pyx":140
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
 */
-  __pyx_t_3 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
-  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_2 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 223, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 140, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->ending);
   __Pyx_DECREF_SET(__pyx_v_self->ending, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":224
+  /* "ivshmem/channel/membership.pyx":141
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))             # <<<<<<<<<<<<<<
@@ -6195,28 +6488,28 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pulses = ((struct ivshmem_pulse *)calloc(__pyx_v_self->member.area.places, (sizeof(struct ivshmem_pulse))));
 
-  /* "ivshmem/channel/membership.pyx":225
+  /* "ivshmem/channel/membership.pyx":142
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
  *             raise MemoryError
  *         self.member.pulses = self.pulses
 */
-  __pyx_t_6 = (__pyx_v_self->pulses == NULL);
+  __pyx_t_8 = (__pyx_v_self->pulses == NULL);
 
-  if (unlikely(__pyx_t_6)) {
+  if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":226
+    /* "ivshmem/channel/membership.pyx":143
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 226, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 143, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":225
+    /* "ivshmem/channel/membership.pyx":142
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6225,18 +6518,18 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":227
+  /* "ivshmem/channel/membership.pyx":144
  *         if self.pulses == NULL:
  *             raise MemoryError
  *         self.member.pulses = self.pulses             # <<<<<<<<<<<<<<
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
 */
-  __pyx_t_8 = __pyx_v_self->pulses;
+  __pyx_t_9 = __pyx_v_self->pulses;
 
-  __pyx_v_self->member.pulses = __pyx_t_8;
+  __pyx_v_self->member.pulses = __pyx_t_9;
 
-  /* "ivshmem/channel/membership.pyx":228
+  /* "ivshmem/channel/membership.pyx":145
  *             raise MemoryError
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()             # <<<<<<<<<<<<<<
@@ -6245,78 +6538,78 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.looked = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":229
+  /* "ivshmem/channel/membership.pyx":146
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads             # <<<<<<<<<<<<<<
  *         if not region.fixed:
  *             self.member.process = os.getpid()
 */
-  __pyx_t_9 = (__pyx_v_vector < 0);
+  __pyx_t_10 = (__pyx_v_vector < 0);
 
-  if (!__pyx_t_9) {
+  if (!__pyx_t_10) {
 
   } else {
 
-    __pyx_t_6 = __pyx_t_9;
+    __pyx_t_8 = __pyx_t_10;
 
-    goto __pyx_L6_bool_binop_done;
+    goto __pyx_L5_bool_binop_done;
   }
 
-  __pyx_t_6 = __pyx_v_region->fixed;
-  __pyx_L6_bool_binop_done:;
-  __pyx_v_self->polls = __pyx_t_6;
+  __pyx_t_8 = __pyx_v_region->fixed;
+  __pyx_L5_bool_binop_done:;
+  __pyx_v_self->polls = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":230
+  /* "ivshmem/channel/membership.pyx":147
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:             # <<<<<<<<<<<<<<
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()
 */
-  __pyx_t_6 = (!__pyx_v_region->fixed);
+  __pyx_t_8 = (!__pyx_v_region->fixed);
 
-  if (__pyx_t_6) {
+  if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/membership.pyx":231
+    /* "ivshmem/channel/membership.pyx":148
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:
  *             self.member.process = os.getpid()             # <<<<<<<<<<<<<<
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_2 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
+      __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_2);
       PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx_t_2);
       __Pyx_INCREF(__pyx__function);
       __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.process = __pyx_t_10;
+    __pyx_v_self->member.process = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":232
+    /* "ivshmem/channel/membership.pyx":149
  *         if not region.fixed:
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
@@ -6324,36 +6617,36 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.name_peer()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 232, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_2))) {
-      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_2);
+    if (unlikely(PyMethod_Check(__pyx_t_3))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
       assert(__pyx_t_4);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
       __Pyx_INCREF(__pyx_t_4);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.machine = __pyx_t_10;
+    __pyx_v_self->member.machine = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":233
+    /* "ivshmem/channel/membership.pyx":150
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)             # <<<<<<<<<<<<<<
@@ -6362,17 +6655,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->member.started = ivshmem_process_start(__pyx_v_self->member.process);
 
-    /* "ivshmem/channel/membership.pyx":234
+    /* "ivshmem/channel/membership.pyx":151
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
 */
-    __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":235
+    /* "ivshmem/channel/membership.pyx":152
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -6381,59 +6674,59 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":236
+    /* "ivshmem/channel/membership.pyx":153
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
 */
-    __pyx_t_2 = __pyx_v_name;
-    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = __pyx_v_name;
+    __Pyx_INCREF(__pyx_t_3);
     #if CYTHON_VECTORCALL
     #endif
     __pyx_t_5 = 0;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_replace};
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
       __pyx_t_1 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_4);
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 236, __pyx_L1_error)
-    __pyx_t_4 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_t_4 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_encoded = ((PyObject*)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/membership.pyx":237
+    /* "ivshmem/channel/membership.pyx":154
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
 */
-    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 237, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 154, __pyx_L1_error)
     (void)(strncpy(__pyx_v_text, __pyx_t_12, (8 * IVSHMEM_NAME_WORDS)));
 
 
-    /* "ivshmem/channel/membership.pyx":238
+    /* "ivshmem/channel/membership.pyx":155
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
@@ -6441,62 +6734,62 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *                 raise self.fail(code, NULL, "")
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_2))) {
+      __pyx_t_1 = PyMethod_GET_SELF(__pyx_t_2);
       assert(__pyx_t_1);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
       __pyx_t_5 = 0;
     }
     #endif
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_mstate_global->__pyx_int_64};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 238, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 238, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_10, __pyx_v_text);
+    __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_11, __pyx_v_text);
 
 
-    /* "ivshmem/channel/membership.pyx":239
+    /* "ivshmem/channel/membership.pyx":156
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
 */
-    __pyx_t_6 = (__pyx_v_code != 0);
+    __pyx_t_8 = (__pyx_v_code != 0);
 
-    if (unlikely(__pyx_t_6)) {
+    if (unlikely(__pyx_t_8)) {
 
 
-      /* "ivshmem/channel/membership.pyx":240
+      /* "ivshmem/channel/membership.pyx":157
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
  *                 raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *             self.joined = True
  *         self.state = 0
 */
-      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 240, __pyx_L1_error)
+      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 240, __pyx_L1_error)
+      __PYX_ERR(0, 157, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":239
+      /* "ivshmem/channel/membership.pyx":156
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
@@ -6505,7 +6798,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":241
+    /* "ivshmem/channel/membership.pyx":158
  *             if code:
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True             # <<<<<<<<<<<<<<
@@ -6514,7 +6807,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->joined = 1;
 
-    /* "ivshmem/channel/membership.pyx":230
+    /* "ivshmem/channel/membership.pyx":147
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:             # <<<<<<<<<<<<<<
@@ -6523,7 +6816,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":242
+  /* "ivshmem/channel/membership.pyx":159
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -6532,7 +6825,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/channel/membership.pyx":182
+  /* "ivshmem/channel/membership.pyx":100
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6560,7 +6853,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":244
+/* "ivshmem/channel/membership.pyx":161
  *         self.state = 0
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -6583,7 +6876,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("name_peer", 0);
 
-  /* "ivshmem/channel/membership.pyx":245
+  /* "ivshmem/channel/membership.pyx":162
  * 
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()             # <<<<<<<<<<<<<<
@@ -6602,17 +6895,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_current_id, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_6;
   }
 
   __pyx_v_peer = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":246
+  /* "ivshmem/channel/membership.pyx":163
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6624,7 +6917,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":247
+    /* "ivshmem/channel/membership.pyx":164
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:
  *             peer |= IVSHMEM_PEER_MUTE             # <<<<<<<<<<<<<<
@@ -6633,7 +6926,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
     __pyx_v_peer = (__pyx_v_peer | IVSHMEM_PEER_MUTE);
 
-    /* "ivshmem/channel/membership.pyx":246
+    /* "ivshmem/channel/membership.pyx":163
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6643,7 +6936,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":249
+  /* "ivshmem/channel/membership.pyx":166
  *             peer |= IVSHMEM_PEER_MUTE
  *         else:
  *             peer |= <uint64_t>self.vector << 16             # <<<<<<<<<<<<<<
@@ -6655,7 +6948,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":250
+  /* "ivshmem/channel/membership.pyx":167
  *         else:
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer             # <<<<<<<<<<<<<<
@@ -6664,7 +6957,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
   __pyx_v_self->member.peer = __pyx_v_peer;
 
-  /* "ivshmem/channel/membership.pyx":251
+  /* "ivshmem/channel/membership.pyx":168
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer
  *         return 0             # <<<<<<<<<<<<<<
@@ -6677,7 +6970,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":244
+  /* "ivshmem/channel/membership.pyx":161
  *         self.state = 0
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -6698,7 +6991,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":253
+/* "ivshmem/channel/membership.pyx":170
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6731,7 +7024,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":255
+  /* "ivshmem/channel/membership.pyx":172
  *     @property
  *     def readonly(self):
  *         return bool(self.mapping.fixed)             # <<<<<<<<<<<<<<
@@ -6740,7 +7033,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 */
   __pyx_t_1 = __pyx_v_self->mapping->fixed;
 
-  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -6754,7 +7047,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":253
+  /* "ivshmem/channel/membership.pyx":170
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6773,7 +7066,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":257
+/* "ivshmem/channel/membership.pyx":174
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6805,14 +7098,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":259
+  /* "ivshmem/channel/membership.pyx":176
  *     @property
  *     def closed(self):
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
- *     cdef bint usable(self) noexcept:
+ *     cdef bint is_own(self) noexcept:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6825,7 +7118,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":257
+  /* "ivshmem/channel/membership.pyx":174
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6844,8 +7137,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":261
+/* "ivshmem/channel/membership.pyx":178
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
+ * 
+ *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this process made it: it is not a forked child's copy."""
+ *         return self.generation == generation
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/membership.pyx":180
+ *     cdef bint is_own(self) noexcept:
+ *         """Whether this process made it: it is not a forked child's copy."""
+ *         return self.generation == generation             # <<<<<<<<<<<<<<
+ * 
+ *     cdef bint usable(self) noexcept:
+*/
+  {
+
+    __pyx_r = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":178
+ *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
+ * 
+ *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this process made it: it is not a forked child's copy."""
+ *         return self.generation == generation
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":182
+ *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
@@ -6857,14 +7188,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":264
+  /* "ivshmem/channel/membership.pyx":185
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
  *         return (
- *             self.generation == generation             # <<<<<<<<<<<<<<
+ *             self.is_own()             # <<<<<<<<<<<<<<
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
 */
-  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self);
 
   if (__pyx_t_2) {
 
@@ -6875,9 +7206,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":265
+  /* "ivshmem/channel/membership.pyx":186
  *         return (
- *             self.generation == generation
+ *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
  *         )
@@ -6893,8 +7224,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":266
- *             self.generation == generation
+  /* "ivshmem/channel/membership.pyx":187
+ *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
  *         )
@@ -6911,8 +7242,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":261
- *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
+  /* "ivshmem/channel/membership.pyx":182
+ *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
@@ -6925,7 +7256,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":269
+/* "ivshmem/channel/membership.pyx":190
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -6945,7 +7276,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/membership.pyx":270
+  /* "ivshmem/channel/membership.pyx":191
  * 
  *     cdef int check(self) except -1:
  *         if not self.usable():             # <<<<<<<<<<<<<<
@@ -6957,20 +7288,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":271
+    /* "ivshmem/channel/membership.pyx":192
  *     cdef int check(self) except -1:
  *         if not self.usable():
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 271, __pyx_L1_error)
+    __PYX_ERR(0, 192, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":270
+    /* "ivshmem/channel/membership.pyx":191
  * 
  *     cdef int check(self) except -1:
  *         if not self.usable():             # <<<<<<<<<<<<<<
@@ -6979,7 +7310,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":274
+  /* "ivshmem/channel/membership.pyx":195
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7003,7 +7334,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":276
+  /* "ivshmem/channel/membership.pyx":197
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
  *         ) != self.member.number:             # <<<<<<<<<<<<<<
@@ -7017,7 +7348,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":274
+  /* "ivshmem/channel/membership.pyx":195
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7027,30 +7358,30 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":277
+    /* "ivshmem/channel/membership.pyx":198
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
  *         ) != self.member.number:
  *             self.lose_place()             # <<<<<<<<<<<<<<
  *             raise self.unusable()
  *         return 0
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":278
+    /* "ivshmem/channel/membership.pyx":199
  *         ) != self.member.number:
  *             self.lose_place()
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 278, __pyx_L1_error)
+    __PYX_ERR(0, 199, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":274
+    /* "ivshmem/channel/membership.pyx":195
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7059,7 +7390,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":279
+  /* "ivshmem/channel/membership.pyx":200
  *             self.lose_place()
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7072,7 +7403,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":269
+  /* "ivshmem/channel/membership.pyx":190
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7091,11 +7422,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":281
+/* "ivshmem/channel/membership.pyx":202
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
- *         if self.generation != generation:
+ *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
 */
 
@@ -7114,21 +7445,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("unusable", 0);
 
-  /* "ivshmem/channel/membership.pyx":282
+  /* "ivshmem/channel/membership.pyx":203
  * 
  *     cdef object unusable(self):
- *         if self.generation != generation:             # <<<<<<<<<<<<<<
+ *         if not self.is_own():             # <<<<<<<<<<<<<<
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:
 */
-  __pyx_t_1 = (__pyx_v_self->generation != __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":283
+    /* "ivshmem/channel/membership.pyx":204
  *     cdef object unusable(self):
- *         if self.generation != generation:
+ *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
  *         if self.lost:
  *             return ClosedError(
@@ -7139,7 +7470,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_forked_child_may_only_close_wh};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7153,17 +7484,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":282
+    /* "ivshmem/channel/membership.pyx":203
  * 
  *     cdef object unusable(self):
- *         if self.generation != generation:             # <<<<<<<<<<<<<<
+ *         if not self.is_own():             # <<<<<<<<<<<<<<
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":284
- *         if self.generation != generation:
+  /* "ivshmem/channel/membership.pyx":205
+ *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:             # <<<<<<<<<<<<<<
  *             return ClosedError(
@@ -7171,7 +7502,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   if (__pyx_v_self->lost) {
 
-    /* "ivshmem/channel/membership.pyx":285
+    /* "ivshmem/channel/membership.pyx":206
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -7179,7 +7510,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *                 " server on the memory, because it was silent: open the channels again"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 206, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7198,7 +7529,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7212,8 +7543,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":284
- *         if self.generation != generation:
+    /* "ivshmem/channel/membership.pyx":205
+ *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:             # <<<<<<<<<<<<<<
  *             return ClosedError(
@@ -7221,7 +7552,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":289
+  /* "ivshmem/channel/membership.pyx":210
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7238,9 +7569,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 
     goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_7 = (!__pyx_t_6);
 
@@ -7252,7 +7583,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":290
+    /* "ivshmem/channel/membership.pyx":211
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -7260,7 +7591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  * 
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7279,7 +7610,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7293,7 +7624,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":289
+    /* "ivshmem/channel/membership.pyx":210
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7302,7 +7633,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":291
+  /* "ivshmem/channel/membership.pyx":212
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")
  *         return ClosedError("the region is closed")             # <<<<<<<<<<<<<<
@@ -7310,7 +7641,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *     cdef int lose_place(self) except -1:
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7329,7 +7660,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -7343,11 +7674,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":281
+  /* "ivshmem/channel/membership.pyx":202
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
- *         if self.generation != generation:
+ *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
 */
 
@@ -7364,7 +7695,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":293
+/* "ivshmem/channel/membership.pyx":214
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -7379,7 +7710,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":294
+  /* "ivshmem/channel/membership.pyx":215
  * 
  *     cdef int lose_place(self) except -1:
  *         self.lost = True             # <<<<<<<<<<<<<<
@@ -7388,7 +7719,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->lost = 1;
 
-  /* "ivshmem/channel/membership.pyx":295
+  /* "ivshmem/channel/membership.pyx":216
  *     cdef int lose_place(self) except -1:
  *         self.lost = True
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -7397,20 +7728,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":296
+  /* "ivshmem/channel/membership.pyx":217
  *         self.lost = True
  *         self.joined = False
  *         return self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int use_memory(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":293
+  /* "ivshmem/channel/membership.pyx":214
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -7427,7 +7758,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":298
+/* "ivshmem/channel/membership.pyx":219
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -7445,7 +7776,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("use_memory", 0);
 
-  /* "ivshmem/channel/membership.pyx":300
+  /* "ivshmem/channel/membership.pyx":221
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7457,20 +7788,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":301
+    /* "ivshmem/channel/membership.pyx":222
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 301, __pyx_L1_error)
+    __PYX_ERR(0, 222, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":300
+    /* "ivshmem/channel/membership.pyx":221
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7479,7 +7810,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":302
+  /* "ivshmem/channel/membership.pyx":223
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7492,7 +7823,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":298
+  /* "ivshmem/channel/membership.pyx":219
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -7511,7 +7842,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":304
+/* "ivshmem/channel/membership.pyx":225
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -7527,7 +7858,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":305
+  /* "ivshmem/channel/membership.pyx":226
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7539,17 +7870,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":306
+    /* "ivshmem/channel/membership.pyx":227
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":305
+    /* "ivshmem/channel/membership.pyx":226
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7558,7 +7889,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":307
+  /* "ivshmem/channel/membership.pyx":228
  *         if ivshmem_leave(&self.state):
  *             self.release()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7571,7 +7902,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":304
+  /* "ivshmem/channel/membership.pyx":225
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -7588,7 +7919,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":311
+/* "ivshmem/channel/membership.pyx":232
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -7605,7 +7936,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":314
+  /* "ivshmem/channel/membership.pyx":235
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target
  *         while self.rings.count:             # <<<<<<<<<<<<<<
@@ -7618,7 +7949,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":315
+    /* "ivshmem/channel/membership.pyx":236
  *         cdef uint32_t target
  *         while self.rings.count:
  *             self.rings.count -= 1             # <<<<<<<<<<<<<<
@@ -7627,7 +7958,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_self->rings.count = (__pyx_v_self->rings.count - 1);
 
-    /* "ivshmem/channel/membership.pyx":316
+    /* "ivshmem/channel/membership.pyx":237
  *         while self.rings.count:
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]             # <<<<<<<<<<<<<<
@@ -7636,7 +7967,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_target = (__pyx_v_self->rings.targets[__pyx_v_self->rings.count]);
 
-    /* "ivshmem/channel/membership.pyx":317
+    /* "ivshmem/channel/membership.pyx":238
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7647,17 +7978,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":318
+      /* "ivshmem/channel/membership.pyx":239
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:
  *                 self.ring(target)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 318, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":317
+      /* "ivshmem/channel/membership.pyx":238
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7667,7 +7998,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":319
+  /* "ivshmem/channel/membership.pyx":240
  *             if self.doorbells is not None:
  *                 self.ring(target)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7680,7 +8011,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":311
+  /* "ivshmem/channel/membership.pyx":232
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -7698,7 +8029,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":321
+/* "ivshmem/channel/membership.pyx":242
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -7729,7 +8060,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/channel/membership.pyx":322
+  /* "ivshmem/channel/membership.pyx":243
  * 
  *     cdef int ring(self, uint32_t target) except -1:
  *         cdef Doorbell bell = self.bells.get(target)             # <<<<<<<<<<<<<<
@@ -7738,18 +8069,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 322, __pyx_L1_error)
+    __PYX_ERR(0, 243, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_1, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_1, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 243, __pyx_L1_error)
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":324
+  /* "ivshmem/channel/membership.pyx":245
  *         cdef Doorbell bell = self.bells.get(target)
  *         cdef int code
  *         for _ in range(2):             # <<<<<<<<<<<<<<
@@ -7759,7 +8090,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < 2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/membership.pyx":325
+    /* "ivshmem/channel/membership.pyx":246
  *         cdef int code
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -7770,7 +8101,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":326
+      /* "ivshmem/channel/membership.pyx":247
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7786,7 +8117,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XGOTREF(__pyx_t_7);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":327
+          /* "ivshmem/channel/membership.pyx":248
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
@@ -7795,9 +8126,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
           __pyx_t_1 = ((PyObject *)__pyx_v_self->doorbells);
           __Pyx_INCREF(__pyx_t_1);
-          __pyx_t_8 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 327, __pyx_L6_error)
+          __pyx_t_8 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 248, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 327, __pyx_L6_error)
+          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 248, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10 = 0;
           {
@@ -7806,14 +8137,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L6_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L6_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 327, __pyx_L6_error)
+          if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 248, __pyx_L6_error)
           __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/membership.pyx":326
+          /* "ivshmem/channel/membership.pyx":247
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7831,7 +8162,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-        /* "ivshmem/channel/membership.pyx":328
+        /* "ivshmem/channel/membership.pyx":249
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
@@ -7839,7 +8170,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                     return 0
 */
         __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_9, &__pyx_t_8);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L8_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L8_except_error)
         __Pyx_GOTREF(__pyx_t_1);
         __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_1);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7848,7 +8179,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_11) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":329
+          /* "ivshmem/channel/membership.pyx":250
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -7860,7 +8191,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":330
+          /* "ivshmem/channel/membership.pyx":251
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -7874,7 +8205,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           goto __pyx_L9_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":331
+        /* "ivshmem/channel/membership.pyx":252
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
@@ -7882,7 +8213,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 self.bells[target] = bell
 */
         __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_2);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 331, __pyx_L8_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 252, __pyx_L8_except_error)
         __Pyx_GOTREF(__pyx_t_1);
         __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_8, __pyx_t_1);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7891,7 +8222,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_11) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":332
+          /* "ivshmem/channel/membership.pyx":253
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -7906,7 +8237,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         goto __pyx_L8_except_error;
 
-        /* "ivshmem/channel/membership.pyx":326
+        /* "ivshmem/channel/membership.pyx":247
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7928,7 +8259,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __pyx_L13_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":333
+      /* "ivshmem/channel/membership.pyx":254
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -7937,14 +8268,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 333, __pyx_L1_error)
+        __PYX_ERR(0, 254, __pyx_L1_error)
       }
-      __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_2, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 333, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_2, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/membership.pyx":325
+      /* "ivshmem/channel/membership.pyx":246
  *         cdef int code
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -7953,7 +8284,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":334
+    /* "ivshmem/channel/membership.pyx":255
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -7969,7 +8300,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XGOTREF(__pyx_t_5);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":335
+        /* "ivshmem/channel/membership.pyx":256
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -7977,7 +8308,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L18_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L18_error)
           __pyx_t_11 = __pyx_t_12;
         } else {
 
@@ -7985,7 +8316,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         __pyx_v_code = __pyx_t_11;
 
-        /* "ivshmem/channel/membership.pyx":334
+        /* "ivshmem/channel/membership.pyx":255
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8003,7 +8334,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":336
+      /* "ivshmem/channel/membership.pyx":257
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
@@ -8014,7 +8345,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":337
+        /* "ivshmem/channel/membership.pyx":258
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8029,7 +8360,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L20_except_error;
 
-      /* "ivshmem/channel/membership.pyx":334
+      /* "ivshmem/channel/membership.pyx":255
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8051,7 +8382,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L25_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":338
+    /* "ivshmem/channel/membership.pyx":259
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -8063,7 +8394,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":339
+      /* "ivshmem/channel/membership.pyx":260
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8076,7 +8407,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":338
+      /* "ivshmem/channel/membership.pyx":259
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -8085,7 +8416,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":340
+    /* "ivshmem/channel/membership.pyx":261
  *             if code != ESHUTDOWN:
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
@@ -8094,15 +8425,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 340, __pyx_L1_error)
+      __PYX_ERR(0, 261, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_11 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_2, Py_None); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_2, Py_None); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-    /* "ivshmem/channel/membership.pyx":341
+    /* "ivshmem/channel/membership.pyx":262
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
@@ -8113,12 +8444,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":342
+  /* "ivshmem/channel/membership.pyx":263
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef Wakeup wakeup_of_thread(self):
+ *     cdef int kick_all(self) except -1:
 */
   {
 
@@ -8126,7 +8457,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":321
+  /* "ivshmem/channel/membership.pyx":242
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -8151,125 +8482,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":344
+/* "ivshmem/channel/membership.pyx":265
  *         return 0
- * 
- *     cdef Wakeup wakeup_of_thread(self):             # <<<<<<<<<<<<<<
- *         """Return what this thread sleeps on, at any end."""
- *         wakeup = getattr(self.threads, "wakeup", None)
-*/
-
-static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_7channel_10membership_10Membership_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
-  PyObject *__pyx_v_wakeup = NULL;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  size_t __pyx_t_4;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("wakeup_of_thread", 0);
-
-  /* "ivshmem/channel/membership.pyx":346
- *     cdef Wakeup wakeup_of_thread(self):
- *         """Return what this thread sleeps on, at any end."""
- *         wakeup = getattr(self.threads, "wakeup", None)             # <<<<<<<<<<<<<<
- *         if wakeup is None:
- *             wakeup = self.threads.wakeup = Wakeup(self)
-*/
-  __pyx_t_1 = __pyx_v_self->threads;
-  __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_v_wakeup = __pyx_t_2;
-  __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":347
- *         """Return what this thread sleeps on, at any end."""
- *         wakeup = getattr(self.threads, "wakeup", None)
- *         if wakeup is None:             # <<<<<<<<<<<<<<
- *             wakeup = self.threads.wakeup = Wakeup(self)
- *         return wakeup
-*/
-  __pyx_t_3 = (__pyx_v_wakeup == Py_None);
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/membership.pyx":348
- *         wakeup = getattr(self.threads, "wakeup", None)
- *         if wakeup is None:
- *             wakeup = self.threads.wakeup = Wakeup(self)             # <<<<<<<<<<<<<<
- *         return wakeup
- * 
-*/
-    __pyx_t_1 = NULL;
-    __pyx_t_4 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_self)};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
-      __Pyx_GOTREF((PyObject *)__pyx_t_2);
-    }
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_DECREF_SET(__pyx_v_wakeup, __pyx_t_2);
-    if (__Pyx_PyObject_SetAttrStr(__pyx_v_self->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
-    __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
-
-    /* "ivshmem/channel/membership.pyx":347
- *         """Return what this thread sleeps on, at any end."""
- *         wakeup = getattr(self.threads, "wakeup", None)
- *         if wakeup is None:             # <<<<<<<<<<<<<<
- *             wakeup = self.threads.wakeup = Wakeup(self)
- *         return wakeup
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":349
- *         if wakeup is None:
- *             wakeup = self.threads.wakeup = Wakeup(self)
- *         return wakeup             # <<<<<<<<<<<<<<
- * 
- *     cdef int kick_all(self) except -1:
-*/
-  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup))))) __PYX_ERR(0, 349, __pyx_L1_error)
-  {
-    struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF(__pyx_v_wakeup);
-      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup);
-    }
-    __Pyx_XDECREF((PyObject *)__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":344
- *         return 0
- * 
- *     cdef Wakeup wakeup_of_thread(self):             # <<<<<<<<<<<<<<
- *         """Return what this thread sleeps on, at any end."""
- *         wakeup = getattr(self.threads, "wakeup", None)
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.wakeup_of_thread", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_wakeup);
-  __Pyx_XGIVEREF((PyObject *)__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":351
- *         return wakeup
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
  *         """Wake what sleeps in this process: it looks again."""
@@ -8289,7 +8503,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":353
+  /* "ivshmem/channel/membership.pyx":267
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
@@ -8301,7 +8515,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":354
+  /* "ivshmem/channel/membership.pyx":268
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -8312,7 +8526,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":355
+    /* "ivshmem/channel/membership.pyx":269
  *         cdef FdArray kick = self.kick
  *         if kick is not None:
  *             kick.signal(0)             # <<<<<<<<<<<<<<
@@ -8326,12 +8540,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":354
+    /* "ivshmem/channel/membership.pyx":268
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -8340,7 +8554,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":356
+  /* "ivshmem/channel/membership.pyx":270
  *         if kick is not None:
  *             kick.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8353,8 +8567,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":351
- *         return wakeup
+  /* "ivshmem/channel/membership.pyx":265
+ *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
  *         """Wake what sleeps in this process: it looks again."""
@@ -8374,7 +8588,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":358
+/* "ivshmem/channel/membership.pyx":272
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -8396,7 +8610,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hurry", 0);
 
-  /* "ivshmem/channel/membership.pyx":360
+  /* "ivshmem/channel/membership.pyx":274
  *     cdef int hurry(self) except -1:
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -8408,7 +8622,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":361
+  /* "ivshmem/channel/membership.pyx":275
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -8430,7 +8644,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":362
+    /* "ivshmem/channel/membership.pyx":276
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -8444,12 +8658,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":361
+    /* "ivshmem/channel/membership.pyx":275
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -8458,7 +8672,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":363
+  /* "ivshmem/channel/membership.pyx":277
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8471,7 +8685,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":358
+  /* "ivshmem/channel/membership.pyx":272
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -8492,7 +8706,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":367
+/* "ivshmem/channel/membership.pyx":281
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -8573,7 +8787,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":371
+  /* "ivshmem/channel/membership.pyx":285
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
@@ -8582,7 +8796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":375
+  /* "ivshmem/channel/membership.pyx":289
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8594,7 +8808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":290
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8611,7 +8825,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":375
+    /* "ivshmem/channel/membership.pyx":289
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8620,7 +8834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":377
+  /* "ivshmem/channel/membership.pyx":291
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -8632,7 +8846,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":378
+  /* "ivshmem/channel/membership.pyx":292
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -8641,7 +8855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":379
+  /* "ivshmem/channel/membership.pyx":293
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -8650,7 +8864,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":294
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -8658,9 +8872,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 380, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 294, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -8668,7 +8882,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":381
+      /* "ivshmem/channel/membership.pyx":295
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -8677,7 +8891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":382
+      /* "ivshmem/channel/membership.pyx":296
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8690,20 +8904,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":383
+            /* "ivshmem/channel/membership.pyx":297
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
  *                     if self.watchers and self.polls:
- *                         limit = min(limit, now() + LAST_PAUSE)
+ *                         limit = min(limit, now() + PAUSE)
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":384
+            /* "ivshmem/channel/membership.pyx":298
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
- *                         limit = min(limit, now() + LAST_PAUSE)
+ *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
 */
             __pyx_t_1 = (__pyx_v_self->watchers != 0);
@@ -8722,15 +8936,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":385
+              /* "ivshmem/channel/membership.pyx":299
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
- *                         limit = min(limit, now() + LAST_PAUSE)             # <<<<<<<<<<<<<<
+ *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
 */
 
-              __pyx_t_4 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE);
+              __pyx_t_4 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_7ivshmem_7channel_10membership_PAUSE);
 
               __pyx_t_5 = __pyx_v_limit;
               __pyx_t_3 = (__pyx_t_4 < __pyx_t_5);
@@ -8746,18 +8960,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":384
+              /* "ivshmem/channel/membership.pyx":298
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
- *                         limit = min(limit, now() + LAST_PAUSE)
+ *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":386
+            /* "ivshmem/channel/membership.pyx":300
  *                     if self.watchers and self.polls:
- *                         limit = min(limit, now() + LAST_PAUSE)
+ *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
@@ -8767,8 +8981,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":387
- *                         limit = min(limit, now() + LAST_PAUSE)
+              /* "ivshmem/channel/membership.pyx":301
+ *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
@@ -8776,16 +8990,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":386
+              /* "ivshmem/channel/membership.pyx":300
  *                     if self.watchers and self.polls:
- *                         limit = min(limit, now() + LAST_PAUSE)
+ *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":388
+            /* "ivshmem/channel/membership.pyx":302
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8811,7 +9025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":389
+              /* "ivshmem/channel/membership.pyx":303
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
@@ -8820,7 +9034,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":390
+              /* "ivshmem/channel/membership.pyx":304
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -8832,7 +9046,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":391
+                /* "ivshmem/channel/membership.pyx":305
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -8841,7 +9055,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":390
+                /* "ivshmem/channel/membership.pyx":304
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -8850,7 +9064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":392
+              /* "ivshmem/channel/membership.pyx":306
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -8859,7 +9073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":388
+              /* "ivshmem/channel/membership.pyx":302
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -8869,7 +9083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":382
+          /* "ivshmem/channel/membership.pyx":296
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8886,16 +9100,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":393
+      /* "ivshmem/channel/membership.pyx":307
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *         finally:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 393, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 307, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -8903,17 +9117,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":394
+        /* "ivshmem/channel/membership.pyx":308
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L5_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":393
+        /* "ivshmem/channel/membership.pyx":307
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -8924,7 +9138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":310
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8938,17 +9152,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":397
+        /* "ivshmem/channel/membership.pyx":311
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L1_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":396
+        /* "ivshmem/channel/membership.pyx":310
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8979,17 +9193,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":397
+          /* "ivshmem/channel/membership.pyx":311
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L25_error)
+          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L25_error)
 
 
-          /* "ivshmem/channel/membership.pyx":396
+          /* "ivshmem/channel/membership.pyx":310
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9023,7 +9237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":367
+  /* "ivshmem/channel/membership.pyx":281
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9050,7 +9264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":399
+/* "ivshmem/channel/membership.pyx":313
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9073,7 +9287,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   uint32_t __pyx_t_4;
   unsigned int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":315
  *     cdef void look_for_mutes(self) noexcept nogil:
  *         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -9082,7 +9296,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":403
+  /* "ivshmem/channel/membership.pyx":317
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, number, peer, process, machine
  *         cdef bint polls = self.vector < 0 or memory.readonly             # <<<<<<<<<<<<<<
@@ -9107,7 +9321,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L3_bool_binop_done:;
   __pyx_v_polls = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":405
+  /* "ivshmem/channel/membership.pyx":319
  *         cdef bint polls = self.vector < 0 or memory.readonly
  *         cdef unsigned i
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -9121,7 +9335,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":406
+    /* "ivshmem/channel/membership.pyx":320
  *         cdef unsigned i
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9130,7 +9344,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":407
+      /* "ivshmem/channel/membership.pyx":321
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
@@ -9139,7 +9353,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L6_break;
 
-      /* "ivshmem/channel/membership.pyx":406
+      /* "ivshmem/channel/membership.pyx":320
  *         cdef unsigned i
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9148,7 +9362,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":408
+    /* "ivshmem/channel/membership.pyx":322
  *             if polls:
  *                 break
  *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -9174,7 +9388,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":409
+      /* "ivshmem/channel/membership.pyx":323
  *                 break
  *             if not memory.readonly and i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9183,7 +9397,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":408
+      /* "ivshmem/channel/membership.pyx":322
  *             if polls:
  *                 break
  *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -9192,7 +9406,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":410
+    /* "ivshmem/channel/membership.pyx":324
  *             if not memory.readonly and i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -9201,7 +9415,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":411
+    /* "ivshmem/channel/membership.pyx":325
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -9210,7 +9424,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":412
+    /* "ivshmem/channel/membership.pyx":326
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -9219,7 +9433,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":413
+    /* "ivshmem/channel/membership.pyx":327
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9231,7 +9445,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":414
+      /* "ivshmem/channel/membership.pyx":328
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9240,7 +9454,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":413
+      /* "ivshmem/channel/membership.pyx":327
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9249,7 +9463,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":415
+    /* "ivshmem/channel/membership.pyx":329
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
@@ -9261,7 +9475,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":416
+      /* "ivshmem/channel/membership.pyx":330
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue             # <<<<<<<<<<<<<<
@@ -9270,7 +9484,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":415
+      /* "ivshmem/channel/membership.pyx":329
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
@@ -9279,7 +9493,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":417
+    /* "ivshmem/channel/membership.pyx":331
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -9291,7 +9505,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":418
+      /* "ivshmem/channel/membership.pyx":332
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -9300,7 +9514,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":417
+      /* "ivshmem/channel/membership.pyx":331
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -9310,7 +9524,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       goto __pyx_L13;
     }
 
-    /* "ivshmem/channel/membership.pyx":419
+    /* "ivshmem/channel/membership.pyx":333
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -9322,7 +9536,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":421
+      /* "ivshmem/channel/membership.pyx":335
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -9331,7 +9545,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":422
+      /* "ivshmem/channel/membership.pyx":336
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -9340,7 +9554,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":424
+      /* "ivshmem/channel/membership.pyx":338
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -9358,7 +9572,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
         goto __pyx_L14_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":425
+      /* "ivshmem/channel/membership.pyx":339
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -9373,7 +9587,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       __pyx_L14_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":419
+      /* "ivshmem/channel/membership.pyx":333
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -9387,7 +9601,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L6_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":427
+  /* "ivshmem/channel/membership.pyx":341
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -9396,7 +9610,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":313
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9415,7 +9629,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":429
+/* "ivshmem/channel/membership.pyx":343
  *         self.polls = polls
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -9447,7 +9661,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":431
+  /* "ivshmem/channel/membership.pyx":345
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -9459,20 +9673,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":432
+    /* "ivshmem/channel/membership.pyx":346
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":431
+    /* "ivshmem/channel/membership.pyx":345
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -9481,34 +9695,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":433
+  /* "ivshmem/channel/membership.pyx":347
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":348
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":433
+    /* "ivshmem/channel/membership.pyx":347
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -9517,7 +9731,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":435
+  /* "ivshmem/channel/membership.pyx":349
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9533,7 +9747,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":436
+      /* "ivshmem/channel/membership.pyx":350
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9558,17 +9772,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":437
+        /* "ivshmem/channel/membership.pyx":351
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L5_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":436
+        /* "ivshmem/channel/membership.pyx":350
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9577,7 +9791,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":435
+      /* "ivshmem/channel/membership.pyx":349
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9592,7 +9806,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":352
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -9600,7 +9814,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         for end in list(self.ends):
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 438, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 352, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -9612,7 +9826,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":435
+    /* "ivshmem/channel/membership.pyx":349
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9633,14 +9847,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":440
+  /* "ivshmem/channel/membership.pyx":354
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()
 */
-  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -9649,62 +9863,32 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 440, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 354, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 440, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":355
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):
- *             if not (<ChannelEnd>end).usable():             # <<<<<<<<<<<<<<
- *                 continue  # another thread has closed it since the list was made
- *             with contextlib.suppress(IvshmemError, OSError):
-*/
-    __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)));
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/membership.pyx":442
- *         for end in list(self.ends):
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).restore()
-*/
-      goto __pyx_L16_continue;
-
-      /* "ivshmem/channel/membership.pyx":441
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
- *         for end in list(self.ends):
- *             if not (<ChannelEnd>end).usable():             # <<<<<<<<<<<<<<
- *                 continue  # another thread has closed it since the list was made
- *             with contextlib.suppress(IvshmemError, OSError):
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":443
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).restore()
+ *                 (<Dependent>end).beat()
  *         return self.flush()
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 443, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9724,13 +9908,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 443, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 355, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 443, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 443, __pyx_L19_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L18_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9749,7 +9933,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 443, __pyx_L19_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L18_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -9764,52 +9948,52 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":444
- *                 continue  # another thread has closed it since the list was made
+            /* "ivshmem/channel/membership.pyx":356
+ *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).restore()             # <<<<<<<<<<<<<<
+ *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->restore(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L25_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L24_error)
 
 
-            /* "ivshmem/channel/membership.pyx":443
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made
+            /* "ivshmem/channel/membership.pyx":355
+ *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).restore()
+ *                 (<Dependent>end).beat()
  *         return self.flush()
 */
           }
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-          goto __pyx_L32_try_end;
-          __pyx_L25_error:;
+          goto __pyx_L31_try_end;
+          __pyx_L24_error:;
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 443, __pyx_L27_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 355, __pyx_L26_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_3);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L27_except_error)
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L26_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
             __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 443, __pyx_L27_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 355, __pyx_L26_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 443, __pyx_L27_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 355, __pyx_L26_except_error)
             __pyx_t_7 = (!__pyx_t_1);
 
 
@@ -9820,25 +10004,25 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
               __Pyx_XGIVEREF(__pyx_t_3);
               __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
               __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 443, __pyx_L27_except_error)
+              __PYX_ERR(0, 355, __pyx_L26_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            goto __pyx_L26_exception_handled;
+            goto __pyx_L25_exception_handled;
           }
-          __pyx_L27_except_error:;
+          __pyx_L26_except_error:;
           __Pyx_XGIVEREF(__pyx_t_5);
           __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
           goto __pyx_L1_error;
-          __pyx_L26_exception_handled:;
+          __pyx_L25_exception_handled:;
           __Pyx_XGIVEREF(__pyx_t_5);
           __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
-          __pyx_L32_try_end:;
+          __pyx_L31_try_end:;
         }
       }
       /*finally:*/ {
@@ -9846,46 +10030,45 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           if (__pyx_t_6) {
             __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 443, __pyx_L1_error)
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 355, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
-          goto __pyx_L24;
+          goto __pyx_L23;
         }
-        __pyx_L24:;
+        __pyx_L23:;
       }
-      goto __pyx_L36;
-      __pyx_L19_error:;
+      goto __pyx_L35;
+      __pyx_L18_error:;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       goto __pyx_L1_error;
-      __pyx_L36:;
+      __pyx_L35:;
     }
 
-    /* "ivshmem/channel/membership.pyx":440
+    /* "ivshmem/channel/membership.pyx":354
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<Dependent>end).beat()
 */
-    __pyx_L16_continue:;
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":445
+  /* "ivshmem/channel/membership.pyx":357
  *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).restore()
+ *                 (<Dependent>end).beat()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":343
  *         self.polls = polls
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -9909,7 +10092,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":447
+/* "ivshmem/channel/membership.pyx":359
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -9995,7 +10178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":449
+  /* "ivshmem/channel/membership.pyx":361
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -10004,29 +10187,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":366
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":455
+  /* "ivshmem/channel/membership.pyx":367
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":456
+  /* "ivshmem/channel/membership.pyx":368
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -10040,7 +10223,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":457
+    /* "ivshmem/channel/membership.pyx":369
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10049,7 +10232,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":458
+    /* "ivshmem/channel/membership.pyx":370
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -10058,7 +10241,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":459
+    /* "ivshmem/channel/membership.pyx":371
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10084,7 +10267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":460
+      /* "ivshmem/channel/membership.pyx":372
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10093,7 +10276,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":459
+      /* "ivshmem/channel/membership.pyx":371
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10102,7 +10285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":373
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -10111,7 +10294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":462
+    /* "ivshmem/channel/membership.pyx":374
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -10120,7 +10303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":463
+    /* "ivshmem/channel/membership.pyx":375
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -10129,7 +10312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":464
+    /* "ivshmem/channel/membership.pyx":376
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -10138,7 +10321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":465
+    /* "ivshmem/channel/membership.pyx":377
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -10147,46 +10330,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":466
+    /* "ivshmem/channel/membership.pyx":378
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 466, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":380
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":469
+    /* "ivshmem/channel/membership.pyx":381
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 469, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":382
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 470, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -10196,53 +10379,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":383
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 383, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":384
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 384, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 472, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 384, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":473
+    /* "ivshmem/channel/membership.pyx":385
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 473, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 385, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":474
+    /* "ivshmem/channel/membership.pyx":386
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 474, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -10253,13 +10436,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 474, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 386, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 474, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 386, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -10269,34 +10452,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 474, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 386, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 474, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 386, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":380
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 380, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -10305,21 +10488,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":467
+    /* "ivshmem/channel/membership.pyx":379
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 379, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":476
+  /* "ivshmem/channel/membership.pyx":388
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -10337,7 +10520,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":447
+  /* "ivshmem/channel/membership.pyx":359
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -10374,7 +10557,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":478
+/* "ivshmem/channel/membership.pyx":390
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10387,7 +10570,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":479
+  /* "ivshmem/channel/membership.pyx":391
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -10415,7 +10598,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":478
+  /* "ivshmem/channel/membership.pyx":390
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10429,7 +10612,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":481
+/* "ivshmem/channel/membership.pyx":393
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10477,32 +10660,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 481, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 393, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 393, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 481, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 393, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 481, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 393, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 393, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 393, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 481, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 393, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10543,17 +10726,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":396
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":485
+  /* "ivshmem/channel/membership.pyx":397
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10565,7 +10748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":486
+    /* "ivshmem/channel/membership.pyx":398
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -10573,9 +10756,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 486, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 398, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 486, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 398, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -10587,7 +10770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 486, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 398, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -10597,14 +10780,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 486, __pyx_L1_error)
+    __PYX_ERR(0, 398, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":485
+    /* "ivshmem/channel/membership.pyx":397
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10613,7 +10796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":487
+  /* "ivshmem/channel/membership.pyx":399
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10622,7 +10805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":488
+    /* "ivshmem/channel/membership.pyx":400
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -10630,7 +10813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 400, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10649,14 +10832,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 488, __pyx_L1_error)
+    __PYX_ERR(0, 400, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":487
+    /* "ivshmem/channel/membership.pyx":399
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10665,7 +10848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":401
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -10674,7 +10857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":492
+  /* "ivshmem/channel/membership.pyx":404
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         return ivshmem_value(number) != 0 and bool(             # <<<<<<<<<<<<<<
@@ -10686,7 +10869,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
   } else {
-    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 492, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_3 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -10694,14 +10877,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":493
+  /* "ivshmem/channel/membership.pyx":405
  *         )
  *         return ivshmem_value(number) != 0 and bool(
  *             ivshmem_place_free(&self.member.area, index, number)             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 492, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_INCREF(__pyx_t_4);
   __pyx_t_3 = __pyx_t_4;
@@ -10718,7 +10901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":481
+  /* "ivshmem/channel/membership.pyx":393
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10742,7 +10925,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":498
+/* "ivshmem/channel/membership.pyx":410
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10817,24 +11000,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":504
+  /* "ivshmem/channel/membership.pyx":416
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
 */
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":505
+  /* "ivshmem/channel/membership.pyx":417
  *         """
  *         error = None
- *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
+ *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
  *             for end in list(self.ends):
  *                 try:
 */
-  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self);
 
   if (__pyx_t_2) {
 
@@ -10844,9 +11027,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -10859,9 +11042,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -10873,14 +11056,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":506
+    /* "ivshmem/channel/membership.pyx":418
  *         error = None
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
  *                 try:
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
 */
-    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
+    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -10889,22 +11072,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 418, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":507
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+      /* "ivshmem/channel/membership.pyx":419
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
  *                 except BufferError as one:
 */
       {
@@ -10916,10 +11099,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":508
+          /* "ivshmem/channel/membership.pyx":420
  *             for end in list(self.ends):
  *                 try:
- *                     (<ChannelEnd>end).close()             # <<<<<<<<<<<<<<
+ *                     end.close()             # <<<<<<<<<<<<<<
  *                 except BufferError as one:
  *                     error = one
 */
@@ -10930,16 +11113,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":507
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+          /* "ivshmem/channel/membership.pyx":419
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
  *                 except BufferError as one:
 */
         }
@@ -10951,9 +11134,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":509
+        /* "ivshmem/channel/membership.pyx":421
  *                 try:
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
  *                     error = one
  *         self.abandon()
@@ -10961,7 +11144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 509, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 421, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -10969,8 +11152,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":510
- *                     (<ChannelEnd>end).close()
+            /* "ivshmem/channel/membership.pyx":422
+ *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
  *         self.abandon()
@@ -10980,9 +11163,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":509
+          /* "ivshmem/channel/membership.pyx":421
  *                 try:
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
  *                     error = one
  *         self.abandon()
@@ -11001,11 +11184,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":507
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+        /* "ivshmem/channel/membership.pyx":419
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
  *                 except BufferError as one:
 */
         __pyx_L11_except_error:;
@@ -11022,36 +11205,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":506
+      /* "ivshmem/channel/membership.pyx":418
  *         error = None
- *         if self.generation == generation and not self.closed and not self.mapping.closed:
+ *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
  *                 try:
- *                     (<ChannelEnd>end).close()
+ *                     end.close()
 */
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":505
+    /* "ivshmem/channel/membership.pyx":417
  *         """
  *         error = None
- *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
+ *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
  *             for end in list(self.ends):
  *                 try:
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":511
+  /* "ivshmem/channel/membership.pyx":423
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 511, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":424
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11062,7 +11245,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":513
+    /* "ivshmem/channel/membership.pyx":425
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -11070,9 +11253,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 513, __pyx_L1_error)
+    __PYX_ERR(0, 425, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":512
+    /* "ivshmem/channel/membership.pyx":424
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11081,7 +11264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":498
+  /* "ivshmem/channel/membership.pyx":410
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11108,7 +11291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":515
+/* "ivshmem/channel/membership.pyx":427
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11131,7 +11314,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":517
+  /* "ivshmem/channel/membership.pyx":429
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -11143,23 +11326,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":518
+  /* "ivshmem/channel/membership.pyx":430
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             return 0
- *         if self.generation == generation:
+ *         if self.is_own():
 */
   __pyx_t_2 = ((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":519
+    /* "ivshmem/channel/membership.pyx":431
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
- *         if self.generation == generation:
+ *         if self.is_own():
  *             self.kick_all()
 */
     {
@@ -11168,42 +11351,42 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":518
+    /* "ivshmem/channel/membership.pyx":430
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *             return 0
- *         if self.generation == generation:
+ *         if self.is_own():
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":520
+  /* "ivshmem/channel/membership.pyx":432
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
- *         if self.generation == generation:             # <<<<<<<<<<<<<<
+ *         if self.is_own():             # <<<<<<<<<<<<<<
  *             self.kick_all()
  *             ending.signal(0)
 */
-  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":521
+    /* "ivshmem/channel/membership.pyx":433
  *             return 0
- *         if self.generation == generation:
+ *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 433, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":522
- *         if self.generation == generation:
+    /* "ivshmem/channel/membership.pyx":434
+ *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
- *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_ending);
@@ -11213,24 +11396,24 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":432
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
- *         if self.generation == generation:             # <<<<<<<<<<<<<<
+ *         if self.is_own():             # <<<<<<<<<<<<<<
  *             self.kick_all()
  *             ending.signal(0)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":523
+  /* "ivshmem/channel/membership.pyx":435
  *             self.kick_all()
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
  *             self.release()  # a forked child has only one thread
  *         return 0
 */
@@ -11244,7 +11427,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 
     goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_6 = (__pyx_v_self->generation != __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_6 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self));
 
 
   __pyx_t_2 = __pyx_t_6;
@@ -11253,27 +11436,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":524
+    /* "ivshmem/channel/membership.pyx":436
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":523
+    /* "ivshmem/channel/membership.pyx":435
  *             self.kick_all()
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
  *             self.release()  # a forked child has only one thread
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":525
- *         if ivshmem_shut(&self.state) or self.generation != generation:
+  /* "ivshmem/channel/membership.pyx":437
+ *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
  * 
@@ -11285,7 +11468,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":515
+  /* "ivshmem/channel/membership.pyx":427
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11306,7 +11489,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":527
+/* "ivshmem/channel/membership.pyx":439
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11326,7 +11509,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":530
+  /* "ivshmem/channel/membership.pyx":442
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -11338,7 +11521,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":531
+  /* "ivshmem/channel/membership.pyx":443
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11349,7 +11532,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":532
+    /* "ivshmem/channel/membership.pyx":444
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -11363,12 +11546,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":531
+    /* "ivshmem/channel/membership.pyx":443
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11377,7 +11560,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":533
+  /* "ivshmem/channel/membership.pyx":445
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -11389,7 +11572,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":534
+  /* "ivshmem/channel/membership.pyx":446
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -11401,21 +11584,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":447
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":536
+  /* "ivshmem/channel/membership.pyx":448
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11424,37 +11607,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":537
+    /* "ivshmem/channel/membership.pyx":449
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
  *             self.pinned = False
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":450
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
  *         return 0
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":451
  *             self.leave()
  *             self.pinned = False
- *             let_go(self.mapping)             # <<<<<<<<<<<<<<
+ *             self.mapping.give_back()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((PyObject *)__pyx_v_self->mapping);
-    __Pyx_INCREF(__pyx_t_2);
-    (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2)));
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":448
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11463,9 +11643,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":540
+  /* "ivshmem/channel/membership.pyx":452
  *             self.pinned = False
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef void leave(self) noexcept:
@@ -11476,7 +11656,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":439
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11496,11 +11676,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":542
+/* "ivshmem/channel/membership.pyx":454
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
- *         if self.joined and self.generation == generation:
+ *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
 */
 
@@ -11508,10 +11688,10 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":543
+  /* "ivshmem/channel/membership.pyx":455
  * 
  *     cdef void leave(self) noexcept:
- *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
+ *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False
 */
@@ -11521,7 +11701,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
     __pyx_t_1 = __pyx_v_self->joined;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_own(__pyx_v_self);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -11530,26 +11710,26 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":544
+    /* "ivshmem/channel/membership.pyx":456
  *     cdef void leave(self) noexcept:
- *         if self.joined and self.generation == generation:
+ *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
  *         self.joined = False
  * 
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":543
+    /* "ivshmem/channel/membership.pyx":455
  * 
  *     cdef void leave(self) noexcept:
- *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
+ *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":545
- *         if self.joined and self.generation == generation:
+  /* "ivshmem/channel/membership.pyx":457
+ *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
  * 
@@ -11557,11 +11737,11 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":542
+  /* "ivshmem/channel/membership.pyx":454
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
- *         if self.joined and self.generation == generation:
+ *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
 */
 
@@ -11569,7 +11749,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":547
+/* "ivshmem/channel/membership.pyx":459
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11591,59 +11771,53 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(P
 }
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/channel/membership.pyx":548
+  /* "ivshmem/channel/membership.pyx":460
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
  *             self.leave()
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":461
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
  *         free(self.pulses)
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":462
  *         if self.pinned:
  *             self.leave()
- *             let_go(self.mapping)             # <<<<<<<<<<<<<<
+ *             self.mapping.give_back()             # <<<<<<<<<<<<<<
  *         free(self.pulses)
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_v_self->mapping);
-    __Pyx_INCREF(__pyx_t_1);
-    (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_1)));
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":548
+    /* "ivshmem/channel/membership.pyx":460
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
  *             self.leave()
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":551
+  /* "ivshmem/channel/membership.pyx":463
  *             self.leave()
- *             let_go(self.mapping)
+ *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":459
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11653,10 +11827,9 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
   /* function exit code */
 
-  __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":553
+/* "ivshmem/channel/membership.pyx":465
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -11692,7 +11865,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":555
+  /* "ivshmem/channel/membership.pyx":467
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -11703,12 +11876,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 555, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 467, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 555, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 467, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -11722,7 +11895,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 555, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 467, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -11735,7 +11908,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":556
+  /* "ivshmem/channel/membership.pyx":468
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11761,7 +11934,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":469
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -11773,11 +11946,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 557, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 557, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 469, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 557, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 469, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11789,7 +11962,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":470
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -11797,38 +11970,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 558, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":471
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":472
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 472, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 472, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 472, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -11842,7 +12015,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":471
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -11861,7 +12034,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 559, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -11886,7 +12059,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 470, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11900,7 +12073,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":556
+    /* "ivshmem/channel/membership.pyx":468
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11909,7 +12082,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":563
+  /* "ivshmem/channel/membership.pyx":475
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11921,7 +12094,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":476
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -11929,7 +12102,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 564, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11948,7 +12121,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 564, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11962,7 +12135,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":475
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11971,7 +12144,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":568
+  /* "ivshmem/channel/membership.pyx":480
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -11983,7 +12156,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":569
+    /* "ivshmem/channel/membership.pyx":481
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -11991,7 +12164,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 569, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 481, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12010,7 +12183,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12024,7 +12197,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":568
+    /* "ivshmem/channel/membership.pyx":480
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12033,7 +12206,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":570
+  /* "ivshmem/channel/membership.pyx":482
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12045,7 +12218,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":483
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12053,17 +12226,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 571, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 483, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":572
+    /* "ivshmem/channel/membership.pyx":484
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all;
     __pyx_t_4[1] = __pyx_t_7;
@@ -12074,7 +12247,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 572, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 484, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -12095,7 +12268,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12109,7 +12282,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":482
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12118,7 +12291,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":575
+  /* "ivshmem/channel/membership.pyx":487
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12130,7 +12303,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":576
+    /* "ivshmem/channel/membership.pyx":488
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -12138,11 +12311,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 576, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 576, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 576, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -12163,7 +12336,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 576, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12177,7 +12350,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":575
+    /* "ivshmem/channel/membership.pyx":487
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12186,7 +12359,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":577
+  /* "ivshmem/channel/membership.pyx":489
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12198,7 +12371,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":578
+    /* "ivshmem/channel/membership.pyx":490
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -12206,19 +12379,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":579
+    /* "ivshmem/channel/membership.pyx":491
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 491, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -12239,7 +12412,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12253,7 +12426,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":577
+    /* "ivshmem/channel/membership.pyx":489
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12262,7 +12435,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":581
+  /* "ivshmem/channel/membership.pyx":493
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12274,7 +12447,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":582
+    /* "ivshmem/channel/membership.pyx":494
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12282,19 +12455,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " the device in another way (resource2_wc)"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":583
+    /* "ivshmem/channel/membership.pyx":495
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"             # <<<<<<<<<<<<<<
  *                 " the device in another way (resource2_wc)"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 583, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 583, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 495, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -12315,7 +12488,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 494, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12329,7 +12502,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":581
+    /* "ivshmem/channel/membership.pyx":493
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12338,19 +12511,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":586
+  /* "ivshmem/channel/membership.pyx":498
  *                 " the device in another way (resource2_wc)"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
- * 
- * 
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -12365,7 +12536,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 586, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -12387,7 +12558,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 586, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12401,7 +12572,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":553
+  /* "ivshmem/channel/membership.pyx":465
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -12430,7 +12601,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":30
+/* "ivshmem/channel/membership.pxd":31
  *     cdef Rings rings
  *     cdef Mapping mapping
  *     cdef readonly object endpoint             # <<<<<<<<<<<<<<
@@ -12497,7 +12668,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8endpoint_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":32
+/* "ivshmem/channel/membership.pxd":33
  *     cdef readonly object endpoint
  *     cdef Doorbells doorbells  # None: a region alone
  *     cdef readonly Py_ssize_t vector  # -1: this process cannot be rung             # <<<<<<<<<<<<<<
@@ -12536,7 +12707,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 32, __pyx_L4_error)
+        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 33, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -12579,7 +12750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":39
+/* "ivshmem/channel/membership.pxd":40
  *     cdef object ends  # a WeakSet of the ends that are open
  *     cdef object threads  # a threading.local, with the Wakeup of each thread
  *     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys             # <<<<<<<<<<<<<<
@@ -12710,7 +12881,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_12__reduce
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 2, __pyx_L1_error)
+  __PYX_ERR(1, 2, __pyx_L1_error)
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
@@ -12774,32 +12945,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
     }
     __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12834,7 +13005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setsta
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 4, __pyx_L1_error)
+  __PYX_ERR(1, 4, __pyx_L1_error)
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -12852,187 +13023,113 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":596
- * 
- * 
- * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
- *     cdef char *start
- *     if ivshmem_leave(&mapping.accesses):
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
-  char *__pyx_v_start;
-  int __pyx_r;
-  int __pyx_t_1;
-  char *__pyx_t_2;
-
-  /* "ivshmem/channel/membership.pyx":598
- * cdef int let_go(Mapping mapping) noexcept:
- *     cdef char *start
- *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
- *         start = mapping.start
- *         mapping.start = NULL
-*/
-  __pyx_t_1 = ivshmem_leave((&__pyx_v_mapping->accesses));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":599
- *     cdef char *start
- *     if ivshmem_leave(&mapping.accesses):
- *         start = mapping.start             # <<<<<<<<<<<<<<
- *         mapping.start = NULL
- *         munmap(start, mapping.length)
-*/
-    __pyx_t_2 = __pyx_v_mapping->start;
-
-    __pyx_v_start = __pyx_t_2;
-
-    /* "ivshmem/channel/membership.pyx":600
- *     if ivshmem_leave(&mapping.accesses):
- *         start = mapping.start
- *         mapping.start = NULL             # <<<<<<<<<<<<<<
- *         munmap(start, mapping.length)
- *     return 0
-*/
-    __pyx_v_mapping->start = NULL;
-
-    /* "ivshmem/channel/membership.pyx":601
- *         start = mapping.start
- *         mapping.start = NULL
- *         munmap(start, mapping.length)             # <<<<<<<<<<<<<<
- *     return 0
- * 
-*/
-    (void)(munmap(__pyx_v_start, __pyx_v_mapping->length));
-
-    /* "ivshmem/channel/membership.pyx":598
- * cdef int let_go(Mapping mapping) noexcept:
- *     cdef char *start
- *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
- *         start = mapping.start
- *         mapping.start = NULL
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":602
- *         mapping.start = NULL
- *         munmap(start, mapping.length)
- *     return 0             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":596
- * 
- * 
- * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
- *     cdef char *start
- *     if ivshmem_leave(&mapping.accesses):
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":617
- *     """
- * 
- *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
- *         cdef Doorbells doorbells = membership.doorbells
- *         self.membership = membership
+/* "(tree fragment)":4
+ *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
+ *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
+ * def __pyx_unpickle_Dependent(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
+ *     cdef object __pyx_result
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7channel_10membership_6Wakeup_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-static int __pyx_pw_7ivshmem_7channel_10membership_6Wakeup_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent = {"__pyx_unpickle_Dependent", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  #if !CYTHON_VECTORCALL_TPNEW
+  PyObject *__pyx_v___pyx_type = 0;
+  long __pyx_v___pyx_checksum;
+  PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
+  PyObject* values[3] = {0,0,0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  int __pyx_r;
+  PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL_TPNEW
+  __Pyx_RefNannySetupContext("__pyx_unpickle_Dependent (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
   #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
   #endif
   #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_type,&__pyx_mstate_global->__pyx_n_u_pyx_checksum,&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 4, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
         case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 617, __pyx_L3_error) }
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__pyx_unpickle_Dependent", 0) < (0)) __PYX_ERR(1, 4, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, i); __PYX_ERR(1, 4, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 1)) {
+    } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
+      values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
     }
-    __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
+    __pyx_v___pyx_type = values[0];
+    __pyx_v___pyx_checksum = __Pyx_PyLong_As_long(values[1]); if (unlikely((__pyx_v___pyx_checksum == (long)-1) && PyErr_Occurred())) __PYX_ERR(1, 4, __pyx_L3_error)
+    __pyx_v___pyx_state = ((PyObject*)values[2]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Dependent", 1, 3, 3, __pyx_nargs); __PYX_ERR(1, 4, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.membership.__pyx_unpickle_Dependent", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
-  return -1;
+  return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 617, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self), __pyx_v_membership);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v___pyx_state), (&PyTuple_Type), 1, "__pyx_state", 1))) __PYX_ERR(1, 4, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent(__pyx_self, __pyx_v___pyx_type, __pyx_v___pyx_checksum, __pyx_v___pyx_state);
 
   /* function exit code */
   goto __pyx_L0;
   __pyx_L1_error:;
-  __pyx_r = -1;
+  __pyx_r = NULL;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
@@ -13042,5126 +13139,187 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership) {
-  struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_doorbells = 0;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
-  int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  int __pyx_t_7;
-  int __pyx_t_8;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__cinit__", 0);
-
-  /* "ivshmem/channel/membership.pyx":618
- * 
- *     def __cinit__(self, Membership membership not None):
- *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
- *         self.membership = membership
- *         self.epoll = Epoll()
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_v_membership->doorbells);
-  __Pyx_INCREF(__pyx_t_1);
-  __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":619
- *     def __cinit__(self, Membership membership not None):
- *         cdef Doorbells doorbells = membership.doorbells
- *         self.membership = membership             # <<<<<<<<<<<<<<
- *         self.epoll = Epoll()
- *         self.pause = FIRST_PAUSE
-*/
-  __Pyx_INCREF((PyObject *)__pyx_v_membership);
-  __Pyx_GIVEREF((PyObject *)__pyx_v_membership);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
-  __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
-
-  /* "ivshmem/channel/membership.pyx":620
- *         cdef Doorbells doorbells = membership.doorbells
- *         self.membership = membership
- *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
- *         self.pause = FIRST_PAUSE
- *         self.kick = membership.kick
-*/
-  __pyx_t_2 = NULL;
-  __pyx_t_3 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 620, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_1);
-  }
-  __Pyx_GIVEREF((PyObject *)__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
-  __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":621
- *         self.membership = membership
- *         self.epoll = Epoll()
- *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
- *         self.kick = membership.kick
- *         if self.kick is None:
-*/
-  __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
-
-  /* "ivshmem/channel/membership.pyx":622
- *         self.epoll = Epoll()
- *         self.pause = FIRST_PAUSE
- *         self.kick = membership.kick             # <<<<<<<<<<<<<<
- *         if self.kick is None:
- *             raise membership.unusable()
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_v_membership->kick);
-  __Pyx_INCREF(__pyx_t_1);
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
-  __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":623
- *         self.pause = FIRST_PAUSE
- *         self.kick = membership.kick
- *         if self.kick is None:             # <<<<<<<<<<<<<<
- *             raise membership.unusable()
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
-*/
-  __pyx_t_4 = (((PyObject *)__pyx_v_self->kick) == Py_None);
-  if (unlikely(__pyx_t_4)) {
-
-
-    /* "ivshmem/channel/membership.pyx":624
- *         self.kick = membership.kick
- *         if self.kick is None:
- *             raise membership.unusable()             # <<<<<<<<<<<<<<
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0 and doorbells is not None:
-*/
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 624, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 624, __pyx_L1_error)
-
-    /* "ivshmem/channel/membership.pyx":623
- *         self.pause = FIRST_PAUSE
- *         self.kick = membership.kick
- *         if self.kick is None:             # <<<<<<<<<<<<<<
- *             raise membership.unusable()
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":625
- *         if self.kick is None:
- *             raise membership.unusable()
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
- *         if membership.vector >= 0 and doorbells is not None:
- *             if not membership.told:
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
-  __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 625, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 625, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_6, __pyx_mstate_global->__pyx_int_0, __pyx_t_5};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":626
- *             raise membership.unusable()
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
- *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
-*/
-  __pyx_t_7 = (__pyx_v_membership->vector >= 0);
-
-  if (__pyx_t_7) {
-
-  } else {
-
-    __pyx_t_4 = __pyx_t_7;
-
-    goto __pyx_L5_bool_binop_done;
-  }
-  __pyx_t_7 = (((PyObject *)__pyx_v_doorbells) != Py_None);
-
-  __pyx_t_4 = __pyx_t_7;
-
-  __pyx_L5_bool_binop_done:;
-  if (__pyx_t_4) {
-
-
-    /* "ivshmem/channel/membership.pyx":627
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0 and doorbells is not None:
- *             if not membership.told:             # <<<<<<<<<<<<<<
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
- *                 membership.told = True
-*/
-    __pyx_t_4 = (!__pyx_v_membership->told);
-
-    if (__pyx_t_4) {
-
-
-      /* "ivshmem/channel/membership.pyx":628
- *         if membership.vector >= 0 and doorbells is not None:
- *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
- *                 membership.told = True
- *             self.epoll.add(
-*/
-      __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
-      __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 628, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-
-      /* "ivshmem/channel/membership.pyx":629
- *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
- *                 membership.told = True             # <<<<<<<<<<<<<<
- *             self.epoll.add(
- *                 place_of(doorbells.own, membership.vector)[0],
-*/
-      __pyx_v_membership->told = 1;
-
-      /* "ivshmem/channel/membership.pyx":627
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0 and doorbells is not None:
- *             if not membership.told:             # <<<<<<<<<<<<<<
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
- *                 membership.told = True
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":630
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
- *                 membership.told = True
- *             self.epoll.add(             # <<<<<<<<<<<<<<
- *                 place_of(doorbells.own, membership.vector)[0],
- *                 1,
-*/
-    __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
-    __Pyx_INCREF(__pyx_t_5);
-
-    /* "ivshmem/channel/membership.pyx":631
- *                 membership.told = True
- *             self.epoll.add(
- *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
- *                 1,
- *                 _EPOLLIN | <unsigned int>EPOLLET,
-*/
-    __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
-    __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 631, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-
-    /* "ivshmem/channel/membership.pyx":633
- *                 place_of(doorbells.own, membership.vector)[0],
- *                 1,
- *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
- *             )
- * 
-*/
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 633, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_3 = 0;
-    {
-      PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_t_2, __pyx_mstate_global->__pyx_int_1, __pyx_t_6};
-      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-    /* "ivshmem/channel/membership.pyx":626
- *             raise membership.unusable()
- *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
- *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":617
- *     """
- * 
- *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
- *         cdef Doorbells doorbells = membership.doorbells
- *         self.membership = membership
-*/
-
-  /* function exit code */
-  __pyx_r = 0;
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-  __Pyx_XDECREF((PyObject *)__pyx_v_doorbells);
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":636
- *             )
- * 
- *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
- *         """Sleep until a ring or a kick came, at the latest until the next beat."""
- *         cdef Membership membership = self.membership
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, int64_t __pyx_v_deadline) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
-  struct epoll_event __pyx_v_events[2];
-  struct pollfd __pyx_v_one;
-  struct timespec __pyx_v_left;
-  int64_t __pyx_v_limit;
-  int __pyx_v_milliseconds;
-  int __pyx_v_n;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int64_t __pyx_t_2;
-  int64_t __pyx_t_3;
-  int64_t __pyx_t_4;
-  int __pyx_t_5;
-  int __pyx_t_6;
-  long __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("wait", 0);
-
-  /* "ivshmem/channel/membership.pyx":638
- *     cdef int wait(self, int64_t deadline) except -1:
- *         """Sleep until a ring or a kick came, at the latest until the next beat."""
- *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
- *         cdef epoll_event events[2]
- *         cdef pollfd one
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
-  __Pyx_INCREF(__pyx_t_1);
-  __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":645
- *         cdef int milliseconds
- *         cdef int n
- *         if membership.polls:             # <<<<<<<<<<<<<<
- *             limit = min(deadline, now() + self.pause)
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
-*/
-  if (__pyx_v_membership->polls) {
-
-    /* "ivshmem/channel/membership.pyx":646
- *         cdef int n
- *         if membership.polls:
- *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
- *             one.fd = self.epoll.epfd
-*/
-
-    __pyx_t_2 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->pause);
-
-    __pyx_t_3 = __pyx_v_deadline;
-    __pyx_t_5 = (__pyx_t_2 < __pyx_t_3);
-
-    if (__pyx_t_5) {
-
-      __pyx_t_4 = __pyx_t_2;
-    } else {
-
-      __pyx_t_4 = __pyx_t_3;
-    }
-
-    __pyx_v_limit = __pyx_t_4;
-
-
-    /* "ivshmem/channel/membership.pyx":647
- *         if membership.polls:
- *             limit = min(deadline, now() + self.pause)
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
- *             one.fd = self.epoll.epfd
- *             one.events = _POLLIN
-*/
-
-    __pyx_t_4 = __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE;
-
-    __pyx_t_2 = (__pyx_v_self->pause + __Pyx_div_int64_t(__pyx_v_self->pause, 2, 1));
-    __pyx_t_5 = (__pyx_t_4 < __pyx_t_2);
-
-    if (__pyx_t_5) {
-
-      __pyx_t_3 = __pyx_t_4;
-    } else {
-
-      __pyx_t_3 = __pyx_t_2;
-    }
-
-    __pyx_v_self->pause = __pyx_t_3;
-
-
-    /* "ivshmem/channel/membership.pyx":648
- *             limit = min(deadline, now() + self.pause)
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
- *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
- *             one.events = _POLLIN
- *             with nogil:
-*/
-    __pyx_t_6 = __pyx_v_self->epoll->epfd;
-
-    __pyx_v_one.fd = __pyx_t_6;
-
-    /* "ivshmem/channel/membership.pyx":649
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
- *             one.fd = self.epoll.epfd
- *             one.events = _POLLIN             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
-*/
-    __pyx_v_one.events = POLLIN;
-
-    /* "ivshmem/channel/membership.pyx":650
- *             one.fd = self.epoll.epfd
- *             one.events = _POLLIN
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
- *                 if n > 0:
-*/
-    {
-        PyThreadState * _save;
-        _save = PyEval_SaveThread();
-        __Pyx_FastGIL_Remember();
-        /*try:*/ {
-
-          /* "ivshmem/channel/membership.pyx":651
- *             one.events = _POLLIN
- *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
- *                 if n > 0:
- *                     epoll_wait(one.fd, events, 2, 0)
-*/
-          __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
-
-          /* "ivshmem/channel/membership.pyx":652
- *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
- *                 if n > 0:             # <<<<<<<<<<<<<<
- *                     epoll_wait(one.fd, events, 2, 0)
- *         else:
-*/
-          __pyx_t_5 = (__pyx_v_n > 0);
-
-          if (__pyx_t_5) {
-
-
-            /* "ivshmem/channel/membership.pyx":653
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
- *                 if n > 0:
- *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
- *         else:
- *             limit = min(deadline, now() + membership.beat) - now()
-*/
-            (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
-
-            /* "ivshmem/channel/membership.pyx":652
- *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
- *                 if n > 0:             # <<<<<<<<<<<<<<
- *                     epoll_wait(one.fd, events, 2, 0)
- *         else:
-*/
-          }
-        }
-
-        /* "ivshmem/channel/membership.pyx":650
- *             one.fd = self.epoll.epfd
- *             one.events = _POLLIN
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
- *                 if n > 0:
-*/
-        /*finally:*/ {
-          /*normal exit:*/{
-            __Pyx_FastGIL_Forget();
-            PyEval_RestoreThread(_save);
-            goto __pyx_L6;
-          }
-          __pyx_L6:;
-        }
-    }
-
-    /* "ivshmem/channel/membership.pyx":645
- *         cdef int milliseconds
- *         cdef int n
- *         if membership.polls:             # <<<<<<<<<<<<<<
- *             limit = min(deadline, now() + self.pause)
- *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
-*/
-    goto __pyx_L3;
-  }
-
-  /* "ivshmem/channel/membership.pyx":655
- *                     epoll_wait(one.fd, events, 2, 0)
- *         else:
- *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
- *             with nogil:
-*/
-  /*else*/ {
-
-    __pyx_t_3 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_membership->beat);
-
-    __pyx_t_4 = __pyx_v_deadline;
-    __pyx_t_5 = (__pyx_t_3 < __pyx_t_4);
-
-    if (__pyx_t_5) {
-
-      __pyx_t_2 = __pyx_t_3;
-    } else {
-
-      __pyx_t_2 = __pyx_t_4;
-    }
-
-    __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
-
-
-    /* "ivshmem/channel/membership.pyx":656
- *         else:
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
-*/
-
-    __pyx_t_7 = 0;
-
-    __pyx_t_2 = __Pyx_div_int64_t((__pyx_v_limit + 0xF423F), 0xF4240, 1);
-    __pyx_t_5 = (__pyx_t_7 > __pyx_t_2);
-
-    if (__pyx_t_5) {
-
-      __pyx_t_3 = __pyx_t_7;
-    } else {
-
-      __pyx_t_3 = __pyx_t_2;
-    }
-
-    __pyx_v_milliseconds = ((int)__pyx_t_3);
-
-
-    /* "ivshmem/channel/membership.pyx":657
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()
-*/
-    {
-        PyThreadState * _save;
-        _save = PyEval_SaveThread();
-        __Pyx_FastGIL_Remember();
-        /*try:*/ {
-
-          /* "ivshmem/channel/membership.pyx":658
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
- *             with nogil:
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
- *         PyErr_CheckSignals()
- *         membership.check()
-*/
-          __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
-        }
-
-        /* "ivshmem/channel/membership.pyx":657
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()
-*/
-        /*finally:*/ {
-          /*normal exit:*/{
-            __Pyx_FastGIL_Forget();
-            PyEval_RestoreThread(_save);
-            goto __pyx_L10;
-          }
-          __pyx_L10:;
-        }
-    }
-  }
-  __pyx_L3:;
-
-  /* "ivshmem/channel/membership.pyx":659
- *             with nogil:
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
- *         membership.check()
- *         if membership.doorbells is not None and membership.doorbells.closed:
-*/
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":660
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()
- *         membership.check()             # <<<<<<<<<<<<<<
- *         if membership.doorbells is not None and membership.doorbells.closed:
- *             raise ClosedError("the endpoint is closed")
-*/
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":661
- *         PyErr_CheckSignals()
- *         membership.check()
- *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the endpoint is closed")
- *         return 0
-*/
-  __pyx_t_8 = (((PyObject *)__pyx_v_membership->doorbells) != Py_None);
-  if (__pyx_t_8) {
-
-  } else {
-
-    __pyx_t_5 = __pyx_t_8;
-
-    goto __pyx_L12_bool_binop_done;
-  }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 661, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  __pyx_t_5 = __pyx_t_8;
-
-  __pyx_L12_bool_binop_done:;
-  if (unlikely(__pyx_t_5)) {
-
-
-    /* "ivshmem/channel/membership.pyx":662
- *         membership.check()
- *         if membership.doorbells is not None and membership.doorbells.closed:
- *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-    __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 662, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_10))) {
-      __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_10);
-      assert(__pyx_t_9);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_10);
-      __Pyx_INCREF(__pyx_t_9);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_10, __pyx__function);
-      __pyx_t_11 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_kp_u_the_endpoint_is_closed};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 662, __pyx_L1_error)
-
-    /* "ivshmem/channel/membership.pyx":661
- *         PyErr_CheckSignals()
- *         membership.check()
- *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the endpoint is closed")
- *         return 0
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":663
- *         if membership.doorbells is not None and membership.doorbells.closed:
- *             raise ClosedError("the endpoint is closed")
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     def fileno(self):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":636
- *             )
- * 
- *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
- *         """Sleep until a ring or a kick came, at the latest until the next beat."""
- *         cdef Membership membership = self.membership
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-  __Pyx_XDECREF((PyObject *)__pyx_v_membership);
-
-
-
-
-
-
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":665
- *         return 0
- * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """Return the epoll object's descriptor, which stays this object's."""
- *         return self.epoll.epfd
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_3fileno(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_6Wakeup_2fileno, "Return the epoll object\047s descriptor, which stays this object\047s.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_2fileno};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_3fileno(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("fileno (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("fileno", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_2__pyx_unpickle_Dependent(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v___pyx_type, long __pyx_v___pyx_checksum, PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_v___pyx_result = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("fileno", 0);
+  __Pyx_RefNannySetupContext("__pyx_unpickle_Dependent", 0);
 
-  /* "ivshmem/channel/membership.pyx":667
- *     def fileno(self):
- *         """Return the epoll object's descriptor, which stays this object's."""
- *         return self.epoll.epfd             # <<<<<<<<<<<<<<
- * 
- *     def clear_rings(self):
+  /* "(tree fragment)":6
+ * def __pyx_unpickle_Dependent(__pyx_type, long __pyx_checksum, tuple __pyx_state):
+ *     cdef object __pyx_result
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')             # <<<<<<<<<<<<<<
+ *     __pyx_result = Dependent.__new__(__pyx_type)
+ *     if __pyx_state is not None:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_1 = __Pyx_CheckUnpickleChecksum(__pyx_v___pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, __pyx_k__2); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(1, 6, __pyx_L1_error)
+
+
+  /* "(tree fragment)":7
+ *     cdef object __pyx_result
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
+ *     __pyx_result = Dependent.__new__(__pyx_type)             # <<<<<<<<<<<<<<
+ *     if __pyx_state is not None:
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v___pyx_type};
+    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_new, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 7, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  __pyx_v___pyx_result = __pyx_t_2;
+  __pyx_t_2 = 0;
+
+  /* "(tree fragment)":8
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
+ *     __pyx_result = Dependent.__new__(__pyx_type)
+ *     if __pyx_state is not None:             # <<<<<<<<<<<<<<
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+ *     return __pyx_result
+*/
+  __pyx_t_5 = (__pyx_v___pyx_state != ((PyObject*)Py_None));
+  if (__pyx_t_5) {
+
+
+    /* "(tree fragment)":9
+ *     __pyx_result = Dependent.__new__(__pyx_type)
+ *     if __pyx_state is not None:
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)             # <<<<<<<<<<<<<<
+ *     return __pyx_result
+ * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):
+*/
+    if (unlikely(__pyx_v___pyx_state == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
+      __PYX_ERR(1, 9, __pyx_L1_error)
+    }
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v___pyx_result), __pyx_v___pyx_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 9, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "(tree fragment)":8
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
+ *     __pyx_result = Dependent.__new__(__pyx_type)
+ *     if __pyx_state is not None:             # <<<<<<<<<<<<<<
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+ *     return __pyx_result
+*/
+  }
+
+  /* "(tree fragment)":10
+ *     if __pyx_state is not None:
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+ *     return __pyx_result             # <<<<<<<<<<<<<<
+ * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):
+ *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 0)
+*/
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __Pyx_INCREF(__pyx_v___pyx_result);
+      __pyx_r = __pyx_v___pyx_result;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
   goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":665
- *         return 0
- * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """Return the epoll object's descriptor, which stays this object's."""
- *         return self.epoll.epfd
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":669
- *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_5clear_rings(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_6Wakeup_4clear_rings, "Do what `clear` does.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings = {"clear_rings", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_4clear_rings};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_5clear_rings(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("clear_rings (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("clear_rings", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("clear_rings", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("clear_rings", 0);
-
-  /* "ivshmem/channel/membership.pyx":671
- *     def clear_rings(self):
- *         """Do what `clear` does."""
- *         self.clear()             # <<<<<<<<<<<<<<
- * 
- *     cdef int clear(self) except -1:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 671, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":669
- *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.clear_rings", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":673
- *         self.clear()
- * 
- *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
- *         """Forget the rings until now, so that the descriptor is not readable."""
- *         cdef epoll_event events[2]
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self) {
-  struct epoll_event __pyx_v_events[2];
-  int __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":676
- *         """Forget the rings until now, so that the descriptor is not readable."""
- *         cdef epoll_event events[2]
- *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-  (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
-
-  /* "ivshmem/channel/membership.pyx":677
- *         cdef epoll_event events[2]
- *         epoll_wait(self.epoll.epfd, events, 2, 0)
- *         return 0             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":673
- *         self.clear()
- * 
- *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
- *         """Forget the rings until now, so that the descriptor is not readable."""
- *         cdef epoll_event events[2]
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-
-  return __pyx_r;
-}
-
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
 
   /* "(tree fragment)":4
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(2, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
+ *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
+ * def __pyx_unpickle_Dependent(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
+ *     cdef object __pyx_result
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.membership.__pyx_unpickle_Dependent", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v___pyx_result);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":688
- *     """
- * 
- *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
- *         self.name = ""
- * 
+/* "(tree fragment)":11
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+ *     return __pyx_result
+ * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):             # <<<<<<<<<<<<<<
+ *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 0)
 */
 
-/* Python wrapper */
-static int __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-static int __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
-  CYTHON_UNUSED PyObject *__pyx_v_args = 0;
-  CYTHON_UNUSED PyObject *__pyx_v_kwargs = 0;
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  int __pyx_r;
+static PyObject *__pyx_f_7ivshmem_7channel_10membership___pyx_unpickle_Dependent__set_state(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v___pyx_result, PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return -1;
-  if (__pyx_kwds_len > 0) {
-    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return -1;
-  }
-  __Pyx_INCREF(__pyx_args);
-  __pyx_v_args = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_args, __pyx_v_kwargs);
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__pyx_unpickle_Dependent__set_state", 0);
 
-  /* function exit code */
-  __Pyx_DECREF(__pyx_v_args);
-  __Pyx_XDECREF(__pyx_v_kwargs);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__cinit__", 0);
-
-  /* "ivshmem/channel/membership.pyx":689
- * 
- *     def __cinit__(self, *args, **kwargs):
- *         self.name = ""             # <<<<<<<<<<<<<<
- * 
- *     def __reduce__(self):
+  /* "(tree fragment)":12
+ *     return __pyx_result
+ * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):
+ *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 0)             # <<<<<<<<<<<<<<
 */
-  __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_kp_u__2);
-  __Pyx_GOTREF(__pyx_v_self->name);
-  __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
+  __pyx_t_1 = __Pyx_UpdateUnpickledDict(((PyObject *)__pyx_v___pyx_result), __pyx_v___pyx_state, 0); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(1, 12, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":688
- *     """
- * 
- *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
- *         self.name = ""
- * 
+
+  /* "(tree fragment)":11
+ *         __pyx_unpickle_Dependent__set_state(<Dependent> __pyx_result, __pyx_state)
+ *     return __pyx_result
+ * cdef __pyx_unpickle_Dependent__set_state(Dependent __pyx_result, __pyx_state: tuple):             # <<<<<<<<<<<<<<
+ *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 0)
 */
 
   /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.membership.__pyx_unpickle_Dependent__set_state", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":691
- *         self.name = ""
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5[3];
-  Py_ssize_t __pyx_t_6;
-  int __pyx_t_7;
-  size_t __pyx_t_8;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce__", 0);
-
-  /* "ivshmem/channel/membership.pyx":692
- * 
- *     def __reduce__(self):
- *         raise TypeError(             # <<<<<<<<<<<<<<
- *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
- *             " needed"
-*/
-  __pyx_t_2 = NULL;
-
-  /* "ivshmem/channel/membership.pyx":693
- *     def __reduce__(self):
- *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
- *             " needed"
- *         )
-*/
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 693, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
-  __pyx_t_5[1] = __pyx_t_4;
-  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled_ope;
-  __pyx_t_6 = 67;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
-  #endif
-  __pyx_t_7 = 0;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
-  #endif
-  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_8 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 692, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 692, __pyx_L1_error)
-
-  /* "ivshmem/channel/membership.pyx":691
- *         self.name = ""
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":697
- *         )
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def closed(self):
- *         """Whether close() was called, or the channels or the region were closed."""
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_6closed_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_6closed_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___get__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/membership.pyx":700
- *     def closed(self):
- *         """Whether close() was called, or the channels or the region were closed."""
- *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
- * 
- *     cdef bint usable(self) noexcept:
-*/
-  __pyx_t_2 = (!__pyx_v_self->open);
-
-  if (!__pyx_t_2) {
-
-  } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_1 = __pyx_t_3;
-    __pyx_t_3 = 0;
-
-    goto __pyx_L3_bool_binop_done;
-  }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 700, __pyx_L1_error)
-  if (!__pyx_t_2) {
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  } else {
-    __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_1 = __pyx_t_3;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    goto __pyx_L3_bool_binop_done;
-  }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_t_3;
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_L3_bool_binop_done:;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":697
- *         )
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def closed(self):
- *         """Whether close() was called, or the channels or the region were closed."""
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.closed.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":702
- *         return not self.open or self.membership.closed or self.membership.mapping.closed
- * 
- *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
- *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-
-  /* "ivshmem/channel/membership.pyx":704
- *     cdef bint usable(self) noexcept:
- *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()             # <<<<<<<<<<<<<<
- * 
- *     cdef int enter(self) except -1:
-*/
-  if (__pyx_v_self->open) {
-  } else {
-
-    __pyx_t_1 = __pyx_v_self->open;
-    goto __pyx_L3_bool_binop_done;
-  }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L3_bool_binop_done:;
-  {
-    __pyx_r = __pyx_t_1;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":702
- *         return not self.open or self.membership.closed or self.membership.mapping.closed
- * 
- *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
- *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":706
- *         return self.open and self.membership.usable()
- * 
- *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
- *         if not self.open:
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7[5];
-  Py_ssize_t __pyx_t_8;
-  int __pyx_t_9;
-  PyObject *__pyx_t_10 = NULL;
-  size_t __pyx_t_11;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("enter", 0);
-
-  /* "ivshmem/channel/membership.pyx":707
- * 
- *     cdef int enter(self) except -1:
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
- *         return self.membership.check()
-*/
-  __pyx_t_1 = (!__pyx_v_self->open);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/membership.pyx":708
- *     cdef int enter(self) except -1:
- *         if not self.open:
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
- *         return self.membership.check()
- * 
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 708, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 708, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 708, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 708, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
-    __pyx_t_7[1] = __pyx_t_6;
-    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_of;
-    __pyx_t_7[3] = __pyx_t_5;
-    __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_is_closed;
-    __pyx_t_8 = 19;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
-    #endif
-    __pyx_t_9 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
-    #endif
-    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 708, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_11 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_11 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_10};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 708, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 708, __pyx_L1_error)
-
-    /* "ivshmem/channel/membership.pyx":707
- * 
- *     cdef int enter(self) except -1:
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
- *         return self.membership.check()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":709
- *         if not self.open:
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
- *         return self.membership.check()             # <<<<<<<<<<<<<<
- * 
- *     # What each kind of end does in its own way.
-*/
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 709, __pyx_L1_error)
-  {
-    __pyx_r = __pyx_t_9;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":706
- *         return self.open and self.membership.usable()
- * 
- *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
- *         if not self.open:
- *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":713
- *     # What each kind of end does in its own way.
- * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
- *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
- *         return 0
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":715
- *     cdef int attempt(self) except -2:
- *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef int begin_sleep(self) except -2:
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":713
- *     # What each kind of end does in its own way.
- * 
- *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
- *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
- *         return 0
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":717
- *         return 0
- * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; 0: there is something, so do not."""
- *         return IVSHMEM_AGAIN
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":719
- *     cdef int begin_sleep(self) except -2:
- *         """Say in memory that this end sleeps; 0: there is something, so do not."""
- *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- * 
- *     cdef void end_sleep(self) noexcept:
-*/
-  {
-
-    __pyx_r = IVSHMEM_AGAIN;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":717
- *         return 0
- * 
- *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; 0: there is something, so do not."""
- *         return IVSHMEM_AGAIN
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":721
- *         return IVSHMEM_AGAIN
- * 
- *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
- *         pass
- * 
-*/
-
-static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-
-  /* function exit code */
-
-}
-
-/* "ivshmem/channel/membership.pyx":724
- *         pass
- * 
- *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
- *         """Note that one of those that slept at this end sleeps no more."""
- *         self.asleep -= 1
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/membership.pyx":726
- *     cdef int one_awake(self) except -1:
- *         """Note that one of those that slept at this end sleeps no more."""
- *         self.asleep -= 1             # <<<<<<<<<<<<<<
- *         if self.usable():
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
-*/
-  __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
-
-  /* "ivshmem/channel/membership.pyx":727
- *         """Note that one of those that slept at this end sleeps no more."""
- *         self.asleep -= 1
- *         if self.usable():             # <<<<<<<<<<<<<<
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
- *             if self.asleep or self.watched:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->usable(__pyx_v_self);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":729
- *         if self.usable():
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
- *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
- *                 self.begin_sleep()
- *             else:
-*/
-    __pyx_t_2 = (__pyx_v_self->asleep != 0);
-
-    if (!__pyx_t_2) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_2;
-
-      goto __pyx_L5_bool_binop_done;
-    }
-
-    __pyx_t_1 = __pyx_v_self->watched;
-    __pyx_L5_bool_binop_done:;
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/membership.pyx":730
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
- *             if self.asleep or self.watched:
- *                 self.begin_sleep()             # <<<<<<<<<<<<<<
- *             else:
- *                 self.end_sleep()
-*/
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 730, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/membership.pyx":729
- *         if self.usable():
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
- *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
- *                 self.begin_sleep()
- *             else:
-*/
-      goto __pyx_L4;
-    }
-
-    /* "ivshmem/channel/membership.pyx":732
- *                 self.begin_sleep()
- *             else:
- *                 self.end_sleep()             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-    /*else*/ {
-      ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->end_sleep(__pyx_v_self);
-    }
-    __pyx_L4:;
-
-    /* "ivshmem/channel/membership.pyx":727
- *         """Note that one of those that slept at this end sleeps no more."""
- *         self.asleep -= 1
- *         if self.usable():             # <<<<<<<<<<<<<<
- *             # Another thread or task sleeps, or a program watches: it is still to be rung.
- *             if self.asleep or self.watched:
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":733
- *             else:
- *                 self.end_sleep()
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef ChannelEnd sleeper(self):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":724
- *         pass
- * 
- *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
- *         """Note that one of those that slept at this end sleeps no more."""
- *         self.asleep -= 1
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.one_awake", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":735
- *         return 0
- * 
- *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
- *         """Return the end whose word in memory says that this one sleeps."""
- *         return self
-*/
-
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_sleeper(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("sleeper", 0);
-
-  /* "ivshmem/channel/membership.pyx":737
- *     cdef ChannelEnd sleeper(self):
- *         """Return the end whose word in memory says that this one sleeps."""
- *         return self             # <<<<<<<<<<<<<<
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
-*/
-  {
-    struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self);
-      __pyx_r = __pyx_v_self;
-    }
-    __Pyx_XDECREF((PyObject *)__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":735
- *         return 0
- * 
- *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
- *         """Return the end whose word in memory says that this one sleeps."""
- *         return self
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF((PyObject *)__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":739
- *         return self
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
- *         """Set a look that a spin repeats; 0: this end cannot spin."""
- *         return 0
-*/
-
-static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
-  int64_t __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":741
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
- *         """Set a look that a spin repeats; 0: this end cannot spin."""
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef int restore(self) except -1:
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":739
- *         return self
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
- *         """Set a look that a spin repeats; 0: this end cannot spin."""
- *         return 0
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":743
- *         return 0
- * 
- *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
- *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
- *         return 0
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":745
- *     cdef int restore(self) except -1:
- *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef int give_up(self) except -1:
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":743
- *         return 0
- * 
- *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
- *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
- *         return 0
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":747
- *         return 0
- * 
- *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
- *         """Free the slot."""
- *         return 0
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-
-  /* "ivshmem/channel/membership.pyx":749
- *     cdef int give_up(self) except -1:
- *         """Free the slot."""
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     # Waiting.
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":747
- *         return 0
- * 
- *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
- *         """Free the slot."""
- *         return 0
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":753
- *     # Waiting.
- * 
- *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
- *         """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
- *         cdef int64_t deadline
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
-  int64_t __pyx_v_deadline;
-  CYTHON_UNUSED int64_t __pyx_v_n;
-  int __pyx_v_futile;
-  int __pyx_v_code;
-  struct __pyx_t_7ivshmem_6native_4spin_Turn __pyx_v_turn;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_wakeup = 0;
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_sleeper = 0;
-  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_spinner = 0;
-  void *__pyx_v_what;
-  __pyx_t_7ivshmem_6native_4spin_Probe __pyx_v_probe;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  int64_t __pyx_t_4;
-  int64_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
-  int __pyx_t_9;
-  char const *__pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16 = NULL;
-  int __pyx_t_17;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("wait", 0);
-
-  /* "ivshmem/channel/membership.pyx":757
- *         cdef int64_t deadline
- *         cdef int64_t n
- *         cdef int futile = 0             # <<<<<<<<<<<<<<
- *         cdef int code
- *         cdef Turn turn
-*/
-  __pyx_v_futile = 0;
-
-  /* "ivshmem/channel/membership.pyx":760
- *         cdef int code
- *         cdef Turn turn
- *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         cdef Spinner spinner = None
-*/
-  __Pyx_INCREF(Py_None);
-  __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None);
-
-  /* "ivshmem/channel/membership.pyx":761
- *         cdef Turn turn
- *         cdef Wakeup wakeup = None
- *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         cdef Spinner spinner = None
- *         cdef void *what = NULL
-*/
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 761, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":762
- *         cdef Wakeup wakeup = None
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
- *         cdef void *what = NULL
- *         cdef Probe probe = NULL
-*/
-  __Pyx_INCREF(Py_None);
-  __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
-
-  /* "ivshmem/channel/membership.pyx":763
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         cdef Spinner spinner = None
- *         cdef void *what = NULL             # <<<<<<<<<<<<<<
- *         cdef Probe probe = NULL
- *         self.enter()
-*/
-  __pyx_v_what = NULL;
-
-  /* "ivshmem/channel/membership.pyx":764
- *         cdef Spinner spinner = None
- *         cdef void *what = NULL
- *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
- *         self.enter()
- *         code = self.attempt()
-*/
-  __pyx_v_probe = NULL;
-
-  /* "ivshmem/channel/membership.pyx":765
- *         cdef void *what = NULL
- *         cdef Probe probe = NULL
- *         self.enter()             # <<<<<<<<<<<<<<
- *         code = self.attempt()
- *         if code != IVSHMEM_AGAIN:
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":766
- *         cdef Probe probe = NULL
- *         self.enter()
- *         code = self.attempt()             # <<<<<<<<<<<<<<
- *         if code != IVSHMEM_AGAIN:
- *             return code
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 766, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_2;
-
-  /* "ivshmem/channel/membership.pyx":767
- *         self.enter()
- *         code = self.attempt()
- *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
-*/
-  __pyx_t_3 = (__pyx_v_code != IVSHMEM_AGAIN);
-
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/membership.pyx":768
- *         code = self.attempt()
- *         if code != IVSHMEM_AGAIN:
- *             return code             # <<<<<<<<<<<<<<
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:
-*/
-    {
-
-      __pyx_r = __pyx_v_code;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":767
- *         self.enter()
- *         code = self.attempt()
- *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":769
- *         if code != IVSHMEM_AGAIN:
- *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
- *         if deadline == 0:
- *             if self.watched:
-*/
-  __pyx_t_3 = (__pyx_v_timeout == Py_None);
-  if (__pyx_t_3) {
-
-    __pyx_t_4 = INT64_MAX;
-  } else {
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 769, __pyx_L1_error)
-    __pyx_t_4 = __pyx_t_5;
-  }
-
-  __pyx_v_deadline = __pyx_t_4;
-
-  /* "ivshmem/channel/membership.pyx":770
- *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:             # <<<<<<<<<<<<<<
- *             if self.watched:
- *                 return self.arm()
-*/
-  __pyx_t_3 = (__pyx_v_deadline == 0);
-
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/membership.pyx":771
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:
- *             if self.watched:             # <<<<<<<<<<<<<<
- *                 return self.arm()
- *             return code
-*/
-    if (__pyx_v_self->watched) {
-
-      /* "ivshmem/channel/membership.pyx":772
- *         if deadline == 0:
- *             if self.watched:
- *                 return self.arm()             # <<<<<<<<<<<<<<
- *             return code
- *         turn.left = 0
-*/
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 772, __pyx_L1_error)
-      {
-        __pyx_r = __pyx_t_2;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/membership.pyx":771
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:
- *             if self.watched:             # <<<<<<<<<<<<<<
- *                 return self.arm()
- *             return code
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":773
- *             if self.watched:
- *                 return self.arm()
- *             return code             # <<<<<<<<<<<<<<
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
-*/
-    {
-
-      __pyx_r = __pyx_v_code;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":770
- *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:             # <<<<<<<<<<<<<<
- *             if self.watched:
- *                 return self.arm()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":774
- *                 return self.arm()
- *             return code
- *         turn.left = 0             # <<<<<<<<<<<<<<
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:
-*/
-  __pyx_v_turn.left = 0;
-
-  /* "ivshmem/channel/membership.pyx":775
- *             return code
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
-*/
-  __pyx_t_6 = (__pyx_v_spin != Py_None);
-  if (__pyx_t_6) {
-
-  } else {
-
-    __pyx_t_3 = __pyx_t_6;
-
-    goto __pyx_L7_bool_binop_done;
-  }
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 775, __pyx_L1_error)
-  __pyx_t_6 = (__pyx_t_4 != 0);
-
-
-
-  __pyx_t_3 = __pyx_t_6;
-
-  __pyx_L7_bool_binop_done:;
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/membership.pyx":776
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
-*/
-    __pyx_t_3 = (((PyObject *)__pyx_v_sleeper->spinner) == Py_None);
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/membership.pyx":777
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))
-*/
-      __pyx_t_7 = NULL;
-      __pyx_t_8 = 1;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 777, __pyx_L1_error)
-        __Pyx_GOTREF((PyObject *)__pyx_t_1);
-      }
-      __Pyx_GIVEREF((PyObject *)__pyx_t_1);
-      __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->spinner);
-      __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
-      __pyx_t_1 = 0;
-
-      /* "ivshmem/channel/membership.pyx":776
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":778
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
- *             spinner.begin(&turn, 0, spin_of(spin))
- *         while True:
-*/
-    __pyx_t_1 = ((PyObject *)__pyx_v_sleeper->spinner);
-    __Pyx_INCREF(__pyx_t_1);
-    __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
-    __pyx_t_1 = 0;
-
-    /* "ivshmem/channel/membership.pyx":779
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))             # <<<<<<<<<<<<<<
- *         while True:
- *             if turn.left:
-*/
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 779, __pyx_L1_error)
-    ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_t_4);
-
-
-    /* "ivshmem/channel/membership.pyx":775
- *             return code
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":780
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))
- *         while True:             # <<<<<<<<<<<<<<
- *             if turn.left:
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
-*/
-  while (1) {
-
-    /* "ivshmem/channel/membership.pyx":781
- *             spinner.begin(&turn, 0, spin_of(spin))
- *         while True:
- *             if turn.left:             # <<<<<<<<<<<<<<
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
- *                     n = spinner.spin(
-*/
-    __pyx_t_3 = (__pyx_v_turn.left != 0);
-
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/membership.pyx":782
- *         while True:
- *             if turn.left:
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
- *                     n = spinner.spin(
- *                         0, deadline, probe, what, &turn, &self.membership.state
-*/
-      __pyx_t_6 = (__pyx_v_turn.left <= 0x186A0);
-
-      if (__pyx_t_6) {
-
-      } else {
-
-        __pyx_t_3 = __pyx_t_6;
-
-        goto __pyx_L14_bool_binop_done;
-      }
-      __pyx_t_6 = ivshmem_is_only_thread();
-
-
-      __pyx_t_3 = __pyx_t_6;
-
-      __pyx_L14_bool_binop_done:;
-      if (__pyx_t_3) {
-
-
-        /* "ivshmem/channel/membership.pyx":783
- *             if turn.left:
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
- *                     n = spinner.spin(             # <<<<<<<<<<<<<<
- *                         0, deadline, probe, what, &turn, &self.membership.state
- *                     )
-*/
-        __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
-
-        /* "ivshmem/channel/membership.pyx":782
- *         while True:
- *             if turn.left:
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
- *                     n = spinner.spin(
- *                         0, deadline, probe, what, &turn, &self.membership.state
-*/
-        goto __pyx_L13;
-      }
-
-      /* "ivshmem/channel/membership.pyx":787
- *                     )
- *                 else:
- *                     with nogil:             # <<<<<<<<<<<<<<
- *                         n = spinner.spin(
- *                             0, deadline, probe, what, &turn, &self.membership.state
-*/
-      /*else*/ {
-        {
-            PyThreadState * _save;
-            _save = PyEval_SaveThread();
-            __Pyx_FastGIL_Remember();
-            /*try:*/ {
-
-              /* "ivshmem/channel/membership.pyx":788
- *                 else:
- *                     with nogil:
- *                         n = spinner.spin(             # <<<<<<<<<<<<<<
- *                             0, deadline, probe, what, &turn, &self.membership.state
- *                         )
-*/
-              __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
-            }
-
-            /* "ivshmem/channel/membership.pyx":787
- *                     )
- *                 else:
- *                     with nogil:             # <<<<<<<<<<<<<<
- *                         n = spinner.spin(
- *                             0, deadline, probe, what, &turn, &self.membership.state
-*/
-            /*finally:*/ {
-              /*normal exit:*/{
-                __Pyx_FastGIL_Forget();
-                PyEval_RestoreThread(_save);
-                goto __pyx_L20;
-              }
-              __pyx_L20:;
-            }
-        }
-      }
-      __pyx_L13:;
-
-      /* "ivshmem/channel/membership.pyx":791
- *                             0, deadline, probe, what, &turn, &self.membership.state
- *                         )
- *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
- *                 self.enter()
- *             else:
-*/
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 791, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/membership.pyx":792
- *                         )
- *                 PyErr_CheckSignals()
- *                 self.enter()             # <<<<<<<<<<<<<<
- *             else:
- *                 wakeup = self.membership.wakeup_of_thread()
-*/
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 792, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/membership.pyx":781
- *             spinner.begin(&turn, 0, spin_of(spin))
- *         while True:
- *             if turn.left:             # <<<<<<<<<<<<<<
- *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
- *                     n = spinner.spin(
-*/
-      goto __pyx_L12;
-    }
-
-    /* "ivshmem/channel/membership.pyx":794
- *                 self.enter()
- *             else:
- *                 wakeup = self.membership.wakeup_of_thread()             # <<<<<<<<<<<<<<
- *                 self.enter()
- *                 code = self.begin_sleep()
-*/
-    /*else*/ {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 794, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_1));
-      __pyx_t_1 = 0;
-
-      /* "ivshmem/channel/membership.pyx":795
- *             else:
- *                 wakeup = self.membership.wakeup_of_thread()
- *                 self.enter()             # <<<<<<<<<<<<<<
- *                 code = self.begin_sleep()
- *                 sleeper.asleep += 1
-*/
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/membership.pyx":796
- *                 wakeup = self.membership.wakeup_of_thread()
- *                 self.enter()
- *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
- *                 sleeper.asleep += 1
- *                 try:
-*/
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 796, __pyx_L1_error)
-      __pyx_v_code = __pyx_t_2;
-
-      /* "ivshmem/channel/membership.pyx":797
- *                 self.enter()
- *                 code = self.begin_sleep()
- *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
- *                 try:
- *                     self.membership.flush()
-*/
-      __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
-
-      /* "ivshmem/channel/membership.pyx":798
- *                 code = self.begin_sleep()
- *                 sleeper.asleep += 1
- *                 try:             # <<<<<<<<<<<<<<
- *                     self.membership.flush()
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
-*/
-      /*try:*/ {
-
-        /* "ivshmem/channel/membership.pyx":799
- *                 sleeper.asleep += 1
- *                 try:
- *                     self.membership.flush()             # <<<<<<<<<<<<<<
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
- *                         wakeup.wait(deadline)
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 799, __pyx_L24_error)
-
-
-        /* "ivshmem/channel/membership.pyx":800
- *                 try:
- *                     self.membership.flush()
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
- *                         wakeup.wait(deadline)
- *                         self.enter()
-*/
-        __pyx_t_6 = (__pyx_v_code == IVSHMEM_AGAIN);
-
-        if (!__pyx_t_6) {
-
-        } else {
-
-          __pyx_t_3 = __pyx_t_6;
-
-          goto __pyx_L27_bool_binop_done;
-        }
-        __pyx_t_6 = (__pyx_v_code == 0);
-
-        if (__pyx_t_6) {
-
-        } else {
-
-          __pyx_t_3 = __pyx_t_6;
-
-          goto __pyx_L27_bool_binop_done;
-        }
-        __pyx_t_6 = (__pyx_v_futile > __pyx_e_7ivshmem_7channel_10membership_FUTILE);
-
-
-        __pyx_t_3 = __pyx_t_6;
-
-        __pyx_L27_bool_binop_done:;
-        if (__pyx_t_3) {
-
-
-          /* "ivshmem/channel/membership.pyx":801
- *                     self.membership.flush()
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
- *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
- *                         self.enter()
- *                 finally:
-*/
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 801, __pyx_L24_error)
-
-
-          /* "ivshmem/channel/membership.pyx":802
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
- *                         wakeup.wait(deadline)
- *                         self.enter()             # <<<<<<<<<<<<<<
- *                 finally:
- *                     sleeper.one_awake()
-*/
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 802, __pyx_L24_error)
-
-
-          /* "ivshmem/channel/membership.pyx":800
- *                 try:
- *                     self.membership.flush()
- *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
- *                         wakeup.wait(deadline)
- *                         self.enter()
-*/
-        }
-      }
-
-      /* "ivshmem/channel/membership.pyx":804
- *                         self.enter()
- *                 finally:
- *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
- *                 futile += code == 0
- *                 if code != 0 and code != IVSHMEM_AGAIN:
-*/
-      /*finally:*/ {
-        /*normal exit:*/{
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 804, __pyx_L1_error)
-
-          goto __pyx_L25;
-        }
-        __pyx_L24_error:;
-        /*exception exit:*/{
-          __Pyx_PyThreadState_declare
-          __Pyx_PyThreadState_assign
-          __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-           __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
-          if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-          __Pyx_XGOTREF(__pyx_t_11);
-          __Pyx_XGOTREF(__pyx_t_12);
-          __Pyx_XGOTREF(__pyx_t_13);
-          __Pyx_XGOTREF(__pyx_t_14);
-          __Pyx_XGOTREF(__pyx_t_15);
-          __Pyx_XGOTREF(__pyx_t_16);
-          __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
-          {
-            __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-1))) __PYX_ERR(0, 804, __pyx_L33_error)
-
-          }
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_XGIVEREF(__pyx_t_15);
-          __Pyx_XGIVEREF(__pyx_t_16);
-          __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-          __Pyx_XGIVEREF(__pyx_t_11);
-          __Pyx_XGIVEREF(__pyx_t_12);
-          __Pyx_XGIVEREF(__pyx_t_13);
-          __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-          __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
-          goto __pyx_L1_error;
-          __pyx_L33_error:;
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_XGIVEREF(__pyx_t_15);
-          __Pyx_XGIVEREF(__pyx_t_16);
-          __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          goto __pyx_L1_error;
-        }
-        __pyx_L25:;
-      }
-
-      /* "ivshmem/channel/membership.pyx":805
- *                 finally:
- *                     sleeper.one_awake()
- *                 futile += code == 0             # <<<<<<<<<<<<<<
- *                 if code != 0 and code != IVSHMEM_AGAIN:
- *                     return code
-*/
-      __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
-
-      /* "ivshmem/channel/membership.pyx":806
- *                     sleeper.one_awake()
- *                 futile += code == 0
- *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                     return code
- *             code = self.attempt()
-*/
-      switch (__pyx_v_code) {
-        case 0:
-        case IVSHMEM_AGAIN:
-        __pyx_t_3 = 0;
-        break;
-        default:
-        __pyx_t_3 = 1;
-        break;
-      }
-      if (__pyx_t_3) {
-
-
-        /* "ivshmem/channel/membership.pyx":807
- *                 futile += code == 0
- *                 if code != 0 and code != IVSHMEM_AGAIN:
- *                     return code             # <<<<<<<<<<<<<<
- *             code = self.attempt()
- *             if code != IVSHMEM_AGAIN:
-*/
-        {
-
-          __pyx_r = __pyx_v_code;
-        }
-        goto __pyx_L0;
-
-        /* "ivshmem/channel/membership.pyx":806
- *                     sleeper.one_awake()
- *                 futile += code == 0
- *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                     return code
- *             code = self.attempt()
-*/
-      }
-    }
-    __pyx_L12:;
-
-    /* "ivshmem/channel/membership.pyx":808
- *                 if code != 0 and code != IVSHMEM_AGAIN:
- *                     return code
- *             code = self.attempt()             # <<<<<<<<<<<<<<
- *             if code != IVSHMEM_AGAIN:
- *                 if wakeup is not None:
-*/
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 808, __pyx_L1_error)
-    __pyx_v_code = __pyx_t_9;
-
-    /* "ivshmem/channel/membership.pyx":809
- *                     return code
- *             code = self.attempt()
- *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 if wakeup is not None:
- *                     wakeup.pause = FIRST_PAUSE
-*/
-    __pyx_t_3 = (__pyx_v_code != IVSHMEM_AGAIN);
-
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/membership.pyx":810
- *             code = self.attempt()
- *             if code != IVSHMEM_AGAIN:
- *                 if wakeup is not None:             # <<<<<<<<<<<<<<
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
-*/
-      __pyx_t_3 = (((PyObject *)__pyx_v_wakeup) != Py_None);
-      if (__pyx_t_3) {
-
-
-        /* "ivshmem/channel/membership.pyx":811
- *             if code != IVSHMEM_AGAIN:
- *                 if wakeup is not None:
- *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
- *                 return code
- *             if deadline != INT64_MAX and now() >= deadline:
-*/
-        __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
-
-        /* "ivshmem/channel/membership.pyx":810
- *             code = self.attempt()
- *             if code != IVSHMEM_AGAIN:
- *                 if wakeup is not None:             # <<<<<<<<<<<<<<
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
-*/
-      }
-
-      /* "ivshmem/channel/membership.pyx":812
- *                 if wakeup is not None:
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code             # <<<<<<<<<<<<<<
- *             if deadline != INT64_MAX and now() >= deadline:
- *                 return code
-*/
-      {
-
-        __pyx_r = __pyx_v_code;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/membership.pyx":809
- *                     return code
- *             code = self.attempt()
- *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 if wakeup is not None:
- *                     wakeup.pause = FIRST_PAUSE
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":813
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
- *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
- *                 return code
- * 
-*/
-    __pyx_t_6 = (__pyx_v_deadline != INT64_MAX);
-
-    if (__pyx_t_6) {
-
-    } else {
-
-      __pyx_t_3 = __pyx_t_6;
-
-      goto __pyx_L38_bool_binop_done;
-    }
-    __pyx_t_6 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_deadline);
-
-
-    __pyx_t_3 = __pyx_t_6;
-
-    __pyx_L38_bool_binop_done:;
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/membership.pyx":814
- *                 return code
- *             if deadline != INT64_MAX and now() >= deadline:
- *                 return code             # <<<<<<<<<<<<<<
- * 
- *     cdef int arm(self) except -2:
-*/
-      {
-
-        __pyx_r = __pyx_v_code;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/membership.pyx":813
- *                     wakeup.pause = FIRST_PAUSE
- *                 return code
- *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
- *                 return code
- * 
-*/
-    }
-  }
-
-  /* "ivshmem/channel/membership.pyx":753
- *     # Waiting.
- * 
- *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
- *         """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
- *         cdef int64_t deadline
-*/
-
-  /* function exit code */
-  __pyx_r = 0;
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -2;
-  __pyx_L0:;
-
-
-
-
-
-  __Pyx_XDECREF((PyObject *)__pyx_v_wakeup);
-  __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
-  __Pyx_XDECREF((PyObject *)__pyx_v_spinner);
-
-
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":816
- *                 return code
- * 
- *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
- *         """Sleep as one that watches the descriptor does; return what is there after all."""
- *         cdef int code
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_v_code;
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/membership.pyx":819
- *         """Sleep as one that watches the descriptor does; return what is there after all."""
- *         cdef int code
- *         self.wakeup.clear()             # <<<<<<<<<<<<<<
- *         code = self.begin_sleep()
- *         self.membership.flush()
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 819, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":820
- *         cdef int code
- *         self.wakeup.clear()
- *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
- *         self.membership.flush()
- *         if code == 0:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 820, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_1;
-
-  /* "ivshmem/channel/membership.pyx":821
- *         self.wakeup.clear()
- *         code = self.begin_sleep()
- *         self.membership.flush()             # <<<<<<<<<<<<<<
- *         if code == 0:
- *             self.end_sleep()
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 821, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":822
- *         code = self.begin_sleep()
- *         self.membership.flush()
- *         if code == 0:             # <<<<<<<<<<<<<<
- *             self.end_sleep()
- *             return self.attempt()
-*/
-  __pyx_t_2 = (__pyx_v_code == 0);
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/membership.pyx":823
- *         self.membership.flush()
- *         if code == 0:
- *             self.end_sleep()             # <<<<<<<<<<<<<<
- *             return self.attempt()
- *         return code
-*/
-    ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->end_sleep(__pyx_v_self);
-
-    /* "ivshmem/channel/membership.pyx":824
- *         if code == 0:
- *             self.end_sleep()
- *             return self.attempt()             # <<<<<<<<<<<<<<
- *         return code
- * 
-*/
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 824, __pyx_L1_error)
-    {
-      __pyx_r = __pyx_t_1;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":822
- *         code = self.begin_sleep()
- *         self.membership.flush()
- *         if code == 0:             # <<<<<<<<<<<<<<
- *             self.end_sleep()
- *             return self.attempt()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":825
- *             self.end_sleep()
- *             return self.attempt()
- *         return code             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-  {
-
-    __pyx_r = __pyx_v_code;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":816
- *                 return code
- * 
- *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
- *         """Sleep as one that watches the descriptor does; return what is there after all."""
- *         cdef int code
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.arm", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -2;
-  __pyx_L0:;
-
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":827
- *         return code
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def fileno(self):
- *         """Return a descriptor for an event loop, which is readable when there may be something.
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno, "Return a descriptor for an event loop, which is readable when there may be something.\n\n        After it was readable, call the end\047s method with timeout=0 until that brings nothing:\n        only then is the descriptor quiet, and readable again with the next ring. It stays the\n        end\047s, and `close()` closes it.\n\n        Raises:\n            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.\n            ClosedError: it is closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("fileno (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("fileno", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("fileno", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/membership.pyx":839
- *             ClosedError: it is closed.
- *         """
- *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.wakeup is None:
- *             self.wakeup = Wakeup(self.membership)
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 839, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/membership.pyx":840
- *         """
- *         self.enter()
- *         if self.wakeup is None:             # <<<<<<<<<<<<<<
- *             self.wakeup = Wakeup(self.membership)
- *         if not self.watched:
-*/
-        __pyx_t_3 = (((PyObject *)__pyx_v_self->wakeup) == Py_None);
-        if (__pyx_t_3) {
-
-
-          /* "ivshmem/channel/membership.pyx":841
- *         self.enter()
- *         if self.wakeup is None:
- *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
- *         if not self.watched:
- *             self.watched = True
-*/
-          __pyx_t_5 = NULL;
-          __pyx_t_6 = 1;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
-            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 841, __pyx_L4_error)
-            __Pyx_GOTREF((PyObject *)__pyx_t_4);
-          }
-          __Pyx_GIVEREF((PyObject *)__pyx_t_4);
-          __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
-          __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_4));
-          __pyx_t_4 = 0;
-
-          /* "ivshmem/channel/membership.pyx":840
- *         """
- *         self.enter()
- *         if self.wakeup is None:             # <<<<<<<<<<<<<<
- *             self.wakeup = Wakeup(self.membership)
- *         if not self.watched:
-*/
-        }
-
-        /* "ivshmem/channel/membership.pyx":842
- *         if self.wakeup is None:
- *             self.wakeup = Wakeup(self.membership)
- *         if not self.watched:             # <<<<<<<<<<<<<<
- *             self.watched = True
- *             self.awaited += 1
-*/
-        __pyx_t_3 = (!__pyx_v_self->watched);
-
-        if (__pyx_t_3) {
-
-
-          /* "ivshmem/channel/membership.pyx":843
- *             self.wakeup = Wakeup(self.membership)
- *         if not self.watched:
- *             self.watched = True             # <<<<<<<<<<<<<<
- *             self.awaited += 1
- *             self.membership.watchers += 1
-*/
-          __pyx_v_self->watched = 1;
-
-          /* "ivshmem/channel/membership.pyx":844
- *         if not self.watched:
- *             self.watched = True
- *             self.awaited += 1             # <<<<<<<<<<<<<<
- *             self.membership.watchers += 1
- *             self.membership.hurry()
-*/
-          __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
-
-          /* "ivshmem/channel/membership.pyx":845
- *             self.watched = True
- *             self.awaited += 1
- *             self.membership.watchers += 1             # <<<<<<<<<<<<<<
- *             self.membership.hurry()
- *             if self.arm() == 0:
-*/
-          __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
-
-          /* "ivshmem/channel/membership.pyx":846
- *             self.awaited += 1
- *             self.membership.watchers += 1
- *             self.membership.hurry()             # <<<<<<<<<<<<<<
- *             if self.arm() == 0:
- *                 self.membership.kick_all()
-*/
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 846, __pyx_L4_error)
-
-
-          /* "ivshmem/channel/membership.pyx":847
- *             self.membership.watchers += 1
- *             self.membership.hurry()
- *             if self.arm() == 0:             # <<<<<<<<<<<<<<
- *                 self.membership.kick_all()
- *         return self.wakeup.epoll.epfd
-*/
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 847, __pyx_L4_error)
-          __pyx_t_3 = (__pyx_t_2 == 0);
-
-
-          if (__pyx_t_3) {
-
-
-            /* "ivshmem/channel/membership.pyx":848
- *             self.membership.hurry()
- *             if self.arm() == 0:
- *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
- *         return self.wakeup.epoll.epfd
- * 
-*/
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 848, __pyx_L4_error)
-
-
-            /* "ivshmem/channel/membership.pyx":847
- *             self.membership.watchers += 1
- *             self.membership.hurry()
- *             if self.arm() == 0:             # <<<<<<<<<<<<<<
- *                 self.membership.kick_all()
- *         return self.wakeup.epoll.epfd
-*/
-          }
-
-          /* "ivshmem/channel/membership.pyx":842
- *         if self.wakeup is None:
- *             self.wakeup = Wakeup(self.membership)
- *         if not self.watched:             # <<<<<<<<<<<<<<
- *             self.watched = True
- *             self.awaited += 1
-*/
-        }
-
-        /* "ivshmem/channel/membership.pyx":849
- *             if self.arm() == 0:
- *                 self.membership.kick_all()
- *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
- * 
- *     cdef object fail(self, int code):
-*/
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 849, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_4;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/membership.pyx":827
- *         return code
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def fileno(self):
- *         """Return a descriptor for an event loop, which is readable when there may be something.
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_7 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_7;
-          __pyx_t_7 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.fileno", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":851
- *         return self.wakeup.epoll.epfd
- * 
- *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
- *         return self.membership.fail(code, &self.channel, self.name)
- * 
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, int __pyx_v_code) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("fail", 0);
-
-  /* "ivshmem/channel/membership.pyx":852
- * 
- *     cdef object fail(self, int code):
- *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
- * 
- *     # For tasks of an asyncio loop (asynchronous.py).
-*/
-  __pyx_t_1 = __pyx_v_self->name;
-  __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 852, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_2 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":851
- *         return self.wakeup.epoll.epfd
- * 
- *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
- *         return self.membership.fail(code, &self.channel, self.name)
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.fail", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":856
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7_membership = {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_membership (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_membership", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_membership", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_membership", 0);
-
-  /* "ivshmem/channel/membership.pyx":857
- * 
- *     def _membership(self):
- *         return self.membership             # <<<<<<<<<<<<<<
- * 
- *     def _begin_waiting(self):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self->membership);
-      __pyx_r = ((PyObject *)__pyx_v_self->membership);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":856
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":859
- *         return self.membership
- * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; whether there is something already."""
- *         cdef int code
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting, "Say in memory that this end sleeps; whether there is something already.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting = {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_begin_waiting (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_begin_waiting", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_begin_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_v_code;
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_sleeper = 0;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_begin_waiting", 0);
-
-  /* "ivshmem/channel/membership.pyx":862
- *         """Say in memory that this end sleeps; whether there is something already."""
- *         cdef int code
- *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         self.enter()
- *         code = self.begin_sleep()
-*/
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 862, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":863
- *         cdef int code
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         self.enter()             # <<<<<<<<<<<<<<
- *         code = self.begin_sleep()
- *         sleeper.asleep += 1
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 863, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":864
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         self.enter()
- *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
- *         sleeper.asleep += 1
- *         sleeper.awaited += 1
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 864, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_2;
-
-  /* "ivshmem/channel/membership.pyx":865
- *         self.enter()
- *         code = self.begin_sleep()
- *         sleeper.asleep += 1             # <<<<<<<<<<<<<<
- *         sleeper.awaited += 1
- *         self.membership.watchers += 1
-*/
-  __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
-
-  /* "ivshmem/channel/membership.pyx":866
- *         code = self.begin_sleep()
- *         sleeper.asleep += 1
- *         sleeper.awaited += 1             # <<<<<<<<<<<<<<
- *         self.membership.watchers += 1
- *         self.membership.hurry()
-*/
-  __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
-
-  /* "ivshmem/channel/membership.pyx":867
- *         sleeper.asleep += 1
- *         sleeper.awaited += 1
- *         self.membership.watchers += 1             # <<<<<<<<<<<<<<
- *         self.membership.hurry()
- *         self.membership.flush()
-*/
-  __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
-
-  /* "ivshmem/channel/membership.pyx":868
- *         sleeper.awaited += 1
- *         self.membership.watchers += 1
- *         self.membership.hurry()             # <<<<<<<<<<<<<<
- *         self.membership.flush()
- *         return code != IVSHMEM_AGAIN
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 868, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":869
- *         self.membership.watchers += 1
- *         self.membership.hurry()
- *         self.membership.flush()             # <<<<<<<<<<<<<<
- *         return code != IVSHMEM_AGAIN
- * 
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 869, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":870
- *         self.membership.hurry()
- *         self.membership.flush()
- *         return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- * 
- *     def _end_waiting(self):
-*/
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 870, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":859
- *         return self.membership
- * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; whether there is something already."""
- *         cdef int code
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd._begin_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-
-  __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":872
- *         return code != IVSHMEM_AGAIN
- * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting, "End what _begin_waiting began.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_end_waiting (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_end_waiting", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_end_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_sleeper = 0;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_end_waiting", 0);
-
-  /* "ivshmem/channel/membership.pyx":874
- *     def _end_waiting(self):
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         sleeper.awaited -= 1
- *         self.membership.watchers -= 1
-*/
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 874, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":875
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         sleeper.awaited -= 1             # <<<<<<<<<<<<<<
- *         self.membership.watchers -= 1
- *         sleeper.one_awake()
-*/
-  __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
-
-  /* "ivshmem/channel/membership.pyx":876
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         sleeper.awaited -= 1
- *         self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         sleeper.one_awake()
- * 
-*/
-  __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
-
-  /* "ivshmem/channel/membership.pyx":877
- *         sleeper.awaited -= 1
- *         self.membership.watchers -= 1
- *         sleeper.one_awake()             # <<<<<<<<<<<<<<
- * 
- *     def close(self):
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 877, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":872
- *         return code != IVSHMEM_AGAIN
- * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd._end_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":879
- *         sleeper.one_awake()
- * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close, "Free what this end has in the channel; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("close (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("close", 0);
-
-  /* "ivshmem/channel/membership.pyx":881
- *     def close(self):
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             return
- *         self.open = False
-*/
-  __pyx_t_1 = (!__pyx_v_self->open);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":882
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:
- *             return             # <<<<<<<<<<<<<<
- *         self.open = False
- *         self.wakeup = None
-*/
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":881
- *     def close(self):
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:             # <<<<<<<<<<<<<<
- *             return
- *         self.open = False
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":883
- *         if not self.open:
- *             return
- *         self.open = False             # <<<<<<<<<<<<<<
- *         self.wakeup = None
- *         if self.watched:
-*/
-  __pyx_v_self->open = 0;
-
-  /* "ivshmem/channel/membership.pyx":884
- *             return
- *         self.open = False
- *         self.wakeup = None             # <<<<<<<<<<<<<<
- *         if self.watched:
- *             self.membership.watchers -= 1
-*/
-  __Pyx_INCREF(Py_None);
-  __Pyx_GIVEREF(Py_None);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
-  __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None));
-
-  /* "ivshmem/channel/membership.pyx":885
- *         self.open = False
- *         self.wakeup = None
- *         if self.watched:             # <<<<<<<<<<<<<<
- *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
-*/
-  if (__pyx_v_self->watched) {
-
-    /* "ivshmem/channel/membership.pyx":886
- *         self.wakeup = None
- *         if self.watched:
- *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         if self.membership.usable() and not self.copying:
- *             self.give_up()
-*/
-    __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
-
-    /* "ivshmem/channel/membership.pyx":885
- *         self.open = False
- *         self.wakeup = None
- *         if self.watched:             # <<<<<<<<<<<<<<
- *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":887
- *         if self.watched:
- *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
- *             self.give_up()
- *             self.membership.flush()
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L6_bool_binop_done;
-  }
-  __pyx_t_2 = (!(__pyx_v_self->copying != 0));
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L6_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":888
- *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
- *             self.give_up()             # <<<<<<<<<<<<<<
- *             self.membership.flush()
- *         if self.membership.generation == generation:
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 888, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/membership.pyx":889
- *         if self.membership.usable() and not self.copying:
- *             self.give_up()
- *             self.membership.flush()             # <<<<<<<<<<<<<<
- *         if self.membership.generation == generation:
- *             self.membership.kick_all()
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 889, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/membership.pyx":887
- *         if self.watched:
- *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
- *             self.give_up()
- *             self.membership.flush()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":890
- *             self.give_up()
- *             self.membership.flush()
- *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         self.membership.ends.discard(self)
-*/
-  __pyx_t_1 = (__pyx_v_self->membership->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":891
- *             self.membership.flush()
- *         if self.membership.generation == generation:
- *             self.membership.kick_all()             # <<<<<<<<<<<<<<
- *         self.membership.ends.discard(self)
- * 
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 891, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/membership.pyx":890
- *             self.give_up()
- *             self.membership.flush()
- *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         self.membership.ends.discard(self)
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":892
- *         if self.membership.generation == generation:
- *             self.membership.kick_all()
- *         self.membership.ends.discard(self)             # <<<<<<<<<<<<<<
- * 
- *     def __del__(self):
-*/
-  __pyx_t_5 = __pyx_v_self->membership->ends;
-  __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
-    __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 892, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-  }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/membership.pyx":879
- *         sleeper.one_awake()
- * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":894
- *         self.membership.ends.discard(self)
- * 
- *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if self.open:
- *             self.close()
-*/
-
-/* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-}
-
-static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__del__", 0);
-
-  /* "ivshmem/channel/membership.pyx":895
- * 
- *     def __del__(self):
- *         if self.open:             # <<<<<<<<<<<<<<
- *             self.close()
- * 
-*/
-  if (__pyx_v_self->open) {
-
-    /* "ivshmem/channel/membership.pyx":896
- *     def __del__(self):
- *         if self.open:
- *             self.close()             # <<<<<<<<<<<<<<
- * 
- *     cdef int begin_copy(self) except -1:
-*/
-    __pyx_t_2 = ((PyObject *)__pyx_v_self);
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 896, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-    /* "ivshmem/channel/membership.pyx":895
- * 
- *     def __del__(self):
- *         if self.open:             # <<<<<<<<<<<<<<
- *             self.close()
- * 
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":894
- *         self.membership.ends.discard(self)
- * 
- *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if self.open:
- *             self.close()
-*/
-
-  /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_WriteUnraisable("ivshmem.channel.membership.ChannelEnd.__del__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-}
-
-/* "ivshmem/channel/membership.pyx":898
- *             self.close()
- * 
- *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("begin_copy", 0);
-
-  /* "ivshmem/channel/membership.pyx":900
- *     cdef int begin_copy(self) except -1:
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
- *         try:
- *             self.membership.use_memory()
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 900, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/membership.pyx":901
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.use_memory()
- *         except BaseException:
-*/
-  {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
-    __Pyx_XGOTREF(__pyx_t_2);
-    __Pyx_XGOTREF(__pyx_t_3);
-    __Pyx_XGOTREF(__pyx_t_4);
-    /*try:*/ {
-
-      /* "ivshmem/channel/membership.pyx":902
- *         self.membership.mapping.pin()
- *         try:
- *             self.membership.use_memory()             # <<<<<<<<<<<<<<
- *         except BaseException:
- *             self.membership.mapping.unpin()
-*/
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L3_error)
-
-
-      /* "ivshmem/channel/membership.pyx":901
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.use_memory()
- *         except BaseException:
-*/
-    }
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    goto __pyx_L8_try_end;
-    __pyx_L3_error:;
-
-    /* "ivshmem/channel/membership.pyx":903
- *         try:
- *             self.membership.use_memory()
- *         except BaseException:             # <<<<<<<<<<<<<<
- *             self.membership.mapping.unpin()
- *             raise
-*/
-    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-    if (__pyx_t_1) {
-      __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 903, __pyx_L5_except_error)
-      __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_6);
-      __Pyx_XGOTREF(__pyx_t_7);
-
-      /* "ivshmem/channel/membership.pyx":904
- *             self.membership.use_memory()
- *         except BaseException:
- *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- *             raise
- *         self.copying += 1
-*/
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
-
-      /* "ivshmem/channel/membership.pyx":905
- *         except BaseException:
- *             self.membership.mapping.unpin()
- *             raise             # <<<<<<<<<<<<<<
- *         self.copying += 1
- *         return 0
-*/
-      __Pyx_GIVEREF(__pyx_t_5);
-      __Pyx_GIVEREF(__pyx_t_6);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
-      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 905, __pyx_L5_except_error)
-    }
-    goto __pyx_L5_except_error;
-
-    /* "ivshmem/channel/membership.pyx":901
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.use_memory()
- *         except BaseException:
-*/
-    __pyx_L5_except_error:;
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_XGIVEREF(__pyx_t_4);
-    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-    goto __pyx_L1_error;
-    __pyx_L8_try_end:;
-  }
-
-  /* "ivshmem/channel/membership.pyx":906
- *             self.membership.mapping.unpin()
- *             raise
- *         self.copying += 1             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-  __pyx_v_self->copying = (__pyx_v_self->copying + 1);
-
-  /* "ivshmem/channel/membership.pyx":907
- *             raise
- *         self.copying += 1
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     cdef int end_copy(self) except -1:
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":898
- *             self.close()
- * 
- *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
- *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
- *         self.membership.mapping.pin()
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":909
- *         return 0
- * 
- *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
- *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/membership.pyx":910
- * 
- *     cdef int end_copy(self) except -1:
- *         self.copying -= 1             # <<<<<<<<<<<<<<
- *         if not self.open and not self.copying and self.membership.usable():
- *             self.give_up()  # another thread closed this end during the copy
-*/
-  __pyx_v_self->copying = (__pyx_v_self->copying - 1);
-
-  /* "ivshmem/channel/membership.pyx":911
- *     cdef int end_copy(self) except -1:
- *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
- *             self.give_up()  # another thread closed this end during the copy
- *             self.membership.flush()
-*/
-  __pyx_t_2 = (!__pyx_v_self->open);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = (!(__pyx_v_self->copying != 0));
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/membership.pyx":912
- *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
- *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
- *             self.membership.flush()
- *         self.membership.mapping.unpin()
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 912, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/membership.pyx":913
- *         if not self.open and not self.copying and self.membership.usable():
- *             self.give_up()  # another thread closed this end during the copy
- *             self.membership.flush()             # <<<<<<<<<<<<<<
- *         self.membership.mapping.unpin()
- *         return self.membership.end_use()
-*/
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 913, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/membership.pyx":911
- *     cdef int end_copy(self) except -1:
- *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
- *             self.give_up()  # another thread closed this end during the copy
- *             self.membership.flush()
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":914
- *             self.give_up()  # another thread closed this end during the copy
- *             self.membership.flush()
- *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- *         return self.membership.end_use()
- * 
-*/
-  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
-
-  /* "ivshmem/channel/membership.pyx":915
- *             self.membership.flush()
- *         self.membership.mapping.unpin()
- *         return self.membership.end_use()             # <<<<<<<<<<<<<<
- * 
- *     cdef int enlist(self) except -1:
-*/
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 915, __pyx_L1_error)
-  {
-    __pyx_r = __pyx_t_3;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":909
- *         return 0
- * 
- *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
- *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.end_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":917
- *         return self.membership.end_use()
- * 
- *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True
-*/
-
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("enlist", 0);
-
-  /* "ivshmem/channel/membership.pyx":919
- *     cdef int enlist(self) except -1:
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True             # <<<<<<<<<<<<<<
- *         try:
- *             self.membership.ends.add(self)
-*/
-  __pyx_v_self->open = 1;
-
-  /* "ivshmem/channel/membership.pyx":920
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.ends.add(self)
- *             self.membership.flush()
-*/
-  {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
-    __Pyx_XGOTREF(__pyx_t_1);
-    __Pyx_XGOTREF(__pyx_t_2);
-    __Pyx_XGOTREF(__pyx_t_3);
-    /*try:*/ {
-
-      /* "ivshmem/channel/membership.pyx":921
- *         self.open = True
- *         try:
- *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
- *             self.membership.flush()
- *         except BaseException:
-*/
-      __pyx_t_5 = __pyx_v_self->membership->ends;
-      __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_6 = 0;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
-        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 921, __pyx_L3_error)
-        __Pyx_GOTREF(__pyx_t_4);
-      }
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-      /* "ivshmem/channel/membership.pyx":922
- *         try:
- *             self.membership.ends.add(self)
- *             self.membership.flush()             # <<<<<<<<<<<<<<
- *         except BaseException:
- *             self.close()
-*/
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 922, __pyx_L3_error)
-
-
-      /* "ivshmem/channel/membership.pyx":920
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.ends.add(self)
- *             self.membership.flush()
-*/
-    }
-    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    goto __pyx_L8_try_end;
-    __pyx_L3_error:;
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-
-    /* "ivshmem/channel/membership.pyx":923
- *             self.membership.ends.add(self)
- *             self.membership.flush()
- *         except BaseException:             # <<<<<<<<<<<<<<
- *             self.close()
- *             raise
-*/
-    __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-    if (__pyx_t_7) {
-      __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 923, __pyx_L5_except_error)
-      __Pyx_XGOTREF(__pyx_t_4);
-      __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_8);
-
-      /* "ivshmem/channel/membership.pyx":924
- *             self.membership.flush()
- *         except BaseException:
- *             self.close()             # <<<<<<<<<<<<<<
- *             raise
- *         return 0
-*/
-      __pyx_t_10 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_10);
-      __pyx_t_6 = 0;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
-        __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 924, __pyx_L5_except_error)
-        __Pyx_GOTREF(__pyx_t_9);
-      }
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-
-      /* "ivshmem/channel/membership.pyx":925
- *         except BaseException:
- *             self.close()
- *             raise             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-      __Pyx_GIVEREF(__pyx_t_4);
-      __Pyx_GIVEREF(__pyx_t_5);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
-      __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 925, __pyx_L5_except_error)
-    }
-    goto __pyx_L5_except_error;
-
-    /* "ivshmem/channel/membership.pyx":920
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True
- *         try:             # <<<<<<<<<<<<<<
- *             self.membership.ends.add(self)
- *             self.membership.flush()
-*/
-    __pyx_L5_except_error:;
-    __Pyx_XGIVEREF(__pyx_t_1);
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
-    goto __pyx_L1_error;
-    __pyx_L8_try_end:;
-  }
-
-  /* "ivshmem/channel/membership.pyx":926
- *             self.close()
- *             raise
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     def __enter__(self):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":917
- *         return self.membership.end_use()
- * 
- *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
- *         """Make the end known to the membership; if that fails, free its slot."""
- *         self.open = True
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":928
- *         return 0
- * 
- *     def __enter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__enter__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__enter__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__enter__", 0);
-
-  /* "ivshmem/channel/membership.pyx":929
- * 
- *     def __enter__(self):
- *         return self             # <<<<<<<<<<<<<<
- * 
- *     def __exit__(self, *error):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self);
-      __pyx_r = ((PyObject *)__pyx_v_self);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":928
- *         return 0
- * 
- *     def __enter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":931
- *         return self
- * 
- *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
- *         self.close()
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
-  CYTHON_UNUSED PyObject *__pyx_v_error = 0;
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__exit__ (wrapper)", 0);
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__exit__", __pyx_kwds); return NULL;}
-  __Pyx_INCREF(__pyx_args);
-  __pyx_v_error = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_error);
-
-  /* function exit code */
-  __Pyx_DECREF(__pyx_v_error);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__exit__", 0);
-
-  /* "ivshmem/channel/membership.pyx":932
- * 
- *     def __exit__(self, *error):
- *         self.close()             # <<<<<<<<<<<<<<
- * 
- *     def __repr__(self):
-*/
-  __pyx_t_2 = ((PyObject *)__pyx_v_self);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 932, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":931
- *         return self
- * 
- *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
- *         self.close()
- * 
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.__exit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":934
- *         self.close()
- * 
- *     def __repr__(self):             # <<<<<<<<<<<<<<
- *         state = ", closed" if not self.open else ""
- *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_v_state = NULL;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5[6];
-  Py_ssize_t __pyx_t_6;
-  int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__repr__", 0);
-
-  /* "ivshmem/channel/membership.pyx":935
- * 
- *     def __repr__(self):
- *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
- *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"
-*/
-  __pyx_t_2 = (!__pyx_v_self->open);
-
-  if (__pyx_t_2) {
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_closed_2);
-    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_closed_2;
-  } else {
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
-    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u__2;
-  }
-
-  __pyx_v_state = ((PyObject*)__pyx_t_1);
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/membership.pyx":936
- *     def __repr__(self):
- *         state = ", closed" if not self.open else ""
- *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
-*/
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 936, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 936, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
-  __pyx_t_5[1] = __pyx_t_3;
-  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_of;
-  __pyx_t_5[3] = __pyx_t_1;
-  __pyx_t_5[4] = __pyx_t_4;
-  __pyx_t_5[5] = __pyx_mstate_global->__pyx_kp_u__4;
-  __pyx_t_6 = 22;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[4]);
-  #endif
-  __pyx_t_7 = 0;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
-  #endif
-  __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 936, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_8;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_8 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/membership.pyx":934
- *         self.close()
- * 
- *     def __repr__(self):             # <<<<<<<<<<<<<<
- *         state = ", closed" if not self.open else ""
- *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_state);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pxd":83
- * cdef class ChannelEnd:
- *     cdef Membership membership
- *     cdef readonly object channels  # keeps the membership from being collected             # <<<<<<<<<<<<<<
- *     cdef readonly str name  # of the channel
- *     cdef ivshmem_channel channel
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_8channels_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_8channels_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels___get__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  __Pyx_RefNannySetupContext("__get__", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __Pyx_INCREF(__pyx_v_self->channels);
-            __pyx_r = __pyx_v_self->channels;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_2 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_2;
-          __pyx_t_2 = 0;
-          goto __pyx_L0;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pxd":84
- *     cdef Membership membership
- *     cdef readonly object channels  # keeps the membership from being collected
- *     cdef readonly str name  # of the channel             # <<<<<<<<<<<<<<
- *     cdef ivshmem_channel channel
- *     cdef Wakeup wakeup  # of the descriptor that a program watches
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_4name_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_4name_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4name___get__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  __Pyx_RefNannySetupContext("__get__", 0);
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __Pyx_INCREF(__pyx_v_self->name);
-            __pyx_r = __pyx_v_self->name;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_2 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_2;
-          __pyx_t_2 = 0;
-          goto __pyx_L0;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* function exit code */
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup __pyx_vtable_7ivshmem_7channel_10membership_Wakeup;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent __pyx_vtable_7ivshmem_7channel_10membership_Dependent;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wakeup(PyObject *o, 
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Dependent(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+    CYTHON_UNUSED PyObject *const *args, CYTHON_UNUSED Py_ssize_t nargs, CYTHON_UNUSED PyObject *kwnames
 #else
-    PyObject *a, PyObject *k
+    CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *p = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
-  p->membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)Py_None); Py_INCREF(Py_None);
-  p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
-  p->kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
-  {
-    int cinit_result = __pyx_pw_7ivshmem_7channel_10membership_6Wakeup_1__cinit__(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
-    if (unlikely(cinit_result)) goto bad;
-  }
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *p = ((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
   return o;
-  bad:
-  Py_DECREF(o); o = 0;
-  return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup(PyTypeObject *t, 
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Dependent(PyTypeObject *t, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
 #else
@@ -18171,7 +13329,7 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup(P
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 0);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wakeup(o, 
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Dependent(o, 
 #if CYTHON_VECTORCALL_TPNEW
     args, nargs, kwnames
 #else
@@ -18181,35 +13339,32 @@ static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup(P
 }
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_Wakeup(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup, t, a, k);
+static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_Dependent(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Dependent, t, a, k);
 }
 #endif
 
 #if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Wakeup(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Dependent(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
     return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
   }
   Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Wakeup((PyTypeObject*)t, args, nargs, kwnames);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_10membership_Dependent((PyTypeObject*)t, args, nargs, kwnames);
   return o;
 }
 #endif
 
-static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *p = (struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)o;
+static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_Dependent(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *p = (struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)o;
   #if CYTHON_USE_TP_FINALIZE
-  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup) {
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && (!PyType_IS_GC(Py_TYPE(o)) || !__Pyx_PyObject_GC_IsFinalized(o))) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_10membership_Dependent) {
       if (PyObject_CallFinalizerFromDealloc(o)) return;
     }
   }
   #endif
-  PyObject_GC_UnTrack(o);
-  Py_CLEAR(p->membership);
-  Py_CLEAR(p->epoll);
-  Py_CLEAR(p->kick);
+  if (p->__weakref__) PyObject_ClearWeakRefs(o);
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
   (*tp->tp_free)(o);
@@ -18224,77 +13379,46 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup(PyObject *o) 
   #endif
 }
 
-static int __pyx_tp_traverse_7ivshmem_7channel_10membership_Wakeup(PyObject *o, visitproc v, void *a) {
-  int e;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *p = (struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)o;
-  {
-    e = __Pyx_call_type_traverse(o, 1, v, a);
-    if (e) return e;
-  }
-  if (p->membership) {
-    e = (*v)(((PyObject *)p->membership), a); if (e) return e;
-  }
-  if (p->epoll) {
-    e = (*v)(((PyObject *)p->epoll), a); if (e) return e;
-  }
-  if (p->kick) {
-    e = (*v)(((PyObject *)p->kick), a); if (e) return e;
-  }
-  return 0;
-}
-
-static int __pyx_tp_clear_7ivshmem_7channel_10membership_Wakeup(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *p = (struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)o;
-  tmp = ((PyObject*)p->membership);
-  p->membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->epoll);
-  p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->kick);
-  p->kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_Wakeup[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_2fileno},
-  {"clear_rings", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_4clear_rings},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_6__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cython__},
+static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_Dependent[] = {
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_9Dependent___reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_9Dependent_2__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7channel_10membership_Wakeup_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup},
-  {Py_tp_doc, (void *)PyDoc_STR("What a thread sleeps on, or a program watches: an epoll object that each ring wakes.\n\n    It is told of each ring at its edge (EPOLLET) and never takes the count. So all Wakeups of a\n    process, and the program\047s own wait() for the same vector, hear of the same ring. A wait() that\n    takes the count before the Wakeup looks would hide the ring; therefore the endpoint writes to\n    `kick` after each such wait. A UIO device works alike: its descriptor has an edge for each\n    interrupt.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_10membership_Wakeup},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_10membership_Wakeup},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_10membership_Wakeup},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_10membership_Wakeup},
+static PyMemberDef __pyx_type_7ivshmem_7channel_10membership_Dependent_members[] = {
+  #if !CYTHON_USE_TYPE_SLOTS
+  {"__weaklistoffset__", T_PYSSIZET, offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent, __weakref__), READONLY, 0},
+  #endif
+  {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_type_7ivshmem_7channel_10membership_Dependent_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_10membership_Dependent},
+  {Py_tp_doc, (void *)PyDoc_STR("What a membership looks after at each beat, and closes at its end: an end of a channel.")},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_10membership_Dependent},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_10membership_Dependent},
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Wakeup},
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_10membership_Dependent},
   #endif
   #endif
+  {Py_tp_members, (void*)__pyx_type_7ivshmem_7channel_10membership_Dependent_members},
   {0, 0},
 };
-static PyType_Spec __pyx_type_7ivshmem_7channel_10membership_Wakeup_spec = {
-  "ivshmem.channel.membership.Wakeup",
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+static PyType_Spec __pyx_type_7ivshmem_7channel_10membership_Dependent_spec = {
+  "ivshmem.channel.membership.Dependent",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7channel_10membership_Wakeup_slots,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE,
+  __pyx_type_7ivshmem_7channel_10membership_Dependent_slots,
 };
 #else
 
-static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_Wakeup = {
+static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_Dependent = {
   PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem.channel.membership.""Wakeup", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), /*tp_basicsize*/
+  "ivshmem.channel.membership.""Dependent", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), /*tp_basicsize*/
   0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup, /*tp_dealloc*/
+  __pyx_tp_dealloc_7ivshmem_7channel_10membership_Dependent, /*tp_dealloc*/
   0, /*tp_vectorcall_offset*/
   0, /*tp_getattr*/
   0, /*tp_setattr*/
@@ -18309,15 +13433,15 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_Wakeup = {
   0, /*tp_getattro*/
   0, /*tp_setattro*/
   0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("What a thread sleeps on, or a program watches: an epoll object that each ring wakes.\n\n    It is told of each ring at its edge (EPOLLET) and never takes the count. So all Wakeups of a\n    process, and the program\047s own wait() for the same vector, hear of the same ring. A wait() that\n    takes the count before the Wakeup looks would hide the ring; therefore the endpoint writes to\n    `kick` after each such wait. A UIO device works alike: its descriptor has an edge for each\n    interrupt.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7channel_10membership_Wakeup, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_10membership_Wakeup, /*tp_clear*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE, /*tp_flags*/
+  PyDoc_STR("What a membership looks after at each beat, and closes at its end: an end of a channel."), /*tp_doc*/
+  0, /*tp_traverse*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
   0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7channel_10membership_Wakeup, /*tp_methods*/
+  __pyx_methods_7ivshmem_7channel_10membership_Dependent, /*tp_methods*/
   0, /*tp_members*/
   0, /*tp_getset*/
   0, /*tp_base*/
@@ -18329,7 +13453,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_Wakeup = {
   #endif
   0, /*tp_init*/
   0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7channel_10membership_Wakeup, /*tp_new*/
+  __pyx_tp_new_7ivshmem_7channel_10membership_Dependent, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -18346,232 +13470,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_Wakeup = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7channel_10membership_Wakeup, /*tp_vectorcall*/
-  #else
-  NULL, /*tp_vectorcall*/
-  #endif
-  #endif
-  #if __PYX_NEED_TP_PRINT_SLOT == 1
-  0, /*tp_print*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030C0000
-  0, /*tp_watched*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030d00A4
-  0, /*tp_versions_used*/
-  #endif
-  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
-  0, /*tp_pypy_flags*/
-  #endif
-};
-#endif
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd;
-
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o, PyObject *a, PyObject *k) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *p = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  p->membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)Py_None); Py_INCREF(Py_None);
-  p->channels = Py_None; Py_INCREF(Py_None);
-  p->name = ((PyObject*)Py_None); Py_INCREF(Py_None);
-  p->wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None); Py_INCREF(Py_None);
-  p->spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None); Py_INCREF(Py_None);
-  {
-    int cinit_result = __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_1__cinit__(o, a, k);
-    if (unlikely(cinit_result)) goto bad;
-  }
-  return o;
-  bad:
-  Py_DECREF(o); o = 0;
-  return NULL;
-}
-
-static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
-  PyObject *o;
-  o = __Pyx_AllocateExtensionType(t, 0);
-  if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_10membership_ChannelEnd(o, a, k);
-}
-
-#if CYTHON_USE_TP_FINALIZE
-
-static void __pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
-  PyObject *etype, *eval, *etb;
-  __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(o);
-  __Pyx_PyErr_RestoreException(etype, eval, etb);
-}
-#endif
-
-static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *p = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)o;
-  #if CYTHON_USE_TP_FINALIZE
-  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd) {
-      if (PyObject_CallFinalizerFromDealloc(o)) return;
-    }
-  }
-  #endif
-  PyObject_GC_UnTrack(o);
-  if (p->__weakref__) PyObject_ClearWeakRefs(o);
-  Py_CLEAR(p->membership);
-  Py_CLEAR(p->channels);
-  Py_CLEAR(p->name);
-  Py_CLEAR(p->wakeup);
-  Py_CLEAR(p->spinner);
-  PyTypeObject *tp = Py_TYPE(o);
-  #if CYTHON_USE_TYPE_SLOTS
-  (*tp->tp_free)(o);
-  #else
-  {
-    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
-    if (tp_free) tp_free(o);
-  }
-  #endif
-  #if CYTHON_USE_TYPE_SPECS
-  Py_DECREF(tp);
-  #endif
-}
-
-static int __pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o, visitproc v, void *a) {
-  int e;
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *p = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)o;
-  {
-    e = __Pyx_call_type_traverse(o, 1, v, a);
-    if (e) return e;
-  }
-  if (p->membership) {
-    e = (*v)(((PyObject *)p->membership), a); if (e) return e;
-  }
-  if (p->channels) {
-    e = (*v)(p->channels, a); if (e) return e;
-  }
-  if (p->wakeup) {
-    e = (*v)(((PyObject *)p->wakeup), a); if (e) return e;
-  }
-  if (p->spinner) {
-    e = (*v)(((PyObject *)p->spinner), a); if (e) return e;
-  }
-  return 0;
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_closed(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_6closed_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_channels(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_8channels_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_name(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_4name_1__get__(o);
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_ChannelEnd[] = {
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__},
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno},
-  {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership},
-  {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting},
-  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__},
-  {0, 0, 0, 0}
-};
-
-static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_10membership_ChannelEnd[] = {
-  {"closed", __pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_closed, 0, PyDoc_STR("Whether close() was called, or the channels or the region were closed."), 0},
-  {"channels", __pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_channels, 0, 0, 0},
-  {"name", __pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_name, 0, 0, 0},
-  {0, 0, 0, 0, 0}
-};
-#if CYTHON_USE_TYPE_SPECS
-static PyMemberDef __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_members[] = {
-  #if !CYTHON_USE_TYPE_SLOTS
-  {"__weaklistoffset__", T_PYSSIZET, offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd, __weakref__), READONLY, 0},
-  #endif
-  {0, 0, 0, 0, 0}
-};
-static PyType_Slot __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__},
-  {Py_tp_doc, (void *)PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd},
-  #if CYTHON_USE_TP_FINALIZE
-  {Py_tp_finalize, (void *)__pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd},
-  #endif
-  {Py_tp_members, (void*)__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_members},
-  {0, 0},
-};
-static PyType_Spec __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec = {
-  "ivshmem.channel.membership.ChannelEnd",
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
-  0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_slots,
-};
-#else
-
-static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_ChannelEnd = {
-  PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem.channel.membership.""ChannelEnd", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), /*tp_basicsize*/
-  0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd, /*tp_dealloc*/
-  0, /*tp_vectorcall_offset*/
-  0, /*tp_getattr*/
-  0, /*tp_setattr*/
-  0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__, /*tp_repr*/
-  0, /*tp_as_number*/
-  0, /*tp_as_sequence*/
-  0, /*tp_as_mapping*/
-  0, /*tp_hash*/
-  0, /*tp_call*/
-  0, /*tp_str*/
-  0, /*tp_getattro*/
-  0, /*tp_setattro*/
-  0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd, /*tp_traverse*/
-  0, /*tp_clear*/
-  0, /*tp_richcompare*/
-  0, /*tp_weaklistoffset*/
-  0, /*tp_iter*/
-  0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7channel_10membership_ChannelEnd, /*tp_methods*/
-  0, /*tp_members*/
-  __pyx_getsets_7ivshmem_7channel_10membership_ChannelEnd, /*tp_getset*/
-  0, /*tp_base*/
-  0, /*tp_dict*/
-  0, /*tp_descr_get*/
-  0, /*tp_descr_set*/
-  #if !CYTHON_USE_TYPE_SPECS
-  0, /*tp_dictoffset*/
-  #endif
-  0, /*tp_init*/
-  0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd, /*tp_new*/
-  0, /*tp_free*/
-  0, /*tp_is_gc*/
-  0, /*tp_bases*/
-  0, /*tp_mro*/
-  0, /*tp_cache*/
-  0, /*tp_subclasses*/
-  0, /*tp_weaklist*/
-  0, /*tp_del*/
-  0, /*tp_version_tag*/
-  #if CYTHON_USE_TP_FINALIZE
-  __pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd, /*tp_finalize*/
-  #else
-  NULL, /*tp_finalize*/
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  0, /*tp_vectorcall*/
+  __pyx_tp_vectorcall_7ivshmem_7channel_10membership_Dependent, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -18891,8 +13790,7 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_ChannelEnd(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Dependent(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Membership(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -18927,93 +13825,40 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return 0;
 }
 
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup(__pyx_mstatetype *__pyx_mstate) {
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Dependent(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7channel_10membership_Wakeup ---*/
-  __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup = &__pyx_vtable_7ivshmem_7channel_10membership_Wakeup;
-  __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait;
-  __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear;
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Dependent", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_10membership_Dependent ---*/
+  __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent = &__pyx_vtable_7ivshmem_7channel_10membership_Dependent;
+  __pyx_vtable_7ivshmem_7channel_10membership_Dependent.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_beat;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 62, __pyx_L1_error)
   #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = &__pyx_type_7ivshmem_7channel_10membership_Wakeup;
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = &__pyx_type_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_getattro = PyObject_GenericGetAttr;
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
-  __Pyx_RefNannyFinishContext();
-  return 0;
-  __pyx_L1_error:;
-  __Pyx_RefNannyFinishContext();
-  return -1;
-}
-
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_ChannelEnd(__pyx_mstatetype *__pyx_mstate) {
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_ChannelEnd", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd ---*/
-  __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.usable = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.begin_copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.end_copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.enlist = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.one_awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.sleeper = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_sleeper;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail;
-  #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 680, __pyx_L1_error)
-  #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd;
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  #endif
-  #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
-  #endif
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
-  }
-  #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Dependent, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd, __weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent, __weakref__);
   #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19037,6 +13882,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.release = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_release;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.is_silent = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place))__pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_abandon;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.is_own = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_is_own;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.usable = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_usable;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.unusable = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.lose_place = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place;
@@ -19047,17 +13893,16 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_check;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.flush = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_flush;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.kick_all = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all;
-  __pyx_vtable_7ivshmem_7channel_10membership_Membership.wakeup_of_thread = (struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_wakeup_of_thread;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 163, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 81, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = &__pyx_type_7ivshmem_7channel_10membership_Membership;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
@@ -19067,9 +13912,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19183,8 +14028,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -19193,8 +14038,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -19203,8 +14048,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -19213,8 +14058,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -19269,26 +14114,6 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
   {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int64_t_PyObject_deadline_of);
-    #if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
-    #endif
-    const char * __pyx_import_name = __pyx_import_signature + 21;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_11descriptors_deadline_of, (void (**)(void)) NULL};
-    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
-    const char *__pyx_import_current_signature = __pyx_import_signature;
-    while (*__pyx_import_pointer) {
-      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-      ++__pyx_import_pointer;
-      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
-      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
-      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
-    }
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-  {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_void_int64_t_ring_bell);
@@ -19297,26 +14122,6 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #endif
     const char * __pyx_import_name = __pyx_import_signature + 22;
     void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_4bell_ring_bell, (void (**)(void)) NULL};
-    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
-    const char *__pyx_import_current_signature = __pyx_import_signature;
-    while (*__pyx_import_pointer) {
-      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-      ++__pyx_import_pointer;
-      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
-      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
-      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
-    }
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-  {
-    __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int64_t_PyObject_spin_of);
-    #if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
-    #endif
-    const char * __pyx_import_name = __pyx_import_signature + 21;
-    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_6native_4spin_spin_of, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -19616,8 +14421,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_ChannelEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Dependent(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Membership(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
@@ -19625,72 +14429,72 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/membership.pyx":39
- * from .header cimport *
+  /* "ivshmem/channel/membership.pyx":33
+ * from .processes cimport ivshmem_process_ended, ivshmem_process_start
  * 
  * import contextlib             # <<<<<<<<<<<<<<
  * import os
  * import secrets
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":40
+  /* "ivshmem/channel/membership.pyx":34
  * 
  * import contextlib
  * import os             # <<<<<<<<<<<<<<
  * import secrets
  * import threading
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":41
+  /* "ivshmem/channel/membership.pyx":35
  * import contextlib
  * import os
  * import secrets             # <<<<<<<<<<<<<<
  * import threading
  * import weakref
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_secrets, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_secrets, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_secrets, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_secrets, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":42
+  /* "ivshmem/channel/membership.pyx":36
  * import os
  * import secrets
  * import threading             # <<<<<<<<<<<<<<
  * import weakref
  * 
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":43
+  /* "ivshmem/channel/membership.pyx":37
  * import secrets
  * import threading
  * import weakref             # <<<<<<<<<<<<<<
  * 
  * from ..errors import (
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":45
+  /* "ivshmem/channel/membership.pyx":39
  * import weakref
  * 
  * from ..errors import (             # <<<<<<<<<<<<<<
@@ -19699,65 +14503,56 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
     for (__pyx_t_3=0; __pyx_t_3 < 7; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":48
+  /* "ivshmem/channel/membership.pyx":42
  *     ChannelCorrupt, ChannelError, ClosedError, IvshmemError, NoChannels, NoInterrupts, RegionError,
  * )
  * from . import identity             # <<<<<<<<<<<<<<
  * 
- * cdef extern from "<sys/epoll.h>":
+ * 
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":134
+  /* "ivshmem/channel/membership.pyx":49
  * 
- * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
- * cdef int64_t FIRST_PAUSE = 20_000             # <<<<<<<<<<<<<<
- * cdef int64_t LAST_PAUSE = 1_000_000
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
+ * # Nanoseconds between two looks of the beat's thread, where no ring can come.
+ * cdef int64_t PAUSE = 1_000_000             # <<<<<<<<<<<<<<
+ * 
+ * cdef unsigned int generation = 0  # of this process: a forked child has another
 */
-  __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE = 0x4E20;
+  __pyx_v_7ivshmem_7channel_10membership_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/membership.pyx":135
- * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
- * cdef int64_t FIRST_PAUSE = 20_000
- * cdef int64_t LAST_PAUSE = 1_000_000             # <<<<<<<<<<<<<<
- * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
- * # peer's work: after so many it sleeps all the same.
-*/
-  __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE = 0xF4240;
-
-  /* "ivshmem/channel/membership.pyx":141
- *     FUTILE = 64
+  /* "ivshmem/channel/membership.pyx":51
+ * cdef int64_t PAUSE = 1_000_000
  * 
  * cdef unsigned int generation = 0  # of this process: a forked child has another             # <<<<<<<<<<<<<<
  * 
@@ -19765,22 +14560,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = 0;
 
-  /* "ivshmem/channel/membership.pyx":144
+  /* "ivshmem/channel/membership.pyx":54
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
  *     global generation
  *     generation += 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":149
+  /* "ivshmem/channel/membership.pyx":59
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -19788,12 +14583,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_VECTORCALL
   #endif
@@ -19802,13 +14597,13 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 149, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 149, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 59, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -19819,69 +14614,96 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":367
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     cdef tuple state
+ *     cdef object _dict
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":17
+ *     else:
+ *         return __pyx_unpickle_Dependent, (type(self), 0xe3b0c44, state)
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     __pyx_unpickle_Dependent__set_state(self, __pyx_state)
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_9Dependent_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Dependent___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 17, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 17, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":281
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":447
+  /* "ivshmem/channel/membership.pyx":359
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":481
+  /* "ivshmem/channel/membership.pyx":393
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 481, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 481, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":498
+  /* "ivshmem/channel/membership.pyx":410
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -19889,12 +14711,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
@@ -19903,195 +14725,33 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":665
- *         return 0
- * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """Return the epoll object's descriptor, which stays this object's."""
- *         return self.epoll.epfd
+  /* "(tree fragment)":4
+ *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
+ *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
+ * def __pyx_unpickle_Dependent(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
+ *     cdef object __pyx_result
+ *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xe3b0c44, 0xda39a3e, 0xd41d8cd, b'')
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_3__pyx_unpickle_Dependent, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 4, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":669
- *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 669, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 669, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":691
- *         self.name = ""
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(
- *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 691, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":827
- *         return code
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def fileno(self):
- *         """Return a descriptor for an event loop, which is readable when there may be something.
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 827, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 827, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":856
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 856, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 856, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":859
- *         return self.membership
- * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; whether there is something already."""
- *         cdef int code
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 859, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 859, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":872
- *         return code != IVSHMEM_AGAIN
- * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 872, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":879
- *         sleeper.one_awake()
- * 
- *     def close(self):             # <<<<<<<<<<<<<<
- *         """Free what this end has in the channel; may be called twice."""
- *         if not self.open:
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 879, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 879, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":928
- *         return 0
- * 
- *     def __enter__(self):             # <<<<<<<<<<<<<<
- *         return self
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 928, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 928, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":931
- *         return self
- * 
- *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
- *         self.close()
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 931, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 931, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Dependent, __pyx_t_2) < (0)) __PYX_ERR(1, 4, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """Internal: a process's place in an area of channels, its beat, and how its ends sleep and wake.
+ * """Internal: a process's place in an area of channels, its beat, and the rings that it sends.
 */
   __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -20160,7 +14820,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/membership.pyx":236
+  /* "ivshmem/channel/membership.pyx":153
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -20169,26 +14829,26 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":443
- *             if not (<ChannelEnd>end).usable():
- *                 continue  # another thread has closed it since the list was made
+  /* "ivshmem/channel/membership.pyx":355
+ *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).restore()
+ *                 (<Dependent>end).beat()
  *         return self.flush()
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/membership.pyx":149
+  /* "ivshmem/channel/membership.pyx":59
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -20197,7 +14857,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -20238,41 +14898,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{6},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{9},{22},{7},{9},{114},{9},{11},{34},{276},{137},{79},{263},{97},{109}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{21},{64},{2},{15},{59},{17},{24},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{118},{147},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{17},{7},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{137},{263},{92}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2149 bytes) */
-static const char cstring[] = "x\332\215V\317s\324\310\025\306\t?\014\230\340\301fq*$\325\203Y\260Y\333[^\273\200\030H\342\265Y TX\006\250,I%%z\244\236\231\2165j\215Z\232\361dw+{\364QG\035u\324q\216s\364\321G\037\347\310\237\260\177\302~\257\245\371a\340\020\n\217Z\257\273\337\373\336\367\276~-\306C\306l\356y*dU\301l\345K\3410\0250_\332{\256p\266\230\362\205\3078\346\033\"`\312\023\254\203\201`2dR3O\010\007\3531\262]\245ig\215\321\237l\353FS4-\273\001\327\302]k0\337\345\266\3204\007G\214\007\202\323\017\013\371\236\360\036\260w\305\006Vl`\322\253\251w\314\225:\324\264\241\271\270\277\024\006B\260Z\300\353M\341\205\313\313[L\253\246`~\240\340\227\026!\023$\302:\201\014\341W\2318p\251\202.kp\315\264\257\244KX\303\225\002\354\n\341\226M_i-\253\256`K+\310M\332\r\020\341*\257\256\311\211vA\314\332\026\333\032\303&g\017\013\274k\303\004\377\364\347\027\340\346\205\242\320\204d\247\0336\224G\001\034\341\312\252\010x(\334.\323a \355\020Db\221\307^>~\271\272y\177\023\354:,\020\377\0216\222\325Q\325v\271\3269W\325H\272\241\364X\330\365\205^c\317j\254\253\"\303:\201\363\261nr\003 zL\213\320`\275m\212\312C\251<\013\333\245W\277\315\034\031 \210l\033~\276\341\256\026k(\003\253\251`\017\036\355\206t\035\326\344]\224\031X\rI`\004\331\240\330\2245\000\025\371j\316:*p\270\343X\010\"\270\353\216$2,H\000\352\333\204\023X\212]+$,z7b\310\265\000\206\212\035\210\003\237{C\0058RsTEx\3467\010\260\265nK\235\277;\037\362?|7\013u\361\366e1\373%\306(\201nH\177\315\357\356{\nE\251\361\310\r\231e\005\302\211laY\314\211\014+\236\362VQ\244\266\344.fm\351\311\320\262r\274\204|\"\033m\004\234K\211\314\302s 1/\034\237\006\262\006\242\216\n\030\372\0207P\252It\217|l\201\357=s\232\252\335\361)\320\"@\215VWG\221^?\373\347\343w\206>,\3335U\204\256\327l\3501\024K\303e\217h\331\362D\324O!\201\255\311}\037\225!\034p\340@\032\246\342\377\327\242-J#\347\203N[\225\216\244\230\014p[\237$\010U\346\254\r\366\311\2579\033\3247p\252\366<\325\0011h&F\005\346\207\202\232H\265\017\217/\242\332\252\351\303\343\252\330\247\000u1<\256\234\265\"\201""\352\321\261\320E\303\242\335\216hK\300\224\343\366\325\201\266\227\002\241U\024\330\342+\253c/O\n\020\310\363\304x\023\307\377d\251;\200`\022]\241\n\320(\027\305\322rQ\024\216\360\235\274p\324&\047\340c\207\260y\244M\225\311\217F\037\362\302\t\240c\276\352\\z;\371\333\216\n\202\310\017\213\267\307\2363\036\255Y\026\034\210\300\262N\332\366I\253\047LCuO\032\253(\223gu\270Dc\251ON@\300\2372\217\017\317\204\325\310j\342\275F9\251\241\201\016\341\216\021\236\031>\313em\306\177\033y\033\217\306@m\3236-\353\304\034:\232F#\373\344\254\3011\361>\256\314\2041\277{&\014A\344\275\030\202\325/\3243\"\223\310\326\257\214\204\r\320\357p.#?\377\375\030\340\310\376\021\270b\306v\005\017\254\000\\\352\302\222S\364\235\340{\317Ew\027\327\000\"\361\240K\206\327\002\205{\331\335\307\037MX/\304~\370J\324,\253\350\341\250\340\250\344\303:[V-\362lz\326\207\020\360\257\t\001\231\247r\"\327X<\3364O4>\253XF\303vH}\224&Z\021w\207\213\206z\371(\337\221A\354\323\013\262\0369\326\023\341?b\303\262B\241\t-\257\021z\272iN\n\320r\224\np\341\272\270H\3104\251BKj\313V\201\212\360\"&t\210k\047w\0077\346\322\342\272\353\331R\255\215\026\3432\251\2425N\024\301v\311\0076\204\001\304P\345\366\236\221N\336\036m\345\010[\201\337\375\020\227\265\255\"/\264\243 \000\343\226th\n\0379R\333<p\204G/\3008\354\366\346\302\311o\035\321\306\206\232\243\363B\327\340\305\031\313\021E\302\177_:Rbo(\303\256\204\023TR4\365\207\227\3318S\340\327\302\0255\300j\312\320U6w\233\034){\242\350\224\343\245y\263iF\241\240\302xH\305\"\n\274\210\026\250Z\r\245\301\027\212\322>.S\203(?\025\276\362\003|\177Te\250\363\376M\277\232\310\345\241)W\220/\304\221\001[\350\325\370\322p\311Yq\205jY\367\360!aZ\232\306E\355\003M\344\373h\262\232\350\014\033\305\345\321\346n$t\333\\\\\035s :\020~ jtc.\265\225t\330\035|\220y\341\335M+\\>E5\263H\026\205\205-\275\354~[\245O$vg\371\224\003\237\246\236\252\366\311y\rj0\367\323\324\340\364\231\301\351+q\231F\027\016\276\210+?m\017\246g\016\276\201\005\203\337\034\310\2705\230\231\215\247\342\371\270""\022\213d\235\254\227\017Z\371#\214\361\376~\372\342\301&\r\0073\227h\353\323\330x\370k\314\007f\306\354\277\230<\312\246\362\367\357\223\333\351\\\272\233\235\316v{S47\235L\345K\356\246\245\341\222\225\324\316J\271\365\217\251\361\367<\216\222\247\351vZ\241\210\005\300\367\006\303\335\244D\303\033\351\315\264\221q\302\365C\262\236o\371158\377\233\257\270\225\3624\314\356\365>\357\265~\276p\352\374%r2\230Fr\264\370q|5\346q\230\334K?O\001\271t\\*\247\245\264\234n\246\235\254\336\253\014f\256\306\377\202a)+\017f.\037\374\230l\047o\323\327\331\257\262\305\354\337\375r\377\376\341\306!\037\314\002\362\\\3740i\245\323\331\257\263\2572\354*\305\277M\312\371c5m\201\203\031\220\r\310s\311\223\024\214\375!\341\311~\252\263\033\307+\1779<\013\027\330\377(\235J?K\203\343\345\007\375\215>\247\275\327\300\020|\317^\215+\203\331\353\311nz!+g\017{\255\301\354\357\223JRK\277N\021{!\271\220\256f\255\336\331\236\335\237\353\177\215\235f\326\305\322\373\275\215^\265\017\037\363\361\223d\235\"\277\317\213\370\363\331\021\r\027\017\356\306s\361nr.\211@\032P\3361)V\216o=\350\257\367w\017\317\035FG\333yy\366I\023W\342/\340\035t\227\342\353\t\022\275t\360\0068\317$\3778\276u\267\307{\255\376\351\376\223\303{Ge\2124f\353f\346\364\312y\332\255\364t\372\004\325\270\335/\345@\026\207\005\234\311\021Qm\301%\r\276O\312\037\327\225\006m\204\036\017.\037D\361NLyM\237:\177\003*3\203\031@&\004\225\304I\313F\244\224\353BRJn&2\r\262Rf\322\337\002\271\323\347)\261\233\261\203x\263\327\220\346\325\317\006\363\327\223\355\301\3745Hc+}\223\315\243\250\013\213\351:\240odv\357Jo\235\346\"\343^\244\033\251D\005\316!\373s\375\366\341\253\303\326`\341&4\373:;\223U\220\031V\352d1y\215\372\021\021\253\375\326\341\324\341\374\341\333\243WGf\345\016)\301\034\213\205\337%\233I\230\336\317\326\007\327\027\323\207p:\325\233\207\n\027\256\047\337\3026;\027o\002\020b/$\027\001f\373}\241\311<G\324\371i\262\r\032fN\235/\305\305\271\373!\331H\366\200\377\r\034\275\355\277A\3347G\013\307\225Wt\312\316\2213\350\312\310\354j""9\235O\377NQ\256\305\377\203\262\014\001\303\203M\324\221\034I\306\010\2600\241\037\022\206&\261\317\306\027\222[\020\361|Z\031\214\233\003\235e\363\230\201\273QK\030\035\374\031*\367\246\341\247B\t<O\272\3241\310z\217\274\375\002\013\230\370\016";
-    PyObject *data = __Pyx_DecompressString(cstring, 2149, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1950 bytes) */
+static const char cstring[] = "x\332\215VMS\334\310\031\366$\330`\214cX\360\232\324\222\244YX\0036\260a\241l\007{+a\215\327v%\313\232\217\252uRI\311=R\017\323\031\215Z\323\335\232a\252\222\nG\216:\352\250\243\216s\234\343\034}\344\250#?\301?a\237n\r\303x}\t\005R\253\273\337\257\347y\372m\010\325\204\210\n\341MU\255\263\272\343Vi\0200\177\275JB\237\272L\2315]e\204JF\315\203hZc\301S\362\256o@\372\006\204\007\025\361\216\370\\ie\014\352\013\047\313Z2F*\222\036\327Y\240WV\266\211\022uFB)\340\327lBh\227\006\244%\271\206_a\343\300\245\220mR\245\212\250Pp\237y\204\353U\302\025\341\365P(\305\313>#\313\253\244U\345n\225\224\231/\202ce\214\225/4Y\337&\333W\351\032\047\177\336\023\001\333\023&\200\211\367\274\255\253\"0\356<\346\3632\223T3\277M\224\226\334\325L\232M\001y\363\342\315\332\326\223-B\003\217H\366o\346\242$\025\225]\237*U R\216\270\257y@t;dj\235\274\256\220\266\210H\300\220-R\t\261o\330\000\t\005D1m3[\002\\BS\315E\340\300\234\007\307K\304\343\022Ax\323\242\360=\365\025[\247\244\"d\r\376\334*\367=R\247m\"\002d\352\372B1T\217Z\270\266\025\"\235>\007\212\222\226\220\036\365<\007!\030\365}\224 \020T\016@\227\200\267i\262D&}\253U\"\244\375\266\204\027|\003\237\276\005\342\300g\355\222e\217+\n\006X`\237R\302\364\330\345\252\370\366\372\232X\277\024\321\345\267\335\250\372__\367W\277\306\030\004\250*\017\327\303\366I @I\205F\276&\216#\231\027\271\314q\210\027YL\002\021\254\201\242&\247>V]\036p\3558E\276&\363\241j\224\025\251E\3113\323\222\035\003i\013\024\"H!\352\006\330\301\356m [c\006\312r\373J\323\212Ip\261\2666\360y\370\372\037/\336Y\240\260m\327\262\005\225\256\273P\231f\313\227\333\2765\333V\206\242\002\306O2\301\\\235\206!80y\300\201\007\tXn\377\257M\333\246\214\242rsv\312\346\200\261\341\000K\352c(\300\047%M\340l\374\3323\300\r\024\232\324\002\321\0020L2\313\267\211g\203T~y\016\021\320\025\365\020\316\326\330\211\361}\314.\317\037%\215\210\201\"\243|`)B\026Xk\217592\304\t\271\024`\013\002^\226L\211H\272\354\033\247\345\256\014\253\014I\0275\321:\316\363\307|\266\220\202\255q\325\200oF\005\363""\313+}>(\302\267\n\316$\021\301P\372\260`.\215\224%\330\370Qh(\201\036J\364\n\252c\312\203\347\305\327s!e\024\352\376\327\013#\336\347\226F;\334e0\366\340f0X\037\010\326\265\355\305q\206\227p\360\025\316\373\325\342\353Be\326\331\017\2033p5\372\324\335Gk\237\370\033Z\265j\033\372\276Bkh\262h\354C\0232\n\366D\277Z\265\047^\007\350\204\006\000u`\025e\023\375\211\321\332_Y{\027m\022ST\266\315\304!\3031|\323>\301\237Yp\366\330\211>`\025\307\351\3678\234`\307\361\314\n~\230qk\007\047\334NT\242\3005\357\343\313\202\360S\007\013\366-\274\310\2673\001\255\027o\3262/t\n\334Q\314\255\251\250^|ATh\032\305\270\357\307\014Mk.FQ\020r\267\006o\003V\212\371\2466M\3138mD\324\277\214s\331z>!a0\301N\314\007h\030\344\246\206*\370\204\036\307\321L\231\202i\305\000`\332z\201\211\047\204\304\005\346\243Y\267( \341\312q\205\024\021.\026V\354\005\026\266\375S\325\016\\.\326\007\313h\313e\264\036\327\307\330\354\322\022\224\226\251[\263\002(z\216+<\346\n\200~\242q\323\271\"\n\264\033Ii\312\347\236Y\362\320\306\213\0470\361p\331Z\336\205,\2725kbg\305S\025\030zW:\002Y\370\r\271\307\271A\222\3536\2079\030eu\365\313\366\177\325\340}F\025\363Y\005\231\324\271\366\205K\375:Ei\001\353\267\235\342\274\326#\315\014\246\001rvL\201Ad<\210J\005\250\342\036\027*\304\245c\363(D\034\212P\342\226.s\255\212\356g\236\312@G\265EZ\026\033\241p\300\202N\207\373\3307\316\372W\215\342\307\001\256[\333\025,k*\nC\010J\031\324t\265\337x\243\320\303\022\332\310\200\334&\365#\246\232\366\032h\341 HV\001zd\271)\270G\036\340\337\225@?\332r\364\3125\ts\307\220|Z\312G\256\347#\237\305\363f4~\3660\3367\203\245\264\221\335\310\350i\351b\344\017I\343\234\374\261s\253\373\264W;\337?\310G\246\343?%\257\322\235t?\037\031=\375O\3748\231\317\307\036f\033\331\337\272\277\351\321|\344\326\331\306i\351\303\330\265\361/\314\302d\\2\217\321\270\221\334H\374l\336\3304\317~\212_$3\311~>\206\270\371\330\275\270qa\036f\255\221\217\3359\277\363 [\314h\326\352\324z\367\336\227.>\236\231:\335\271\030\273\237\322Tg\217;_u\032\037\306\257\335""\274}\366}|\031l\342\354E|7\246\261N\036\247_\245\215|b\352|j>\235J\347\323\255\264\225\035w\366\363\211\273\361?1\261\214l&\356\234\3757\331I\336\246\207\331\257\262\205\354_\335\371\356\223\336&\312\230\234\312\047\246\343gI#\035\313~\235}\223\301j*\376-*\262\2575\300S\312\047\220}\374(\231N^\246\033\371\304\357\023\232\234\244*\373\362|\365/\275\033p\001\373o\323R\372y*\317W\236v7\273\324\330\336KJ\306\367\344\335x?\237\234Kv\323\361l>{\326i\344\223\277K\366\223J\372]\212\330\263\311x\272\2265:7:nw\272\373\035,\355*\340\313\236t6;\345.|\314\304/\223\r\023\031\360\2345Nw>\334\030\300p\353\354Q<\035\357&\243I\224\356\230,\037\330\022\367\317\357?\355ntw{\243\275\350\375\216\331\266uv\002\324\261\341!\274\323|l*\236\003)\023\267\317\216\220\347\365\344\357\347\367\037uh\247\321\035\351\276\354=~?o\"]\241\265\230y\235\371\242\354F:\222\276\004\033K]\220\003\352o~\231N\247v0\201\030\306d?\361Rl\276]$7\233L%\213\tOe6\225\331|\267\201\306\330M\223\311b\354\001\344I\243\206\273\237\3473s\311N>s\017\\n\247G\331\014X\230]H7\020k3s;\237u6\314Zd\335\263t3\345\200l\024\351\216v\233\275\203^#\237]\204J\017\263\353\331~F\315N\225,$\207\000\334d\276\326m\364J\275\231\336\333\367\007\357\355\316\347\206\272l\267S\312g\277H\266\022\235>\3116\362\271\205\364\031\234\226:3\220\315\354\\\362#\346&\247\343-$\204\330\263\311-$\263s\321\027QQ#\210y\225\354\000\206\211k7\247\214\036\r\314\255\330\205\336\217\322\231\364mv\004gG\335\331\036\004f\316\005<A\005V\024H\261\t\374Q\374\377\240\002[;\324\374*\336)P3\3221\222\373\031\to\023\241";
+    PyObject *data = __Pyx_DecompressString(cstring, 1950, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2885 bytes) */
-static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\224\352\212\002\207\010f\320\001o\245\005\252\206\001CJ\214\213\002E\265\206\001I\210\213\003\007\002M\202\206\006j\000\007.\376\205\006c\262\211\002__\017\n\377setstate\001_\013\020\362\213\002?\010\220GT\010\366\213\003e\010\357runN\245\005sNo\231I\311!\351!sR\251\206\002\260\002W\037akeup\000\003\217\017\017\006\374\214\016+\004clear_\237rings=\004\235#W\377eakKeyDi\335c\226\212\001ary\r\001Se?t__Pyx\001\000\025\001\377_NextRef;__\275\212\004e__\352F\371@~\343B__func\025\001\311g\230%#\000m\276`)\001mowdul2\002nam:\002ip\\\000\301#_\007\001vt\332\211\001\036T\001qual\035\005\206\211\005\200N\226\240\211\006ex\210\001s\256\000Q\005s\374t\010\232N__test\246\274\000af\255\204\001\346\213\001_\364j_\377doorbell\327_no\220\204\001_\373h_i\377s_corout\357ine_\273\212\007add\356I\003in_\260\214\002asy\337ncio.$\006sa\337tbeat\372(cl\376@\001in_trac\237eback\255\220\002\261\220\003c\177odecont\364 \377libcount\377current_\373id\027\001dedis\277carden(\001e\343nd\346\212\005\354\213\002\360\213\003eve_ntfds\206\205\003fC\000\361d\237\207\007\242@\245@pidi}iB\000tityiB\000?xitems\275\217\r\245\214\007\376\302`seleftl\377imitloca\237lmach\214 \300\212\001i\363ng\320\214\007\345\220\003mute\362\356An\277`\346 atnu\376\367\214\001offseto\377neospeer\374\210\222\002\214\222\003popran\237dbits\245\214\003\255\214\001sn\331\207\001at_\225\217\001re\266\222\002\377runsecre\343ts\216\000I\001\274\215\004sig\367nal\315\210\003slee\377persuppr{esB\000xtth\333\213\004\377valuesve\337ctorw\326\205\002we\377akrefint\377 (void *\373, \n\00064_t)\331\000\265\205\001\246`ll\013\004 (\357PyOb\237\221\001 *)\337\000dead\313Bof\376\013\022spin_of\377\200\001\330\004\005\330\004\022\373\220!\006\001\n\210+\220Q\177\200A\330\010\014\210F\017\000\376\006\000\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we""\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250\001\n\003{\230\047\377\240\023\240D\250\004\250D\333\260\001X\001\010\230\002\002\013\230\3676\240\021\033\005,\240c\250\275\021u\001\013\2309\240\215\002K\177\220u\230H\240A\240\236\000\335\340\231\005\340\010\017v\0006\230\377\021\200A\340\010\"\240$\367\240h\250r\000\017\210|\230\3351\301\001K\220}8\001\017\210\375z\034\003&\240a\240t\250\3777\260%\260q\360\n\000\233\t\r\342\001\330\010\332\000\356\001E\377\220\025\220a\220t\2307\367\240%\240\360\000\021\320\021!\377\240\021\240!\2404\240w\377\250g\260Q\330\014\025\220\375\\\016\000(\250!\330\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\377\2708\3003\300a\330\020\376\260\000\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220s\031\230/\000\003\001-\240q\201 \375\014\352 \2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\373\300\006@\000\014\023\220=\240\377\001\240\026\240r\320);\377\2703\270a\330\014\021\220\371\027\237 Y\000\020\025\220Q\330\377\020\034\230D\240\n\250!\377\250<\260q\330\020\035\230\277Q\230f\240B\240y\000\030\377\230\n\240-\250q\260\006?\260c\270\023\270B7\000\031\002\375l(\0008\2603\260b\270\377\001\330\020\024\220G\2301\330v\001\266!\302@\360\006\376\006\013\210\3776\220\023\220D\230\007\230\351u\356 \243\000*\336\002Q\320&\377;\2701\270D\300\007\300\327u\310A\314Cx\220a\022\220y+y\000\341@\021\220\034\230\234 \367\r\210T\245\000\005\230Y\320\377&6\260a\260q\270\004?\270G\3007\310!\240A\244\047\337$\250d\260!\361\003q\2407\004\240G\213@\047\270\274@\205\001\211#\271E\372b\330\327B\311 \005\001{\372\301 \010\310M\014\210K\220v\372x\000\010\000\006\017\210u\220C\275\220\324\001\010\000\t\"\343`A\335\360\006\000\014\2104\253BQ\230\347d\240!\240\204\002\350\001\030\230\021\377\230$\230i\240r\250\021\336\320@\010\013\210:\332 \010\t\335\330\235@$\220d\261@\020\027\377\220q\330\025\026\330\024\034\337\230A\330\024""\027\230`:\240\367T\250\024\322@\030#\2401\376\270\0003\250c\260\022\2601\372\030\001u\214`Q\230e\2403\353\240i\377 \007\373\000\007\270v\377\300R\300q\330\030$\240}A\245`\005\250Q\250aB\001\237s\230#\230S\275@\205!-\377\270q\300\001\300\024\300X\227\310R\310%\002C\206a\222\205\002\030\377\033\2304\230t\2408\250\2771\330\034#\240<\324@\001\377\260\024\260Q\330\030\034\230\375O\021\000\020\023\2204\220t\335\230y\000\030\230\013\212\000A\340\370\215\204\004\336\003\345@H\230A\200A\277\360\014\000\t\021\220\361\205\004|\257\2303\230k\275\000TF\000X\373\270Tu\000T\310\030\320Q\305R\333\206\001\007I\001\325`\240`\021\330\277\025!\240\024\240Vb\001\027s\220\177\327`\374\002\010\014\210\324\206\002\320\243a\213\204\001\303\204\001^\000\030\265h4\210\367x\220s\351\204\001\020\220\n\230\267&\240\001C\000Q\330\223\207\007\020\257\220\013\2301\310\207\001\014\315 \014P\n\001\217\207\001\004\002\365\206\001\014\307\206\0014>\000\375#\313`\020\024\220K\230y\004\256\207\001\335\206\0017J\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2885, 3976);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2581 bytes) */
+static const char cstring[] = "\377 at  of \377ivshmem_\377channel.\377h places\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)):\377 some pr\361oU\000!\001x\000can \377write to\3723\001 \201\000ory h\377as spoil\377ed it, i\377s imposs\377ible (, \377which be\357longn\000o s\377lot .: :\371 \246\006A\001?None\353No]\001h\350\000Cyt\367honK\001deli\377berately\377 stricte\371r\267\000\216\000PEP-4\37784 and r\357ejec\320\000sub\337class\214#bu\377iltin ty\377pes. If ?you ne\253\000\305\000\345p%\000 &\010\275 n s\353et\334\002\047\335 ota\337tion_<\000in\277g\047 dirb\000i\375v\201\"False.\277a fork\373\000c\377hild may\367 on\247\000clos\031e\373\000\264@it\242\"\272@\256D\377sa worda\357dd_n\357\000all\352\300\000o\273@r\354&rem\343ov\242\001\320@\344D, o\002\364\001e\353C\352C\354 \240D\234`Q\000\275k\336Edisa\377 e\355n\001\002rr8\000gci\225s\n\003d\276d.\275e\010\005e*%\001s\334d/\334d/\354`\376 \377ship.pyx\377no defau\377lt __red\377uce__ du\336\225bnon-\240@vi\373al\033\000cinitS__\234\204\002\260bt\304\007s\240\204\002:\241\"d\264\204\001reg\347 \313b\236_\000room\325!\256\204\005s\355:\327 ke\340` byn\312\204\007ser\211@--\320%? SIZE`\244\"$\000\375D\251Bory.crUe\275`(\367%=#\001)k\010\267is y\016is\312@p\367ped\203\002read\330\200`\327B+\013ma\020\022: \210\246 \364\003\270\205\001b\335\205\001\364`\341\007\047\371s\324\006\253\206\002of a \257vers\203!t\200\205\001i\375sA\000t know\377n hereth\344\216\004\205\002f\370\205\r\227@com\177pare-ex\234\207\001\373ge\370\205\005a quex\240@\366\204\001\311 open\301\206\002_devic\324 n\370f\377way (res\377ource2_w\303c)q\002\206\207\004\262\000\310Cam\357ong \303Jwas\177 freed,\240A\314\006\001\364C()\265\204\001\264@a \357new \257Br o\371n\274\207\010/\000ecaus\374\334BD\001silent\363: \240\006\331Fagai\373nC\367\210\003Corru\253pt\007\004E\342\204\001C\363\205\001d\366\006\002De\343\000dentj\000\006.\250\204\006c\332\207\002__\017\t\377setstate\345_\025\005I\345\211\003S\002Mem\000""\375\204\004\000\007=\017\017\n?\016/\010\231\207\002?\010\360\244\047T\010\323\212\003e\010runN\375o\365\004sNoInt\315e\374\002sR\270\205\002\374\002We\377akKeyDic\356\266\210\001ary\r\001Set\237__Pyx\001\000\025\001_\377NextRef_\375_\335\210\004e____d\227ict\004\001eS\001\004\002x~\272\206\001__func\035\001\311g\231%+\000m\203@1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001\016\322`ult\006\003\343#\022\002\227\212\001~\033\003unpickK\000\314\261F3\003vt\307\210\001\237\001qu\303al`\005\363\207\005\303N\215\210\006ex\222\323\001s\371\000\224\005s\267\010\336N_\357_tes\376\001aft\347er_\323\212\001\216#doo\377rbell_no\377wait_is_\377coroutin\335e&\003in_\372\212\002as\277yncio.\026\006s\377atbeatcl\372(\000_#\000trace\317back\232\213\002\370\210\003co\357deco\311@xtl\377ibcountc_urreng\000d\027\001\357deen!\001endn\000\000poi\363Bor\250\212\003\377eventfds\305f6\000d\354\205\007\252@\255@pi\367dii\200\205\001ityi\234<\000\317@ems\357\212\r\327\212\007l\177easelef\207\000\377mitlocal\317mach\346\000\343\210\001in\275g\361\216\003mute\354An\332\305`_\335\001nu\233\205\001of\377fsetoneo\237speer\224\220\002\230\220\003p\377oprandbi\323ts\343\212\003\353\212\001s\343!at\366\345\"re\302\220\002runs?ecrets\204\000I\001~\344\213\004signal\220\207\003\376\240\206\002suppres\336@\000xtth\227\212\004up\377dateuse_\376\304\206\005valuesv\377ectorwea\357kref\273  (v\177oid *, \310 \37764_t)\000ri\373ng\307\000ll\200\001\330\177\004\005\330\004\022\220!\006\001\337\n\210+\220Q\017\001\047\240\377q\250\006\250a\200\001\340\377\004\037\230q\320 0\260\377\013\270;\300k\320QR\377\330\004\023\2209\230H\240\377A\240Q\330\004\007\200|\377\2207\230!\330\010+\250\3771\250L\270\016\300a\330\377\004\013\2101\200\001\360\010\367\000\n\033\025\001\020\220\001\330\377\010\020\220\007\220q\230\006\357\230l\250!0\001v\210W\377\220E\230\024\230Q\330\010~u\000\330\010\027\220q\340\001\001\376L\001q\330\010\017\320\017*\377\250$\250a\250w\260k\337\300\027\310\001\340\004\013\021""\200\377A\340\010&\240a\240t\377\2507\260%\260q\360\n?\000\t\r\210F\220\203\000h\002\377\014\210E\220\025\220a\220\377t\2307\240%\240q\330\377\014\021\320\021!\240\021\240\377!\2404\240w\250g\260\277Q\330\014\025\220\\\016\000(\376\213\000\014\017\210}\230A\230\377X\240S\250\002\250#\250\177]\270!\2708\3003\304\000\377\020\021\330\014\023\220<\230\377q\240\010\250\003\2502\250\2563\000\021\220\031\350\000\014\003\001-\356\234 \001\330\014\263 \2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\237\320,@\300\006\207 =\000=\377\240\001\240\026\240r\320)\337;\2703\270a\210\000\220\027\367\230\001\330Y\000\020\025\220Q\377\330\020\034\230D\240\n\250\377!\250<\260q\330\020\035\377\230Q\230f\240B\240a\377\330\020\030\230\n\240-\250\377q\260\006\260c\270\023\270\361B7\000\031\002\274 \2508\2603\367\260b\270A\000\024\220G\230\3711v\001\234 \210q\200A\360\375\006\376\006\013\2106\220\023\220\177D\230\007\230u\240A\242\001\375*\336\002Q\320&;\2701\377\270D\300\007\300u\310A\377\330\010\013\2104\210x\220\356\236 \022\220+y\000a\330\010\367\021\220\034\222@\014\r\210T\376\245\000\005\230Y\320&6\260\377a\260q\270\004\270G\300\3477\310!f\001\244\047$\250d\373\260!\361\003q\240\004\240G\346\213@\047\270\232@\370@\t\"\240\227\023\240A\005\001\014a\000\335!Q\327\230d\240*\000\rr\0016\220\377\030\230\021\230$\230i\240\247r\250\021\217`\206\000:\213 \010]\t\315!$\220d\315`\020\220`\377\330\025\026\330\024\034\230A\367\330\024\027\311@:\240T\250\275\024\203@\030#\2401i\0003\277\250c\260\022\2601\030\001u\376\275@Q\230e\2403\240i\372\260 \007\254\000\007\270v\300R\177\300q\330\030$\240A\326@\337\005\250Q\250aB\001s\230\347#\230S\356 \266\001-\270q\377\300\001\300\024\300X\310R\365\310%\002C\267A\250D\260\001\377\330\030\033\2304\230t\240\3778\2501\330\034#\240<\356\205@\001\260\024\264`\030\034\230=O\021\000\020\023\2204\332`y\0007\030\230\013\212\000A\340\276d\336\003\277\020\024\220H\230A\215@\014\347\000\t\021\371\204\001\343!w\220c\377\230\024\230T\240\024\240X{\250TJ""\000T\270\030\300\336`\232\224\205\001t\303@D\240\220b\346\000v\235\230\224`\027\220\177\203`\367\002\010/\014\210H\220\247B6\266b\357a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2581, 3355);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3976 bytes) */
-static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____enter____exit____func____""getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardencodeendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023""\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240""\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (3355 bytes) */
+static const char bytes[] = " at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, is impossible (, which belongs to slot .: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childasyncio.coroutinesatbeatcline_i""n_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010""\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 174; i++) {
+    for (int i = 0; i < 154; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 50) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 41) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -20280,8 +14940,8 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 174; i < 193; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-174].length;
+    for (int i = 154; i < 164; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-154].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -20291,15 +14951,15 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 193; i++) {
+    for (Py_ssize_t i = 0; i < 164; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 174;
-      for (Py_ssize_t i=0; i<19; ++i) {
+      PyObject **table = stringtab + 154;
+      for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -20323,15 +14983,16 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
   {
     PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
     int8_t const cint_constants_1[] = {0,1,64};
-    for (int i = 0; i < 3; i++) {
-      numbertab[i] = PyLong_FromLong(cint_constants_1[i - 0]);
+    int32_t const cint_constants_4[] = {238750788L};
+    for (int i = 0; i < 4; i++) {
+      numbertab[i] = PyLong_FromLong((i < 3 ? cint_constants_1[i - 0] : cint_constants_4[i - 3]));
       if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<3; ++i) {
+    for (Py_ssize_t i=0; i<4; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -20365,7 +15026,7 @@ typedef struct {
     unsigned int num_kwonly_args : 1;
     unsigned int nlocals : 4;
     unsigned int flags : 10;
-    unsigned int first_line : 10;
+    unsigned int first_line : 9;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -20385,99 +15046,54 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 144};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 54};
     PyObject* const varnames[] = {0};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 367};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_state, __pyx_mstate->__pyx_n_u_dict_2, __pyx_mstate->__pyx_n_u_use_setstate};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 17};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 359};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 481};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 393};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t1D_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 669};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 691};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 827};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 856};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 859};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 872};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 879};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 928};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 931};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 4};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pyx_type, __pyx_mstate->__pyx_n_u_pyx_checksum, __pyx_mstate->__pyx_n_u_pyx_state, __pyx_mstate->__pyx_n_u_pyx_result};
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_pyx_unpickle_Dependent, __pyx_mstate->__pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -20736,6 +15352,32 @@ bad:
 }
 #endif
 #endif
+
+/* RaiseArgTupleInvalid */
+static void __Pyx_RaiseArgtupleInvalid(
+    const char* func_name,
+    int exact,
+    Py_ssize_t num_min,
+    Py_ssize_t num_max,
+    Py_ssize_t num_found)
+{
+    Py_ssize_t num_expected;
+    const char *more_or_less;
+    if (num_found < num_min) {
+        num_expected = num_min;
+        more_or_less = "at least";
+    } else {
+        num_expected = num_max;
+        more_or_less = "at most";
+    }
+    if (exact) {
+        more_or_less = "exactly";
+    }
+    PyErr_Format(PyExc_TypeError,
+                 "%.200s() takes %.8s %" CYTHON_FORMAT_SSIZE_T "d positional argument%.1s (%" CYTHON_FORMAT_SSIZE_T "d given)",
+                 func_name, more_or_less, num_expected,
+                 (num_expected == 1) ? "" : "s", num_found);
+}
 
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -21047,7 +15689,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Values(PyObject* d) {
     return __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_values, d);
 }
 
-/* OwnedDictNext (used by ParseKeywordsImpl) */
+/* OwnedDictNext (used by RejectKeywords) */
 #if CYTHON_AVOID_BORROWED_REFS
 static int __Pyx_PyDict_NextRef(PyObject *p, PyObject **ppos, PyObject **pkey, PyObject **pvalue) {
     PyObject *next = NULL;
@@ -21101,6 +15743,323 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
     return result;
 }
 #endif
+
+/* RejectKeywords */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
+    PyObject *key = NULL;
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
+        key = __Pyx_PySequence_ITEM(kwds, 0);
+    } else {
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *pos = NULL;
+#else
+        Py_ssize_t pos = 0;
+#endif
+#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
+        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
+#endif
+        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_XDECREF(pos);
+#endif
+    }
+    if (likely(key)) {
+        PyErr_Format(PyExc_TypeError,
+            "%s() got an unexpected keyword argument '%U'",
+            function_name, key);
+        Py_DECREF(key);
+    }
+}
+
+/* PyErrFetchRestore (used by GivenExceptionMatches) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* GivenExceptionMatches (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
+        }
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
+#endif
+
+/* PyErrExceptionMatches (used by GetAttr3) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
+#endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* GetAttr3 */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (unlikely(!__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        return NULL;
+    __Pyx_PyErr_Clear();
+    Py_INCREF(d);
+    return d;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *o, PyObject *n, PyObject *d) {
+    PyObject *r;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    int res = PyObject_GetOptionalAttr(o, n, &r);
+    return (res != 0) ? r : __Pyx_NewRef(d);
+#else
+  #if CYTHON_USE_TYPE_SLOTS
+    if (likely(PyUnicode_Check(n))) {
+        r = __Pyx_PyObject_GetAttrStrNoError(o, n);
+        if (unlikely(!r) && likely(!PyErr_Occurred())) {
+            r = __Pyx_NewRef(d);
+        }
+        return r;
+    }
+  #endif
+    r = PyObject_GetAttr(o, n);
+    return (likely(r)) ? r : __Pyx_GetAttr3Default(d);
+#endif
+}
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
+    }
+#endif
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
+#endif
+}
+
+/* GetBuiltinName (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
+
+/* PyDictVersioning (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
+    PyObject **dictptr = NULL;
+    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
+    if (offset) {
+#if CYTHON_COMPILING_IN_CPYTHON
+        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
+#else
+        dictptr = _PyObject_GetDictPtr(obj);
+#endif
+    }
+    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
+}
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
+        return 0;
+    return obj_dict_version == __Pyx_get_object_dict_version(obj);
+}
+#endif
+
+/* GetModuleGlobalName */
+#if CYTHON_USE_DICT_VERSIONS
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
+#else
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+#endif
+{
+    PyObject *result;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!__pyx_m)) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_NameError);
+        return NULL;
+    }
+    result = PyObject_GetAttr(__pyx_m, name);
+    if (likely(result)) {
+        return result;
+    }
+    if (!__Pyx_IgnoreException(PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
+    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL; // BaseException
+        }
+    }
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return result;
+    }
+#else
+    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return __Pyx_NewRef(result);
+    }
+    PyObject *exc = PyErr_Occurred();
+    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#endif
+    return __Pyx_GetBuiltinName(name);
+}
 
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(
@@ -21552,30 +16511,61 @@ static int __Pyx_ParseKeywords(
         return __Pyx_ParseKeywordDict(kwds, argnames, values, num_pos_args, num_kwargs, function_name, ignore_unknown_kwargs);
 }
 
-/* RaiseArgTupleInvalid */
-static void __Pyx_RaiseArgtupleInvalid(
-    const char* func_name,
-    int exact,
-    Py_ssize_t num_min,
-    Py_ssize_t num_max,
-    Py_ssize_t num_found)
+/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
 {
-    Py_ssize_t num_expected;
-    const char *more_or_less;
-    if (num_found < num_min) {
-        num_expected = num_min;
-        more_or_less = "at least";
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
     } else {
-        num_expected = num_max;
-        more_or_less = "at most";
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
     }
-    if (exact) {
-        more_or_less = "exactly";
-    }
-    PyErr_Format(PyExc_TypeError,
-                 "%.200s() takes %.8s %" CYTHON_FORMAT_SSIZE_T "d positional argument%.1s (%" CYTHON_FORMAT_SSIZE_T "d given)",
-                 func_name, more_or_less, num_expected,
-                 (num_expected == 1) ? "" : "s", num_found);
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
 }
 
 /* ArgTypeTestError (used by ArgTypeTest) */
@@ -21641,45 +16631,6 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
-/* FormatTypeName (used by RaiseErrorWithObjectTypes) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
-    }
-    goto done;
-}
-#endif
-
 /* RaiseErrorWithObjectTypes (used by ExtTypeTest) */
 static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
     __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
@@ -21710,264 +16661,6 @@ static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
         "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
         Py_TYPE(obj), type);
     return 0;
-}
-
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
-#else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
-}
-
-/* PyDictVersioning (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
-    PyObject **dictptr = NULL;
-    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
-    if (offset) {
-#if CYTHON_COMPILING_IN_CPYTHON
-        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
-#else
-        dictptr = _PyObject_GetDictPtr(obj);
-#endif
-    }
-    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
-}
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
-        return 0;
-    return obj_dict_version == __Pyx_get_object_dict_version(obj);
-}
-#endif
-
-/* GetModuleGlobalName */
-#if CYTHON_USE_DICT_VERSIONS
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
-#else
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
-#endif
-{
-    PyObject *result;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(!__pyx_m)) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_NameError);
-        return NULL;
-    }
-    result = PyObject_GetAttr(__pyx_m, name);
-    if (likely(result)) {
-        return result;
-    }
-    if (!__Pyx_IgnoreException(PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
-    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL; // BaseException
-        }
-    }
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return result;
-    }
-#else
-    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return __Pyx_NewRef(result);
-    }
-    PyObject *exc = PyErr_Occurred();
-    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#endif
-    return __Pyx_GetBuiltinName(name);
 }
 
 /* RaiseException */
@@ -22150,24 +16843,6 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
     return result;
 }
 #endif
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
 
 /* PyObjectCall2Args (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
@@ -22359,75 +17034,6 @@ static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyO
     Py_DECREF(value);
     return 0;
 #endif
-}
-
-/* GetAttr3 */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (unlikely(!__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        return NULL;
-    __Pyx_PyErr_Clear();
-    Py_INCREF(d);
-    return d;
-}
-#endif
-static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *o, PyObject *n, PyObject *d) {
-    PyObject *r;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    int res = PyObject_GetOptionalAttr(o, n, &r);
-    return (res != 0) ? r : __Pyx_NewRef(d);
-#else
-  #if CYTHON_USE_TYPE_SLOTS
-    if (likely(PyUnicode_Check(n))) {
-        r = __Pyx_PyObject_GetAttrStrNoError(o, n);
-        if (unlikely(!r) && likely(!PyErr_Occurred())) {
-            r = __Pyx_NewRef(d);
-        }
-        return r;
-    }
-  #endif
-    r = PyObject_GetAttr(o, n);
-    return (likely(r)) ? r : __Pyx_GetAttr3Default(d);
-#endif
-}
-
-/* PyObjectSetAttrStr */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_setattro))
-        return tp->tp_setattro(obj, attr_name, value);
-    return PyObject_SetAttr(obj, attr_name, value);
-}
-#endif
-
-/* RejectKeywords */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
-    PyObject *key = NULL;
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
-        key = __Pyx_PySequence_ITEM(kwds, 0);
-    } else {
-#if CYTHON_AVOID_BORROWED_REFS
-        PyObject *pos = NULL;
-#else
-        Py_ssize_t pos = 0;
-#endif
-#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
-        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
-#endif
-        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
-#if CYTHON_AVOID_BORROWED_REFS
-        Py_XDECREF(pos);
-#endif
-    }
-    if (likely(key)) {
-        PyErr_Format(PyExc_TypeError,
-            "%s() got an unexpected keyword argument '%U'",
-            function_name, key);
-        Py_DECREF(key);
-    }
 }
 
 /* GetException */
@@ -23285,56 +17891,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_int(int value, Py_ssi
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
-}
-
-/* KeywordStringCheck */
-static int __Pyx_CheckKeywordStrings(PyObject *kw) {
-#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
-    CYTHON_UNUSED_VAR(kw);
-    return 0;
-#else
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
-    } else {
-        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
-    }
-    return 0;
-#endif
-}
-
-/* WriteUnraisableException */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil) {
-    PyObject *old_exc, *old_val, *old_tb;
-    PyObject *ctx;
-    __Pyx_PyThreadState_declare
-    PyGILState_STATE state;
-    if (nogil)
-        state = PyGILState_Ensure();
-    else state = (PyGILState_STATE)0;
-    CYTHON_UNUSED_VAR(clineno);
-    CYTHON_UNUSED_VAR(lineno);
-    CYTHON_UNUSED_VAR(filename);
-    CYTHON_MAYBE_UNUSED_VAR(nogil);
-    __Pyx_PyThreadState_assign
-    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
-    if (full_traceback) {
-        Py_XINCREF(old_exc);
-        Py_XINCREF(old_val);
-        Py_XINCREF(old_tb);
-        __Pyx_ErrRestore(old_exc, old_val, old_tb);
-        PyErr_PrintEx(0);
-    }
-    ctx = PyUnicode_FromString(name);
-    __Pyx_ErrRestore(old_exc, old_val, old_tb);
-    if (!ctx) {
-        PyErr_WriteUnraisable(Py_None);
-    } else {
-        PyErr_WriteUnraisable(ctx);
-        Py_DECREF(ctx);
-    }
-    if (nogil)
-        PyGILState_Release(state);
 }
 
 /* AllocateExtensionType */
@@ -24385,7 +18941,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__5);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__4);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }
@@ -26190,6 +20746,38 @@ bad:
 }
 #endif
 
+/* PyObjectCallMethod1 */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    PyObject *args[2] = {obj, arg};
+    return PyObject_VectorcallMethod(method_name, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, arg, NULL);
+#else
+    return PyObject_CallMethodOneArg(obj, method_name, arg);
+#endif
+}
+
+/* CheckUnpickleChecksumError */
+static void __Pyx_RaiseUnpickleChecksumError(long checksum, long checksum1, long checksum2, long checksum3, const char *members) {
+    PyObject *pickle_module = PyImport_ImportModule("pickle");
+    if (unlikely(!pickle_module)) return;
+    PyObject *pickle_error = PyObject_GetAttrString(pickle_module, "PickleError");
+    Py_DECREF(pickle_module);
+    if (unlikely(!pickle_error)) return;
+    if (checksum2 == checksum1) {
+        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x) = (%s))",
+            checksum, checksum1, members);
+    } else if (checksum3 == checksum2) {
+        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x, 0x%x) = (%s))",
+            checksum, checksum1, checksum2, members);
+    } else {
+        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x, 0x%x, 0x%x) = (%s))",
+            checksum, checksum1, checksum2, checksum3, members);
+    }
+    Py_DECREF(pickle_error);
+}
+
 /* CIntFromPyVerify */
 #define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
     __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
@@ -26211,6 +20799,68 @@ bad:
         }\
         return (target_type) value;\
     }
+
+/* UpdateUnpickledDict */
+static int __Pyx__UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index) {
+    PyObject *state_dict = __Pyx_PySequence_ITEM(state, index);
+    if (unlikely(!state_dict)) {
+        return -1;
+    }
+    int non_empty = PyObject_IsTrue(state_dict);
+    if (non_empty == 0) {
+        Py_DECREF(state_dict);
+        return 0;
+    } else if (unlikely(non_empty == -1)) {
+        return -1;
+    }
+    PyObject *dict;
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    dict = PyObject_GetAttrString(obj, "__dict__");
+    #else
+    dict = PyObject_GenericGetDict(obj, NULL);
+    #endif
+    if (unlikely(!dict)) {
+        Py_DECREF(state_dict);
+        return -1;
+    }
+    int result;
+    if (likely(PyDict_CheckExact(dict))) {
+        result = PyDict_Update(dict, state_dict);
+    } else {
+        PyObject *obj_result = __Pyx_PyObject_CallMethod1(dict, __pyx_mstate_global->__pyx_n_u_update, state_dict);
+        if (likely(obj_result)) {
+            Py_DECREF(obj_result);
+            result = 0;
+        } else {
+            result = -1;
+        }
+    }
+    Py_DECREF(state_dict);
+    Py_DECREF(dict);
+    return result;
+}
+static int __Pyx_UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index) {
+    Py_ssize_t state_size = __Pyx_PyTuple_GET_SIZE(state);
+    #if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(state_size == -1)) return -1;
+    #endif
+    if (state_size <= index) {
+        return 0;
+    }
+    return __Pyx__UpdateUnpickledDict(obj, state, index);
+}
+
+/* CheckUnpickleChecksum */
+static int __Pyx_CheckUnpickleChecksum(long checksum, long checksum1, long checksum2, long checksum3, const char *members) {
+    int found = 0;
+    found |= checksum1 == checksum;
+    found |= checksum2 == checksum;
+    found |= checksum3 == checksum;
+    if (likely(found))
+        return 0;
+    __Pyx_RaiseUnpickleChecksumError(checksum, checksum1, checksum2, checksum3, members);
+    return -1;
+}
 
 /* CIntFromPy */
 static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
@@ -27115,164 +21765,6 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
     }
 }
 
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(unsigned int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(unsigned int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(uint32_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(uint32_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
 /* CIntFromPy */
 static long __Pyx_LargePyLong___Pyx_PyLong_As_long(PyObject *x);
 static long __Pyx_raise_neg_overflow___Pyx_PyLong_As_long(void) {
@@ -27575,6 +22067,164 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
 }
 
 /* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(unsigned int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(unsigned int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint32_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint32_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
@@ -27777,85 +22427,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(int64_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int64_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(int64_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(int64_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int64_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(int64_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int64_t));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

@@ -1,12 +1,11 @@
-"""What the ends of channels use of membership.pyx."""
+"""What the other modules in Cython use of membership.pyx."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from .._core cimport Doorbells
 from ..native.bell cimport Doorbell
-from ..native.descriptors cimport Epoll, FdArray
+from ..native.descriptors cimport FdArray
 from ..native.mapping cimport Mapping
-from ..native.spin cimport Probe, Spinner, Turn
 from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
 
 cdef enum:
@@ -18,8 +17,10 @@ cdef struct Rings:
     int count
 
 
-cdef class Wakeup
-cdef class ChannelEnd
+cdef class Dependent:
+    cdef object __weakref__
+
+    cdef int beat(self) except -1
 
 
 cdef class Membership:
@@ -54,6 +55,7 @@ cdef class Membership:
     cdef int release(self) except -1
     cdef bint is_silent(self, ivshmem_place place)
     cdef int abandon(self) except -1
+    cdef bint is_own(self) noexcept
     cdef bint usable(self) noexcept
     cdef object unusable(self)
     cdef int lose_place(self) except -1
@@ -64,47 +66,4 @@ cdef class Membership:
     cdef int check(self) except -1
     cdef int flush(self) except -1
     cdef int kick_all(self) except -1
-    cdef Wakeup wakeup_of_thread(self)
     cdef object fail(self, int code, ivshmem_channel *channel, str name)
-
-
-cdef class Wakeup:
-    cdef Membership membership
-    cdef Epoll epoll
-    cdef FdArray kick
-    cdef int64_t pause
-
-    cdef int wait(self, int64_t deadline) except -1
-    cdef int clear(self) except -1
-
-
-cdef class ChannelEnd:
-    cdef Membership membership
-    cdef readonly object channels  # keeps the membership from being collected
-    cdef readonly str name  # of the channel
-    cdef ivshmem_channel channel
-    cdef Wakeup wakeup  # of the descriptor that a program watches
-    cdef int asleep  # threads and tasks that sleep in a call
-    cdef int awaited  # tasks of them, and whether a program watches the descriptor
-    cdef Spinner spinner
-    cdef bint watched  # a program watches the descriptor
-    cdef bint open
-    cdef int copying  # copies without the GIL into memory of this end
-    cdef object __weakref__
-
-    cdef bint usable(self) noexcept
-    cdef int begin_copy(self) except -1
-    cdef int end_copy(self) except -1
-    cdef int enlist(self) except -1
-    cdef int enter(self) except -1
-    cdef int attempt(self) except -2
-    cdef int begin_sleep(self) except -2
-    cdef void end_sleep(self) noexcept
-    cdef int one_awake(self) except -1
-    cdef ChannelEnd sleeper(self)
-    cdef int64_t probe(self, void **what, Probe *probe) except -1
-    cdef int wait(self, object timeout, object spin) except -2
-    cdef int restore(self) except -1
-    cdef int give_up(self) except -1
-    cdef int arm(self) except -2
-    cdef object fail(self, int code)

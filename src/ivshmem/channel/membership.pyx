@@ -1,40 +1,34 @@
 # cython: language_level=3, binding=True, freethreading_compatible=True
 # cython: embedsignature=True, embedsignature.format=clinic
-"""Internal: a process's place in an area of channels, its beat, and how its ends sleep and wake.
+"""Internal: a process's place in an area of channels, its beat, and the rings that it sends.
 
-Knows: joining, beats, rings, sleeping. Does not know: what passes through a channel.
+Knows: joining, beats, rings. Does not know: how an end sleeps; what passes through a channel.
 
 Invariants:
 1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which
    touch nothing that an end keeps.
-2. A ring is never waited for, and never relied upon: each sleep ends at the latest after a beat.
+2. A ring is never waited for.
 3. The memory stays mapped while the membership is open, also if the region is closed: the thread of
    the beat may be between two of its loads.
-4. A call that may have run other code (another thread, a signal handler, a finalizer) checks the
-   end, by `enter` or `usable`, before it touches the memory again.
-5. The place is given back after the last store that this process can make: after buffers of loans,
+4. The place is given back after the last store that this process can make: after buffers of loans,
    and copies without the GIL. A forked child stores nothing.
-6. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their
-   finalizers and their buffers need it. No cycle is made of them alone.
 """
 
 cimport cython
-from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strncpy
 
 from ..native.bell cimport ring_bell
-from ..native.descriptors cimport deadline_of, now, place_of, time_left
-from ..native.spin cimport spin_of
-from ..native.syscalls cimport (
-    epoll_event, epoll_wait, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_is_only_thread,
-    ivshmem_leave, ivshmem_shut, ivshmem_state, pollfd, ppoll, timespec,
-)
-from ..native.syscalls cimport EPOLLIN as _EPOLLIN
-from ..native.syscalls cimport POLLIN as _POLLIN
+from ..native.descriptors cimport now, place_of, time_left
 from ..native.mapping cimport Mapping
+from ..native.syscalls cimport (
+    ESHUTDOWN, eventfd_read, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_leave, ivshmem_shut,
+    ivshmem_state, pollfd, ppoll, timespec,
+)
+from ..native.syscalls cimport POLLIN as _POLLIN
 from .header cimport *
+from .processes cimport ivshmem_process_ended, ivshmem_process_start
 
 import contextlib
 import os
@@ -47,96 +41,12 @@ from ..errors import (
 )
 from . import identity
 
-cdef extern from "<sys/epoll.h>":
-    enum: EPOLLET
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd_read(int fd, uint64_t *value)
-
-
-cdef extern from *:
-    """
-    #include <errno.h>
-    #include <fcntl.h>
-    #include <signal.h>
-    #include <stdio.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <unistd.h>
-
-    /* When a process of this PID namespace started, in clock ticks, modulo 2^40; 0: unknown. */
-    static uint64_t ivshmem_process_start(uint64_t process)
-    {
-        char path[40], text[512], *at;
-        int fd;
-        ssize_t size;
-        snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
-        fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            return 0;
-        size = read(fd, text, sizeof text - 1);
-        close(fd);
-        if (size <= 0)
-            return 0;
-        text[size] = 0;
-        at = strrchr(text, ')'); /* a program chooses its name */
-        for (int field = 2; at != NULL && field < 22; field++)
-            at = strchr(at + 1, ' ');
-        return at == NULL ? 0 : strtoull(at + 1, NULL, 10) & ((UINT64_C(1) << 40) - 1);
-    }
-
-    /* Whether a process has ended and its parent has yet to ask how: a zombie without threads. */
-    static int ivshmem_process_is_zombie(uint64_t process)
-    {
-        char path[40], text[512], *at, state = 0;
-        long threads = 0;
-        int fd;
-        ssize_t size;
-        snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
-        fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            return 0;
-        size = read(fd, text, sizeof text - 1);
-        close(fd);
-        if (size <= 0)
-            return 0;
-        text[size] = 0;
-        at = strrchr(text, ')');
-        if (at == NULL || sscanf(at + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s"
-                                 " %*s %*s %*s %ld", &state, &threads) != 2)
-            return 0;
-        /* The first thread of a process can end before the others, which still store. */
-        return (state == 'Z' || state == 'X') && threads <= 1;
-    }
-
-    /* Whether a process has ended. kill(2) tells it also where /proc hides other users' processes;
-       a number that is in use again has another start. */
-    static int ivshmem_process_ended(void *context, uint64_t process, uint64_t started)
-    {
-        uint64_t now;
-        (void)context;
-        if (process == 0 || process > INT32_MAX)
-            return 0;
-        if (kill((pid_t)process, 0) < 0 && errno == ESRCH)
-            return 1;
-        now = ivshmem_process_start(process);
-        return (now != 0 && started != 0 && now != started) || ivshmem_process_is_zombie(process);
-    }
-    """
-    uint64_t ivshmem_process_start(uint64_t process) nogil
-    int ivshmem_process_ended(void *context, uint64_t process, uint64_t started) noexcept nogil
-
 
 cdef extern from "ivshmem_channel.h":
     uint64_t IVSHMEM_PEER_MUTE
 
-# Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
-cdef int64_t FIRST_PAUSE = 20_000
-cdef int64_t LAST_PAUSE = 1_000_000
-# A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
-# peer's work: after so many it sleeps all the same.
-cdef enum:
-    FUTILE = 64
+# Nanoseconds between two looks of the beat's thread, where no ring can come.
+cdef int64_t PAUSE = 1_000_000
 
 cdef unsigned int generation = 0  # of this process: a forked child has another
 
@@ -147,6 +57,14 @@ def _after_fork():
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+cdef class Dependent:
+    """What a membership looks after at each beat, and closes at its end: an end of a channel."""
+
+    cdef int beat(self) except -1:
+        """Do what an end does once a beat."""
+        return 0
 
 
 cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
@@ -203,8 +121,7 @@ cdef class Membership:
         self.ends = weakref.WeakSet()
         self.threads = threading.local()
         self.loops = weakref.WeakKeyDictionary()
-        if not ivshmem_enter(&region.accesses):
-            raise ClosedError("the region is closed")
+        region.borrow()
         self.pinned = True
         memory.start = <unsigned char *>region.start
         memory.size = region.length
@@ -258,10 +175,14 @@ cdef class Membership:
     def closed(self):
         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
 
+    cdef bint is_own(self) noexcept:
+        """Whether this process made it: it is not a forked child's copy."""
+        return self.generation == generation
+
     cdef bint usable(self) noexcept:
         """Whether this process may store into the memory: neither closed nor a forked child's."""
         return (
-            self.generation == generation
+            self.is_own()
             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
         )
@@ -279,7 +200,7 @@ cdef class Membership:
         return 0
 
     cdef object unusable(self):
-        if self.generation != generation:
+        if not self.is_own():
             return RuntimeError("a forked child may only close what it has of channels")
         if self.lost:
             return ClosedError(
@@ -341,13 +262,6 @@ cdef class Membership:
             bell = None
         return 0
 
-    cdef Wakeup wakeup_of_thread(self):
-        """Return what this thread sleeps on, at any end."""
-        wakeup = getattr(self.threads, "wakeup", None)
-        if wakeup is None:
-            wakeup = self.threads.wakeup = Wakeup(self)
-        return wakeup
-
     cdef int kick_all(self) except -1:
         """Wake what sleeps in this process: it looks again."""
         cdef FdArray kick = self.kick
@@ -382,7 +296,7 @@ cdef class Membership:
                 with nogil:
                     limit = next_beat
                     if self.watchers and self.polls:
-                        limit = min(limit, now() + LAST_PAUSE)
+                        limit = min(limit, now() + PAUSE)
                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
                         eventfd_read(one.fd, &count)
                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
@@ -438,10 +352,8 @@ cdef class Membership:
         except (IvshmemError, OSError):
             pass  # a device's register that cannot be read now, or an endpoint that is closed
         for end in list(self.ends):
-            if not (<ChannelEnd>end).usable():
-                continue  # another thread has closed it since the list was made
             with contextlib.suppress(IvshmemError, OSError):
-                (<ChannelEnd>end).restore()
+                (<Dependent>end).beat()
         return self.flush()
 
     def places(self):
@@ -502,10 +414,10 @@ cdef class Membership:
             BufferError: a View of a message is alive. All else is closed.
         """
         error = None
-        if self.generation == generation and not self.closed and not self.mapping.closed:
+        if self.is_own() and not self.closed and not self.mapping.closed:
             for end in list(self.ends):
                 try:
-                    (<ChannelEnd>end).close()
+                    end.close()
                 except BufferError as one:
                     error = one
         self.abandon()
@@ -517,10 +429,10 @@ cdef class Membership:
         cdef FdArray ending = self.ending
         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
             return 0
-        if self.generation == generation:
+        if self.is_own():
             self.kick_all()
             ending.signal(0)
-        if ivshmem_shut(&self.state) or self.generation != generation:
+        if ivshmem_shut(&self.state) or not self.is_own():
             self.release()  # a forked child has only one thread
         return 0
 
@@ -536,18 +448,18 @@ cdef class Membership:
         if self.pinned:
             self.leave()
             self.pinned = False
-            let_go(self.mapping)
+            self.mapping.give_back()
         return 0
 
     cdef void leave(self) noexcept:
-        if self.joined and self.generation == generation:
+        if self.joined and self.is_own():
             ivshmem_leave_area(&self.member)
         self.joined = False
 
     def __dealloc__(self):
         if self.pinned:
             self.leave()
-            let_go(self.mapping)
+            self.mapping.give_back()
         free(self.pulses)
 
     cdef object fail(self, int code, ivshmem_channel *channel, str name):
@@ -584,353 +496,3 @@ cdef class Membership:
                 " the device in another way (resource2_wc)"
             )
         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")
-
-
-cdef extern from *:
-    """
-    #include <sys/mman.h>
-    """
-    int munmap(void *address, size_t length) nogil
-
-
-cdef int let_go(Mapping mapping) noexcept:
-    cdef char *start
-    if ivshmem_leave(&mapping.accesses):
-        start = mapping.start
-        mapping.start = NULL
-        munmap(start, mapping.length)
-    return 0
-
-
-# -- sleeping -------------------------------------------------------------------------------------
-
-cdef class Wakeup:
-    """What a thread sleeps on, or a program watches: an epoll object that each ring wakes.
-
-    It is told of each ring at its edge (EPOLLET) and never takes the count. So all Wakeups of a
-    process, and the program's own wait() for the same vector, hear of the same ring. A wait() that
-    takes the count before the Wakeup looks would hide the ring; therefore the endpoint writes to
-    `kick` after each such wait. A UIO device works alike: its descriptor has an edge for each
-    interrupt.
-    """
-
-    def __cinit__(self, Membership membership not None):
-        cdef Doorbells doorbells = membership.doorbells
-        self.membership = membership
-        self.epoll = Epoll()
-        self.pause = FIRST_PAUSE
-        self.kick = membership.kick
-        if self.kick is None:
-            raise membership.unusable()
-        self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
-        if membership.vector >= 0 and doorbells is not None:
-            if not membership.told:
-                doorbells.tell_after_waits(place_of(self.kick, 0)[0])
-                membership.told = True
-            self.epoll.add(
-                place_of(doorbells.own, membership.vector)[0],
-                1,
-                _EPOLLIN | <unsigned int>EPOLLET,
-            )
-
-    cdef int wait(self, int64_t deadline) except -1:
-        """Sleep until a ring or a kick came, at the latest until the next beat."""
-        cdef Membership membership = self.membership
-        cdef epoll_event events[2]
-        cdef pollfd one
-        cdef timespec left
-        cdef int64_t limit
-        cdef int milliseconds
-        cdef int n
-        if membership.polls:
-            limit = min(deadline, now() + self.pause)
-            self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
-            one.fd = self.epoll.epfd
-            one.events = _POLLIN
-            with nogil:
-                n = ppoll(&one, 1, time_left(limit, &left), NULL)
-                if n > 0:
-                    epoll_wait(one.fd, events, 2, 0)
-        else:
-            limit = min(deadline, now() + membership.beat) - now()
-            milliseconds = <int>max((limit + 999999) // 1000000, 0)
-            with nogil:
-                n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
-        PyErr_CheckSignals()
-        membership.check()
-        if membership.doorbells is not None and membership.doorbells.closed:
-            raise ClosedError("the endpoint is closed")
-        return 0
-
-    def fileno(self):
-        """Return the epoll object's descriptor, which stays this object's."""
-        return self.epoll.epfd
-
-    def clear_rings(self):
-        """Do what `clear` does."""
-        self.clear()
-
-    cdef int clear(self) except -1:
-        """Forget the rings until now, so that the descriptor is not readable."""
-        cdef epoll_event events[2]
-        epoll_wait(self.epoll.epfd, events, 2, 0)
-        return 0
-
-
-@cython.no_gc_clear
-cdef class ChannelEnd:
-    """One end of a channel: what all kinds of ends have in common.
-
-    Calls may come from several threads and from signal handlers; a forked child may close its copy
-    and do nothing else with it.
-    """
-
-    def __cinit__(self, *args, **kwargs):
-        self.name = ""
-
-    def __reduce__(self):
-        raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
-            " needed"
-        )
-
-    @property
-    def closed(self):
-        """Whether close() was called, or the channels or the region were closed."""
-        return not self.open or self.membership.closed or self.membership.mapping.closed
-
-    cdef bint usable(self) noexcept:
-        """Whether this end may still be used: what ends a call asks this before it stores."""
-        return self.open and self.membership.usable()
-
-    cdef int enter(self) except -1:
-        if not self.open:
-            raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
-        return self.membership.check()
-
-    # What each kind of end does in its own way.
-
-    cdef int attempt(self) except -2:
-        """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
-        return 0
-
-    cdef int begin_sleep(self) except -2:
-        """Say in memory that this end sleeps; 0: there is something, so do not."""
-        return IVSHMEM_AGAIN
-
-    cdef void end_sleep(self) noexcept:
-        pass
-
-    cdef int one_awake(self) except -1:
-        """Note that one of those that slept at this end sleeps no more."""
-        self.asleep -= 1
-        if self.usable():
-            # Another thread or task sleeps, or a program watches: it is still to be rung.
-            if self.asleep or self.watched:
-                self.begin_sleep()
-            else:
-                self.end_sleep()
-        return 0
-
-    cdef ChannelEnd sleeper(self):
-        """Return the end whose word in memory says that this one sleeps."""
-        return self
-
-    cdef int64_t probe(self, void **what, Probe *probe) except -1:
-        """Set a look that a spin repeats; 0: this end cannot spin."""
-        return 0
-
-    cdef int restore(self) except -1:
-        """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
-        return 0
-
-    cdef int give_up(self) except -1:
-        """Free the slot."""
-        return 0
-
-    # Waiting.
-
-    cdef int wait(self, object timeout, object spin) except -2:
-        """Wait until `attempt` succeeds: 0, IVSHMEM_AGAIN: not in time, or an error."""
-        cdef int64_t deadline
-        cdef int64_t n
-        cdef int futile = 0
-        cdef int code
-        cdef Turn turn
-        cdef Wakeup wakeup = None
-        cdef ChannelEnd sleeper = self.sleeper()
-        cdef Spinner spinner = None
-        cdef void *what = NULL
-        cdef Probe probe = NULL
-        self.enter()
-        code = self.attempt()
-        if code != IVSHMEM_AGAIN:
-            return code
-        deadline = INT64_MAX if timeout is None else deadline_of(timeout)
-        if deadline == 0:
-            if self.watched:
-                return self.arm()
-            return code
-        turn.left = 0
-        if spin is not None and self.probe(&what, &probe):
-            if sleeper.spinner is None:
-                sleeper.spinner = Spinner()
-            spinner = sleeper.spinner
-            spinner.begin(&turn, 0, spin_of(spin))
-        while True:
-            if turn.left:
-                if turn.left <= 100_000 and ivshmem_is_only_thread():
-                    n = spinner.spin(
-                        0, deadline, probe, what, &turn, &self.membership.state
-                    )
-                else:
-                    with nogil:
-                        n = spinner.spin(
-                            0, deadline, probe, what, &turn, &self.membership.state
-                        )
-                PyErr_CheckSignals()
-                self.enter()
-            else:
-                wakeup = self.membership.wakeup_of_thread()
-                self.enter()
-                code = self.begin_sleep()
-                sleeper.asleep += 1
-                try:
-                    self.membership.flush()
-                    if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
-                        wakeup.wait(deadline)
-                        self.enter()
-                finally:
-                    sleeper.one_awake()
-                futile += code == 0
-                if code != 0 and code != IVSHMEM_AGAIN:
-                    return code
-            code = self.attempt()
-            if code != IVSHMEM_AGAIN:
-                if wakeup is not None:
-                    wakeup.pause = FIRST_PAUSE
-                return code
-            if deadline != INT64_MAX and now() >= deadline:
-                return code
-
-    cdef int arm(self) except -2:
-        """Sleep as one that watches the descriptor does; return what is there after all."""
-        cdef int code
-        self.wakeup.clear()
-        code = self.begin_sleep()
-        self.membership.flush()
-        if code == 0:
-            self.end_sleep()
-            return self.attempt()
-        return code
-
-    @cython.critical_section
-    def fileno(self):
-        """Return a descriptor for an event loop, which is readable when there may be something.
-
-        After it was readable, call the end's method with timeout=0 until that brings nothing:
-        only then is the descriptor quiet, and readable again with the next ring. It stays the
-        end's, and `close()` closes it.
-
-        Raises:
-            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.
-            ClosedError: it is closed.
-        """
-        self.enter()
-        if self.wakeup is None:
-            self.wakeup = Wakeup(self.membership)
-        if not self.watched:
-            self.watched = True
-            self.awaited += 1
-            self.membership.watchers += 1
-            self.membership.hurry()
-            if self.arm() == 0:
-                self.membership.kick_all()
-        return self.wakeup.epoll.epfd
-
-    cdef object fail(self, int code):
-        return self.membership.fail(code, &self.channel, self.name)
-
-    # For tasks of an asyncio loop (asynchronous.py).
-
-    def _membership(self):
-        return self.membership
-
-    def _begin_waiting(self):
-        """Say in memory that this end sleeps; whether there is something already."""
-        cdef int code
-        cdef ChannelEnd sleeper = self.sleeper()
-        self.enter()
-        code = self.begin_sleep()
-        sleeper.asleep += 1
-        sleeper.awaited += 1
-        self.membership.watchers += 1
-        self.membership.hurry()
-        self.membership.flush()
-        return code != IVSHMEM_AGAIN
-
-    def _end_waiting(self):
-        """End what _begin_waiting began."""
-        cdef ChannelEnd sleeper = self.sleeper()
-        sleeper.awaited -= 1
-        self.membership.watchers -= 1
-        sleeper.one_awake()
-
-    def close(self):
-        """Free what this end has in the channel; may be called twice."""
-        if not self.open:
-            return
-        self.open = False
-        self.wakeup = None
-        if self.watched:
-            self.membership.watchers -= 1
-        if self.membership.usable() and not self.copying:
-            self.give_up()
-            self.membership.flush()
-        if self.membership.generation == generation:
-            self.membership.kick_all()
-        self.membership.ends.discard(self)
-
-    def __del__(self):
-        if self.open:
-            self.close()
-
-    cdef int begin_copy(self) except -1:
-        """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
-        self.membership.mapping.pin()
-        try:
-            self.membership.use_memory()
-        except BaseException:
-            self.membership.mapping.unpin()
-            raise
-        self.copying += 1
-        return 0
-
-    cdef int end_copy(self) except -1:
-        self.copying -= 1
-        if not self.open and not self.copying and self.membership.usable():
-            self.give_up()  # another thread closed this end during the copy
-            self.membership.flush()
-        self.membership.mapping.unpin()
-        return self.membership.end_use()
-
-    cdef int enlist(self) except -1:
-        """Make the end known to the membership; if that fails, free its slot."""
-        self.open = True
-        try:
-            self.membership.ends.add(self)
-            self.membership.flush()
-        except BaseException:
-            self.close()
-            raise
-        return 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def __repr__(self):
-        state = ", closed" if not self.open else ""
-        return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"

@@ -1821,12 +1821,14 @@ static const char* const __pyx_f[] = {
   "(tree fragment)",
   "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
-  "ivshmem/native/spin.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
+  "ivshmem/channel/ends.pxd",
   "ivshmem/channel/roles.pxd",
+  "ivshmem/channel/views.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2020,24 +2022,27 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
 struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
+struct __pyx_obj_7ivshmem_7channel_5views_Received;
+struct __pyx_obj_7ivshmem_7channel_5views_View;
 struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd;
 struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader;
 struct __pyx_obj_7ivshmem_7channel_6queues_Taken;
 
-/* "descriptors.pxd":10
+/* "native/descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2047,32 +2052,6 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken;
 enum  {
   __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
   __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
-};
-struct __pyx_t_7ivshmem_6native_4bell_Bell;
-
-/* "native/bell.pxd":8
- * 
- * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
- * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
-
-/* "native/bell.pxd":11
- * 
- * 
- * cdef struct Bell:             # <<<<<<<<<<<<<<
- *     unsigned int *state  # of what rings: either is borrowed, the other NULL
- *     void *fds  # FdArray: the eventfd `fd` is one of these
-*/
-struct __pyx_t_7ivshmem_6native_4bell_Bell {
-  unsigned int *state;
-  void *fds;
-  void *registers;
-  int fd;
-  Py_ssize_t at;
-  uint32_t value;
 };
 struct __pyx_t_7ivshmem_6native_4spin_Habit;
 struct __pyx_t_7ivshmem_6native_4spin_Turn;
@@ -2132,6 +2111,32 @@ struct __pyx_t_7ivshmem_6native_4spin_Turn {
  * cdef int64_t spin_of(object spin) except -2
 */
 typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
+struct __pyx_t_7ivshmem_6native_4bell_Bell;
+
+/* "native/bell.pxd":8
+ * 
+ * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
+ * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
+
+/* "native/bell.pxd":11
+ * 
+ * 
+ * cdef struct Bell:             # <<<<<<<<<<<<<<
+ *     unsigned int *state  # of what rings: either is borrowed, the other NULL
+ *     void *fds  # FdArray: the eventfd `fd` is one of these
+*/
+struct __pyx_t_7ivshmem_6native_4bell_Bell {
+  unsigned int *state;
+  void *fds;
+  void *registers;
+  int fd;
+  Py_ssize_t at;
+  uint32_t value;
+};
 struct __pyx_t_7ivshmem_5_core_Wait;
 struct __pyx_t_7ivshmem_5_core_Watched;
 struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell;
@@ -2190,7 +2195,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 };
 struct __pyx_t_7ivshmem_7channel_10membership_Rings;
 
-/* "membership.pxd":12
+/* "membership.pxd":11
  * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2201,7 +2206,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
 };
 
-/* "membership.pxd":16
+/* "membership.pxd":15
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2214,8 +2219,8 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":8
- * from .membership cimport ChannelEnd, Membership
+/* "roles.pxd":9
+ * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
@@ -2223,7 +2228,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":10
+  /* "roles.pxd":11
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2234,7 +2239,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":20
+/* "roles.pxd":21
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2246,7 +2251,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   uint64_t position;
 };
 
-/* "descriptors.pxd":86
+/* "native/descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2259,7 +2264,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2278,7 +2283,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2295,7 +2300,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2310,7 +2315,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2321,6 +2326,20 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
   struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
+};
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
@@ -2362,7 +2381,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2378,7 +2397,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2390,7 +2409,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2402,7 +2421,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2419,20 +2438,6 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
   Py_ssize_t length;
   int fd;
   unsigned int state;
-};
-
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
-  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
@@ -2471,7 +2476,21 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":25
+/* "membership.pxd":20
+ * 
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtab;
+  PyObject *__weakref__;
+};
+
+
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2506,16 +2525,16 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "membership.pxd":21
+/* "ends.pxd":11
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
@@ -2523,32 +2542,30 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
 };
 
 
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+/* "ends.pxd":21
  * 
  * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   PyObject *channels;
   PyObject *name;
   struct ivshmem_channel channel;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
   int copying;
-  PyObject *__weakref__;
 };
 
 
-/* "roles.pxd":25
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2556,7 +2573,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
  *     cdef readonly object type  # of the messages: what checks and converts them, or None
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_writer writer;
   PyObject *type;
   int times;
@@ -2567,7 +2584,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2575,7 +2592,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
  *     cdef readonly object type
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_reader reader;
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
@@ -2585,7 +2602,37 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "ivshmem/channel/queues.pxd":7
+/* "views.pxd":7
+ * 
+ * 
+ * cdef class Received:             # <<<<<<<<<<<<<<
+ *     cdef ReaderEnd reader
+ *     cdef ivshmem_message message
+*/
+struct __pyx_obj_7ivshmem_7channel_5views_Received {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *reader;
+  struct ivshmem_message message;
+  int exports;
+  int live;
+};
+
+
+/* "views.pxd":17
+ * 
+ * 
+ * cdef class View(Received):             # <<<<<<<<<<<<<<
+ *     cdef bint overtaken
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_5views_View {
+  struct __pyx_obj_7ivshmem_7channel_5views_Received __pyx_base;
+  int overtaken;
+};
+
+
+/* "ivshmem/channel/queues.pxd":8
  * 
  * 
  * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -2600,7 +2647,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
 };
 
 
-/* "ivshmem/channel/queues.pxd":20
+/* "ivshmem/channel/queues.pxd":21
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2612,25 +2659,21 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "ivshmem/channel/queues.pxd":24
+/* "ivshmem/channel/queues.pxd":25
  * 
  * 
- * cdef class Taken:             # <<<<<<<<<<<<<<
- *     cdef ClaimingEnd reader
+ * cdef class Taken(Received):             # <<<<<<<<<<<<<<
  *     cdef ivshmem_taken taken
+ * 
 */
 struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtab;
-  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *reader;
+  struct __pyx_obj_7ivshmem_7channel_5views_Received __pyx_base;
   struct ivshmem_taken taken;
-  int exports;
-  int live;
 };
 
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2647,7 +2690,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2662,7 +2705,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2676,7 +2719,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2688,6 +2731,24 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
   int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "native/bell.pxd":23
@@ -2716,6 +2777,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7i
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2723,7 +2786,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2740,7 +2803,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2754,7 +2817,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2768,7 +2831,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2783,24 +2846,6 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
   void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
-
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
-  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
-  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
-  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
-  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
-  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
-};
-static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "_core.pxd":56
@@ -2842,51 +2887,21 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":20
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
-  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
-
-
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
- * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
-  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
+  int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":25
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2902,6 +2917,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2912,13 +2928,57 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "roles.pxd":25
+/* "ends.pxd":11
+ * 
+ * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
+
+
+/* "ends.pxd":21
+ * 
+ * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent __pyx_base;
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+
+
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2927,7 +2987,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
@@ -2942,7 +3002,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2951,7 +3011,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
@@ -2961,7 +3021,37 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/queues.pyx":33
+/* "views.pxd":7
+ * 
+ * 
+ * cdef class Received:             # <<<<<<<<<<<<<<
+ *     cdef ReaderEnd reader
+ *     cdef ivshmem_message message
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_5views_Received *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
+
+
+/* "views.pxd":17
+ * 
+ * 
+ * cdef class View(Received):             # <<<<<<<<<<<<<<
+ *     cdef bint overtaken
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5views_View {
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received __pyx_base;
+  int (*abandon)(struct __pyx_obj_7ivshmem_7channel_5views_View *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *__pyx_vtabptr_7ivshmem_7channel_5views_View;
+
+
+/* "ivshmem/channel/queues.pyx":31
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2979,7 +3069,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "ivshmem/channel/queues.pyx":106
+/* "ivshmem/channel/queues.pyx":104
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2994,17 +3084,16 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":242
+/* "ivshmem/channel/queues.pyx":240
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * cdef class Taken:
+ * cdef class Taken(Received):
  *     """A message of a queue that this reader has; made by `QueueReader.take`.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
-  int (*check)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
-  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
+  struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received __pyx_base;
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
 /* #### Code section: utility_code_proto ### */
@@ -3553,29 +3642,6 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
-/* KeywordStringCheck.proto */
-static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
-
-/* PyObjectFormatSimple.proto */
-#if CYTHON_COMPILING_IN_PYPY
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#elif CYTHON_USE_TYPE_SLOTS
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
-        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
-        PyObject_Format(s, f))
-#else
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#endif
-
-/* PyBaseException_Check.proto */
-#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
-
 /* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 typedef PyObject *__Pyx_TypeName;
@@ -3604,44 +3670,6 @@ static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, c
 CYTHON_UNUSED
 static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
-/* PyBufferError_Check.proto */
-#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
-
-/* UnicodeConcatInPlace.proto */
-# if CYTHON_COMPILING_IN_CPYTHON
-    #if CYTHON_REFNANNY
-        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared, __pyx_refnanny)
-    #else
-        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared)
-    #endif
-    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_DefinitelyUnique)
-    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_OwnStrongReference)
-    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_FunctionArgument)
-    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_SharedReference)
-    static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
-        #if CYTHON_REFNANNY
-        , void* __pyx_refnanny
-        #endif
-    );
-#else
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace __Pyx_PyUnicode_Concat
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace __Pyx_PyUnicode_Concat
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace __Pyx_PyUnicode_Concat
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace __Pyx_PyUnicode_Concat
-#endif
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlaceSafe(left, right)\
-    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
-    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right))
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlaceSafe(left, right)\
-    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
-    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right))
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlaceSafe(left, right)\
-    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
-    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right))
-#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
-    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
-    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
-
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_uint64_t(value, width, padding_char, format_char) (\
     ((format_char) == ('c')) ?\
@@ -3664,6 +3692,23 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
 
 /* PyUnicode_Unicode.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
@@ -3694,9 +3739,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
 #else
 static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
-
-/* AllocateExtensionType.proto */
-static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
 
 /* FunctionExport.proto */
 static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
@@ -3980,9 +4022,6 @@ static void __pyx_insert_code_object(int code_line, __Pyx_CachedCodeObjectType* 
 static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
-/* CIntFromPy.proto */
-static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
-
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 #define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
@@ -4010,16 +4049,13 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
-
-/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
 /* GetRuntimeVersion.proto */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
@@ -4121,8 +4157,6 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4149,17 +4183,21 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 
+/* Module declarations from "ivshmem.native.spin" */
+
 /* Module declarations from "ivshmem.native.bell" */
 
 /* Module declarations from "ivshmem.native.mapping" */
-
-/* Module declarations from "ivshmem.native.spin" */
 
 /* Module declarations from "ivshmem._core" */
 
 /* Module declarations from "ivshmem.channel.membership" */
 
+/* Module declarations from "ivshmem.channel.ends" */
+
 /* Module declarations from "ivshmem.channel.roles" */
+
+/* Module declarations from "ivshmem.channel.views" */
 
 /* Module declarations from "cython" */
 
@@ -4179,7 +4217,7 @@ int __pyx_module_is_main_ivshmem__channel__queues = 0;
 /* Implementation of "ivshmem.channel.queues" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Internal_the_reading_end_of_a_qu[] = "Internal: the reading end of a queue: each message goes to one reader.\n\nKnows: taking a message, and acknowledging it. Does not know: the writing end, which is\nmessages.Writer; the protocol, which is in ivshmem_channel.h.\n";
+static const char __pyx_k_Internal_the_reading_end_of_a_qu[] = "Internal: the reading end of a queue: each message goes to one reader.\n\nKnows: taking a message, and acknowledging it. Does not know: the writing end, which is\nwriters.Writer; the protocol, which is in ivshmem_channel.h.\n";
 /* #### Code section: decls ### */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
@@ -4195,23 +4233,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v__, CYTHON_UNUSED PyObject *__pyx_v___); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
@@ -4247,19 +4279,22 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
-    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_Received;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5views_View;
     PyObject *__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd;
     PyObject *__pyx_type_7ivshmem_7channel_6queues_QueueReader;
     PyObject *__pyx_type_7ivshmem_7channel_6queues_Taken;
@@ -4270,8 +4305,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[16];
-    PyObject *__pyx_string_tab[124];
+    PyObject *__pyx_codeobj_tab[17];
+    PyObject *__pyx_string_tab[115];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4318,127 +4353,118 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__2 __pyx_string_tab[0]
 #define __pyx_kp_u_bytes __pyx_string_tab[1]
 #define __pyx_kp_u_bytes_and_the_buffer_has __pyx_string_tab[2]
-#define __pyx_kp_u_cannot_be_copied_or_pickled __pyx_string_tab[3]
-#define __pyx_kp_u_is_made_by_take __pyx_string_tab[4]
-#define __pyx_kp_u_of __pyx_string_tab[5]
-#define __pyx_kp_u_of_writer __pyx_string_tab[6]
-#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[7]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[8]
-#define __pyx_kp_u_done_2 __pyx_string_tab[9]
-#define __pyx_kp_u__4 __pyx_string_tab[10]
-#define __pyx_kp_u_another_reader_has_it_too __pyx_string_tab[11]
-#define __pyx_kp_u_this_process_was_silent_while_i __pyx_string_tab[12]
-#define __pyx_kp_u_this_process_was_taken_for_gone __pyx_string_tab[13]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[14]
-#define __pyx_kp_u__3 __pyx_string_tab[15]
-#define __pyx_kp_u_ __pyx_string_tab[16]
-#define __pyx_kp_u_None __pyx_string_tab[17]
-#define __pyx_kp_u_a __pyx_string_tab[18]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[19]
-#define __pyx_kp_u_disable __pyx_string_tab[20]
-#define __pyx_kp_u_enable __pyx_string_tab[21]
-#define __pyx_kp_u_gc __pyx_string_tab[22]
-#define __pyx_kp_u_isenabled __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[25]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[26]
-#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[27]
-#define __pyx_kp_u_queue __pyx_string_tab[28]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[29]
-#define __pyx_kp_u_the_message_was_acknowledged_or __pyx_string_tab[30]
-#define __pyx_n_u__2 __pyx_string_tab[31]
-#define __pyx_n_u_ClaimingEnd __pyx_string_tab[32]
-#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[33]
-#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[34]
-#define __pyx_n_u_ClosedError __pyx_string_tab[35]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[36]
-#define __pyx_n_u_QueueReader __pyx_string_tab[37]
-#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[38]
-#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[40]
-#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[41]
-#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[42]
-#define __pyx_n_u_QueueReader_take __pyx_string_tab[43]
-#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[44]
-#define __pyx_n_u_Redelivered __pyx_string_tab[45]
-#define __pyx_n_u_Taken __pyx_string_tab[46]
-#define __pyx_n_u_Taken___bytes __pyx_string_tab[47]
-#define __pyx_n_u_Taken___enter __pyx_string_tab[48]
-#define __pyx_n_u_Taken___exit __pyx_string_tab[49]
-#define __pyx_n_u_Taken___reduce __pyx_string_tab[50]
-#define __pyx_n_u_Taken_done __pyx_string_tab[51]
-#define __pyx_n_u_Taken_get __pyx_string_tab[52]
-#define __pyx_n_u_Taken_give_back __pyx_string_tab[53]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[54]
-#define __pyx_n_u_annotate __pyx_string_tab[55]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[56]
-#define __pyx_n_u_enter __pyx_string_tab[57]
-#define __pyx_n_u_exit __pyx_string_tab[58]
-#define __pyx_n_u_func __pyx_string_tab[59]
-#define __pyx_n_u_getstate __pyx_string_tab[60]
-#define __pyx_n_u_main __pyx_string_tab[61]
-#define __pyx_n_u_module __pyx_string_tab[62]
-#define __pyx_n_u_name __pyx_string_tab[63]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[64]
-#define __pyx_n_u_pyx_state __pyx_string_tab[65]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[66]
-#define __pyx_n_u_qualname __pyx_string_tab[67]
-#define __pyx_n_u_reduce __pyx_string_tab[68]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[69]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[70]
-#define __pyx_n_u_set_name __pyx_string_tab[71]
-#define __pyx_n_u_setstate __pyx_string_tab[72]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[73]
-#define __pyx_n_u_test __pyx_string_tab[74]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[75]
-#define __pyx_n_u_asynchronous __pyx_string_tab[76]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[77]
-#define __pyx_n_u_buffer __pyx_string_tab[78]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[79]
-#define __pyx_n_u_code __pyx_string_tab[80]
-#define __pyx_n_u_counted __pyx_string_tab[81]
-#define __pyx_n_u_data __pyx_string_tab[82]
-#define __pyx_n_u_decode __pyx_string_tab[83]
-#define __pyx_n_u_done __pyx_string_tab[84]
-#define __pyx_n_u_error __pyx_string_tab[85]
-#define __pyx_n_u_errors __pyx_string_tab[86]
-#define __pyx_n_u_get __pyx_string_tab[87]
-#define __pyx_n_u_get_async __pyx_string_tab[88]
-#define __pyx_n_u_get_into __pyx_string_tab[89]
-#define __pyx_n_u_get_into_async __pyx_string_tab[90]
-#define __pyx_n_u_give_back __pyx_string_tab[91]
-#define __pyx_n_u_items __pyx_string_tab[92]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[93]
-#define __pyx_n_u_kind __pyx_string_tab[94]
-#define __pyx_n_u_memoryview __pyx_string_tab[95]
-#define __pyx_n_u_pop __pyx_string_tab[96]
-#define __pyx_n_u_self __pyx_string_tab[97]
-#define __pyx_n_u_setdefault __pyx_string_tab[98]
-#define __pyx_n_u_size __pyx_string_tab[99]
-#define __pyx_n_u_spin __pyx_string_tab[100]
-#define __pyx_n_u_take __pyx_string_tab[101]
-#define __pyx_n_u_take_async __pyx_string_tab[102]
-#define __pyx_n_u_taken __pyx_string_tab[103]
-#define __pyx_n_u_text __pyx_string_tab[104]
-#define __pyx_n_u_timeout __pyx_string_tab[105]
-#define __pyx_n_u_tobytes __pyx_string_tab[106]
-#define __pyx_n_u_until_something __pyx_string_tab[107]
-#define __pyx_n_u_values __pyx_string_tab[108]
-#define __pyx_n_u_view __pyx_string_tab[109]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[120]
-#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[121]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[122]
-#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[123]
+#define __pyx_kp_u_of __pyx_string_tab[3]
+#define __pyx_kp_u_of_writer __pyx_string_tab[4]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
+#define __pyx_kp_u_done_2 __pyx_string_tab[6]
+#define __pyx_kp_u__4 __pyx_string_tab[7]
+#define __pyx_kp_u_another_reader_has_it_too __pyx_string_tab[8]
+#define __pyx_kp_u_this_process_was_silent_while_i __pyx_string_tab[9]
+#define __pyx_kp_u_this_process_was_taken_for_gone __pyx_string_tab[10]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[11]
+#define __pyx_kp_u__3 __pyx_string_tab[12]
+#define __pyx_kp_u_ __pyx_string_tab[13]
+#define __pyx_kp_u_None __pyx_string_tab[14]
+#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[15]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[16]
+#define __pyx_kp_u_disable __pyx_string_tab[17]
+#define __pyx_kp_u_enable __pyx_string_tab[18]
+#define __pyx_kp_u_gc __pyx_string_tab[19]
+#define __pyx_kp_u_isenabled __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[23]
+#define __pyx_kp_u_queue __pyx_string_tab[24]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[25]
+#define __pyx_n_u__2 __pyx_string_tab[26]
+#define __pyx_n_u_ClaimingEnd __pyx_string_tab[27]
+#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[28]
+#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[29]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[30]
+#define __pyx_n_u_QueueReader __pyx_string_tab[31]
+#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[32]
+#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[33]
+#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[34]
+#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[35]
+#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[36]
+#define __pyx_n_u_QueueReader_take __pyx_string_tab[37]
+#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[38]
+#define __pyx_n_u_Redelivered __pyx_string_tab[39]
+#define __pyx_n_u_Taken __pyx_string_tab[40]
+#define __pyx_n_u_Taken___bytes __pyx_string_tab[41]
+#define __pyx_n_u_Taken___enter __pyx_string_tab[42]
+#define __pyx_n_u_Taken___exit __pyx_string_tab[43]
+#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[44]
+#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[45]
+#define __pyx_n_u_Taken_done __pyx_string_tab[46]
+#define __pyx_n_u_Taken_get __pyx_string_tab[47]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[48]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[49]
+#define __pyx_n_u_annotate __pyx_string_tab[50]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[51]
+#define __pyx_n_u_enter __pyx_string_tab[52]
+#define __pyx_n_u_exit __pyx_string_tab[53]
+#define __pyx_n_u_func __pyx_string_tab[54]
+#define __pyx_n_u_getstate __pyx_string_tab[55]
+#define __pyx_n_u_main __pyx_string_tab[56]
+#define __pyx_n_u_module __pyx_string_tab[57]
+#define __pyx_n_u_name __pyx_string_tab[58]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[59]
+#define __pyx_n_u_pyx_state __pyx_string_tab[60]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[61]
+#define __pyx_n_u_qualname __pyx_string_tab[62]
+#define __pyx_n_u_reduce __pyx_string_tab[63]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[64]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[65]
+#define __pyx_n_u_set_name __pyx_string_tab[66]
+#define __pyx_n_u_setstate __pyx_string_tab[67]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[68]
+#define __pyx_n_u_test __pyx_string_tab[69]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[70]
+#define __pyx_n_u_asynchronous __pyx_string_tab[71]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[72]
+#define __pyx_n_u_buffer __pyx_string_tab[73]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[74]
+#define __pyx_n_u_code __pyx_string_tab[75]
+#define __pyx_n_u_data __pyx_string_tab[76]
+#define __pyx_n_u_decode __pyx_string_tab[77]
+#define __pyx_n_u_done __pyx_string_tab[78]
+#define __pyx_n_u_error __pyx_string_tab[79]
+#define __pyx_n_u_errors __pyx_string_tab[80]
+#define __pyx_n_u_get __pyx_string_tab[81]
+#define __pyx_n_u_get_async __pyx_string_tab[82]
+#define __pyx_n_u_get_into __pyx_string_tab[83]
+#define __pyx_n_u_get_into_async __pyx_string_tab[84]
+#define __pyx_n_u_give_back __pyx_string_tab[85]
+#define __pyx_n_u_items __pyx_string_tab[86]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[87]
+#define __pyx_n_u_kind __pyx_string_tab[88]
+#define __pyx_n_u_pop __pyx_string_tab[89]
+#define __pyx_n_u_self __pyx_string_tab[90]
+#define __pyx_n_u_setdefault __pyx_string_tab[91]
+#define __pyx_n_u_size __pyx_string_tab[92]
+#define __pyx_n_u_spin __pyx_string_tab[93]
+#define __pyx_n_u_take __pyx_string_tab[94]
+#define __pyx_n_u_take_async __pyx_string_tab[95]
+#define __pyx_n_u_taken __pyx_string_tab[96]
+#define __pyx_n_u_timeout __pyx_string_tab[97]
+#define __pyx_n_u_tobytes __pyx_string_tab[98]
+#define __pyx_n_u_until_something __pyx_string_tab[99]
+#define __pyx_n_u_values __pyx_string_tab[100]
+#define __pyx_n_u_view __pyx_string_tab[101]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[114]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4459,19 +4485,22 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5views_Received);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -4482,8 +4511,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<16; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<124; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<115; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4512,19 +4541,22 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5views_Received);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5views_View);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -4535,8 +4567,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<16; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<124; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<115; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4550,7 +4582,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "descriptors.pxd":28
+/* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4562,7 +4594,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "native/descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4571,7 +4603,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "native/descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4584,7 +4616,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4598,7 +4630,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4615,7 +4647,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "native/descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4652,7 +4684,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4665,7 +4697,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4681,7 +4713,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4693,7 +4725,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "native/descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4706,7 +4738,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4715,7 +4747,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "native/descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4739,7 +4771,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "native/descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4748,7 +4780,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "native/descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4757,7 +4789,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "native/descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4770,7 +4802,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4784,7 +4816,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4799,7 +4831,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "native/descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4827,7 +4859,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4840,7 +4872,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4855,7 +4887,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "native/descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4864,7 +4896,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "native/descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4873,7 +4905,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "native/descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4882,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "native/descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4891,7 +4923,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "native/descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4900,7 +4932,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4912,7 +4944,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "native/descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4925,7 +4957,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4934,7 +4966,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4946,7 +4978,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "native/descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4959,7 +4991,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4968,7 +5000,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4980,7 +5012,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "native/descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4993,7 +5025,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5002,7 +5034,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5014,7 +5046,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "native/descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5027,7 +5059,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5037,7 +5069,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5054,7 +5086,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5068,7 +5100,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "native/descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5077,7 +5109,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5103,7 +5135,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "native/descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5116,7 +5148,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5125,7 +5157,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "native/descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5138,7 +5170,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5152,7 +5184,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5163,7 +5195,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "native/descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5176,7 +5208,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5189,7 +5221,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5200,7 +5232,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "native/descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5213,7 +5245,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5283,7 +5315,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/queues.pyx":24
+/* "ivshmem/channel/queues.pyx":22
  * from . import asynchronous
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5300,7 +5332,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/queues.pyx":25
+  /* "ivshmem/channel/queues.pyx":23
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -5309,7 +5341,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/queues.pyx":27
+  /* "ivshmem/channel/queues.pyx":25
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -5323,7 +5355,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/queues.pyx":28
+    /* "ivshmem/channel/queues.pyx":26
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -5335,7 +5367,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/queues.pyx":29
+      /* "ivshmem/channel/queues.pyx":27
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -5348,7 +5380,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/queues.pyx":28
+      /* "ivshmem/channel/queues.pyx":26
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -5359,7 +5391,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   }
 
 
-  /* "ivshmem/channel/queues.pyx":30
+  /* "ivshmem/channel/queues.pyx":28
  *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -5372,7 +5404,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":24
+  /* "ivshmem/channel/queues.pyx":22
  * from . import asynchronous
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5387,7 +5419,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":37
+/* "ivshmem/channel/queues.pyx":35
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5400,7 +5432,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/queues.pyx":38
+  /* "ivshmem/channel/queues.pyx":36
  * 
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)             # <<<<<<<<<<<<<<
@@ -5409,7 +5441,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 0, (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":39
+  /* "ivshmem/channel/queues.pyx":37
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5421,7 +5453,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":40
+    /* "ivshmem/channel/queues.pyx":38
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)             # <<<<<<<<<<<<<<
@@ -5430,7 +5462,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
     __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 1, (&__pyx_v_self->taken));
 
-    /* "ivshmem/channel/queues.pyx":39
+    /* "ivshmem/channel/queues.pyx":37
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5439,7 +5471,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":41
+  /* "ivshmem/channel/queues.pyx":39
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
  *         return code             # <<<<<<<<<<<<<<
@@ -5452,7 +5484,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":37
+  /* "ivshmem/channel/queues.pyx":35
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5467,7 +5499,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":43
+/* "ivshmem/channel/queues.pyx":41
  *         return code
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5478,7 +5510,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":44
+  /* "ivshmem/channel/queues.pyx":42
  * 
  *     cdef int begin_sleep(self) except -2:
  *         self.slept = True             # <<<<<<<<<<<<<<
@@ -5487,7 +5519,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 */
   __pyx_v_self->slept = 1;
 
-  /* "ivshmem/channel/queues.pyx":45
+  /* "ivshmem/channel/queues.pyx":43
  *     cdef int begin_sleep(self) except -2:
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -5500,7 +5532,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":43
+  /* "ivshmem/channel/queues.pyx":41
  *         return code
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5514,7 +5546,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":47
+/* "ivshmem/channel/queues.pyx":45
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5524,7 +5556,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 
 static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/queues.pyx":48
+  /* "ivshmem/channel/queues.pyx":46
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_queue_awake(&self.reader)             # <<<<<<<<<<<<<<
@@ -5533,7 +5565,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 */
   ivshmem_queue_awake((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/queues.pyx":47
+  /* "ivshmem/channel/queues.pyx":45
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5545,7 +5577,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 
 }
 
-/* "ivshmem/channel/queues.pyx":50
+/* "ivshmem/channel/queues.pyx":48
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5556,7 +5588,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":51
+  /* "ivshmem/channel/queues.pyx":49
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -5565,7 +5597,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/queues.pyx":52
+  /* "ivshmem/channel/queues.pyx":50
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_queue             # <<<<<<<<<<<<<<
@@ -5574,7 +5606,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_6queues_probe_queue;
 
-  /* "ivshmem/channel/queues.pyx":53
+  /* "ivshmem/channel/queues.pyx":51
  *         what[0] = &self.reader
  *         probe[0] = probe_queue
  *         return 1             # <<<<<<<<<<<<<<
@@ -5587,7 +5619,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":50
+  /* "ivshmem/channel/queues.pyx":48
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5601,7 +5633,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":55
+/* "ivshmem/channel/queues.pyx":53
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -5618,7 +5650,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":56
+  /* "ivshmem/channel/queues.pyx":54
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5644,17 +5676,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":57
+    /* "ivshmem/channel/queues.pyx":55
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 55, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":56
+    /* "ivshmem/channel/queues.pyx":54
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5663,7 +5695,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":58
+  /* "ivshmem/channel/queues.pyx":56
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5676,7 +5708,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":55
+  /* "ivshmem/channel/queues.pyx":53
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -5693,7 +5725,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":60
+/* "ivshmem/channel/queues.pyx":58
  *         return 0
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
@@ -5706,7 +5738,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/queues.pyx":61
+  /* "ivshmem/channel/queues.pyx":59
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:
  *         cdef uint64_t claim = ivshmem_claim_word(             # <<<<<<<<<<<<<<
@@ -5715,7 +5747,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   __pyx_v_claim = ivshmem_claim_word(__pyx_v_taken->message.position, __pyx_v_self->__pyx_base.reader.slot, __pyx_v_how, __pyx_v_self->__pyx_base.reader.epoch);
 
-  /* "ivshmem/channel/queues.pyx":64
+  /* "ivshmem/channel/queues.pyx":62
  *             taken.message.position, self.reader.slot, how, self.reader.epoch
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
@@ -5727,7 +5759,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":65
+    /* "ivshmem/channel/queues.pyx":63
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment             # <<<<<<<<<<<<<<
@@ -5740,7 +5772,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":64
+    /* "ivshmem/channel/queues.pyx":62
  *             taken.message.position, self.reader.slot, how, self.reader.epoch
  *         )
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
@@ -5749,7 +5781,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":66
+  /* "ivshmem/channel/queues.pyx":64
  *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
  *         taken.claim = claim             # <<<<<<<<<<<<<<
@@ -5758,7 +5790,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
 */
   __pyx_v_taken->claim = __pyx_v_claim;
 
-  /* "ivshmem/channel/queues.pyx":67
+  /* "ivshmem/channel/queues.pyx":65
  *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
  *         taken.claim = claim
  *         return 0             # <<<<<<<<<<<<<<
@@ -5771,7 +5803,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":60
+  /* "ivshmem/channel/queues.pyx":58
  *         return 0
  * 
  *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
@@ -5786,7 +5818,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":69
+/* "ivshmem/channel/queues.pyx":67
  *         return 0
  * 
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -5802,19 +5834,19 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":71
+  /* "ivshmem/channel/queues.pyx":69
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_queue_return(&self.reader, taken)
  *             self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":72
+    /* "ivshmem/channel/queues.pyx":70
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():
  *             ivshmem_queue_return(&self.reader, taken)             # <<<<<<<<<<<<<<
@@ -5823,17 +5855,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 */
     (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader), __pyx_v_taken));
 
-    /* "ivshmem/channel/queues.pyx":73
+    /* "ivshmem/channel/queues.pyx":71
  *         if self.usable():
  *             ivshmem_queue_return(&self.reader, taken)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":71
+    /* "ivshmem/channel/queues.pyx":69
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:
  *         """Give a message back that was claimed, for another call."""
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -5842,7 +5874,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":74
+  /* "ivshmem/channel/queues.pyx":72
  *             ivshmem_queue_return(&self.reader, taken)
  *             self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5855,7 +5887,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":69
+  /* "ivshmem/channel/queues.pyx":67
  *         return 0
  * 
  *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
@@ -5872,7 +5904,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":76
+/* "ivshmem/channel/queues.pyx":74
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -5887,7 +5919,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":78
+  /* "ivshmem/channel/queues.pyx":76
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -5896,7 +5928,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   if (__pyx_v_self->slept) {
 
-    /* "ivshmem/channel/queues.pyx":79
+    /* "ivshmem/channel/queues.pyx":77
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:
  *             self.slept = False             # <<<<<<<<<<<<<<
@@ -5905,7 +5937,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     __pyx_v_self->slept = 0;
 
-    /* "ivshmem/channel/queues.pyx":80
+    /* "ivshmem/channel/queues.pyx":78
  *         if self.slept:
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
@@ -5914,7 +5946,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
-    /* "ivshmem/channel/queues.pyx":78
+    /* "ivshmem/channel/queues.pyx":76
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -5923,17 +5955,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":81
+  /* "ivshmem/channel/queues.pyx":79
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":82
+  /* "ivshmem/channel/queues.pyx":80
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -5946,7 +5978,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":76
+  /* "ivshmem/channel/queues.pyx":74
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -5963,7 +5995,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":84
+/* "ivshmem/channel/queues.pyx":82
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -5994,17 +6026,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("claim", 0);
 
-  /* "ivshmem/channel/queues.pyx":89
+  /* "ivshmem/channel/queues.pyx":87
  *         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":90
+  /* "ivshmem/channel/queues.pyx":88
  *         cdef int code
  *         self.enter()
  *         self.how = how             # <<<<<<<<<<<<<<
@@ -6013,7 +6045,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_self->how = __pyx_v_how;
 
-  /* "ivshmem/channel/queues.pyx":91
+  /* "ivshmem/channel/queues.pyx":89
  *         self.enter()
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)             # <<<<<<<<<<<<<<
@@ -6022,7 +6054,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, __pyx_v_taken);
 
-  /* "ivshmem/channel/queues.pyx":92
+  /* "ivshmem/channel/queues.pyx":90
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6034,7 +6066,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":93
+    /* "ivshmem/channel/queues.pyx":91
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:
  *             try:             # <<<<<<<<<<<<<<
@@ -6043,17 +6075,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":94
+      /* "ivshmem/channel/queues.pyx":92
  *         if code == IVSHMEM_AGAIN:
  *             try:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 94, __pyx_L5_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 92, __pyx_L5_error)
       __pyx_v_code = __pyx_t_1;
 
-      /* "ivshmem/channel/queues.pyx":95
+      /* "ivshmem/channel/queues.pyx":93
  *             try:
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one             # <<<<<<<<<<<<<<
@@ -6065,7 +6097,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       (__pyx_v_taken[0]) = __pyx_t_3;
 
 
-      /* "ivshmem/channel/queues.pyx":96
+      /* "ivshmem/channel/queues.pyx":94
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6091,16 +6123,16 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/queues.pyx":97
+        /* "ivshmem/channel/queues.pyx":95
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait             # <<<<<<<<<<<<<<
  *             finally:
  *                 if self.usable():
 */
-        __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->claim_as(__pyx_v_self, __pyx_v_how, __pyx_v_taken);
+        __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->claim_as(__pyx_v_self, __pyx_v_how, __pyx_v_taken);
 
-        /* "ivshmem/channel/queues.pyx":96
+        /* "ivshmem/channel/queues.pyx":94
  *                 code = self.wait(timeout, spin)
  *                 taken[0] = self.taken  # before another thread takes one
  *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
@@ -6110,7 +6142,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/channel/queues.pyx":99
+    /* "ivshmem/channel/queues.pyx":97
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6119,22 +6151,22 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/queues.pyx":100
+          /* "ivshmem/channel/queues.pyx":98
  *             finally:
  *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
 
 
-          /* "ivshmem/channel/queues.pyx":99
+          /* "ivshmem/channel/queues.pyx":97
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6159,22 +6191,22 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
         {
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/queues.pyx":100
+            /* "ivshmem/channel/queues.pyx":98
  *             finally:
  *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
+            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L12_error)
 
 
-            /* "ivshmem/channel/queues.pyx":99
+            /* "ivshmem/channel/queues.pyx":97
  *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
  *                 if self.usable():             # <<<<<<<<<<<<<<
@@ -6208,7 +6240,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       __pyx_L6:;
     }
 
-    /* "ivshmem/channel/queues.pyx":92
+    /* "ivshmem/channel/queues.pyx":90
  *         self.how = how
  *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6217,7 +6249,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":101
+  /* "ivshmem/channel/queues.pyx":99
  *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6243,20 +6275,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/queues.pyx":102
+    /* "ivshmem/channel/queues.pyx":100
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 102, __pyx_L1_error)
+    __PYX_ERR(0, 100, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":101
+    /* "ivshmem/channel/queues.pyx":99
  *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6265,7 +6297,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":103
+  /* "ivshmem/channel/queues.pyx":101
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
  *         return code             # <<<<<<<<<<<<<<
@@ -6278,7 +6310,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":84
+  /* "ivshmem/channel/queues.pyx":82
  *         return 0
  * 
  *     cdef int claim(             # <<<<<<<<<<<<<<
@@ -6504,7 +6536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":117
+/* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6552,20 +6584,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 117, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 117, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":119
+      /* "ivshmem/channel/queues.pyx":117
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6578,7 +6610,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6591,7 +6623,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 117, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6604,7 +6636,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":117
+  /* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6646,21 +6678,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":139
+        /* "ivshmem/channel/queues.pyx":137
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         try:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 139, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 137, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":140
+          /* "ivshmem/channel/queues.pyx":138
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -6678,7 +6710,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":139
+          /* "ivshmem/channel/queues.pyx":137
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -6687,7 +6719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":141
+        /* "ivshmem/channel/queues.pyx":139
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6703,19 +6735,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_XGOTREF(__pyx_t_6);
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":142
+            /* "ivshmem/channel/queues.pyx":140
  *             return None
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.undo(&taken)
 */
-            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 142, __pyx_L7_error)
+            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 140, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_v_data = ((PyObject*)__pyx_t_7);
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/queues.pyx":141
+            /* "ivshmem/channel/queues.pyx":139
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6730,7 +6762,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L7_error:;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/queues.pyx":143
+          /* "ivshmem/channel/queues.pyx":141
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -6740,22 +6772,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 143, __pyx_L9_except_error)
+            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 141, __pyx_L9_except_error)
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
             __Pyx_XGOTREF(__pyx_t_9);
 
-            /* "ivshmem/channel/queues.pyx":144
+            /* "ivshmem/channel/queues.pyx":142
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:
  *             self.undo(&taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L9_except_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 142, __pyx_L9_except_error)
 
 
-            /* "ivshmem/channel/queues.pyx":145
+            /* "ivshmem/channel/queues.pyx":143
  *         except MemoryError:
  *             self.undo(&taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -6767,11 +6799,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             __Pyx_XGIVEREF(__pyx_t_9);
             __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_8, __pyx_t_9);
             __pyx_t_7 = 0;  __pyx_t_8 = 0;  __pyx_t_9 = 0; 
-            __PYX_ERR(0, 145, __pyx_L9_except_error)
+            __PYX_ERR(0, 143, __pyx_L9_except_error)
           }
           goto __pyx_L9_except_error;
 
-          /* "ivshmem/channel/queues.pyx":141
+          /* "ivshmem/channel/queues.pyx":139
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6787,17 +6819,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L12_try_end:;
         }
 
-        /* "ivshmem/channel/queues.pyx":146
+        /* "ivshmem/channel/queues.pyx":144
  *             self.undo(&taken)
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if self.type is None else self.type.decode(data)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":147
+        /* "ivshmem/channel/queues.pyx":145
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
  *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -6816,7 +6848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
             __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 147, __pyx_L4_error)
+            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 145, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_8);
           }
           __pyx_t_9 = __pyx_t_8;
@@ -6836,7 +6868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":117
+      /* "ivshmem/channel/queues.pyx":115
  *     """
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6878,7 +6910,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":149
+/* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6928,24 +6960,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 149, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 147, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 147, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":150
+      /* "ivshmem/channel/queues.pyx":148
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6955,17 +6987,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 149, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 147, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 147, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 147, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6978,7 +7010,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 149, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 147, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6991,7 +7023,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7043,17 +7075,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":161
+        /* "ivshmem/channel/queues.pyx":159
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":162
+        /* "ivshmem/channel/queues.pyx":160
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7062,21 +7094,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":163
+          /* "ivshmem/channel/queues.pyx":161
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 163, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 161, __pyx_L7_error)
           __pyx_t_3 = (__pyx_t_2 != 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/queues.pyx":164
+            /* "ivshmem/channel/queues.pyx":162
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7094,7 +7126,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":163
+            /* "ivshmem/channel/queues.pyx":161
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7103,7 +7135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":165
+          /* "ivshmem/channel/queues.pyx":163
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7115,17 +7147,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/queues.pyx":166
+            /* "ivshmem/channel/queues.pyx":164
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":167
+            /* "ivshmem/channel/queues.pyx":165
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7133,19 +7165,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 )
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 167, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 165, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":168
+            /* "ivshmem/channel/queues.pyx":166
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.finish(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 168, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 166, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 168, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -7157,7 +7189,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 168, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 166, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7179,14 +7211,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 167, __pyx_L7_error)
+            __PYX_ERR(0, 165, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":165
+            /* "ivshmem/channel/queues.pyx":163
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7195,24 +7227,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":170
+          /* "ivshmem/channel/queues.pyx":168
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":171
+          /* "ivshmem/channel/queues.pyx":169
  *                 )
  *             self.finish(&taken, <char *>view.buf)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 171, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -7227,7 +7259,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":173
+        /* "ivshmem/channel/queues.pyx":171
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7281,7 +7313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":149
+      /* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7326,7 +7358,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":175
+/* "ivshmem/channel/queues.pyx":173
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7361,7 +7393,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish", 0);
 
-  /* "ivshmem/channel/queues.pyx":177
+  /* "ivshmem/channel/queues.pyx":175
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -7370,7 +7402,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":178
+  /* "ivshmem/channel/queues.pyx":176
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7382,7 +7414,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":179
+    /* "ivshmem/channel/queues.pyx":177
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7391,7 +7423,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":178
+    /* "ivshmem/channel/queues.pyx":176
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7401,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":181
+  /* "ivshmem/channel/queues.pyx":179
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -7409,10 +7441,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 181, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":182
+    /* "ivshmem/channel/queues.pyx":180
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -7421,7 +7453,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":183
+      /* "ivshmem/channel/queues.pyx":181
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7434,7 +7466,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":184
+            /* "ivshmem/channel/queues.pyx":182
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7444,7 +7476,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":183
+          /* "ivshmem/channel/queues.pyx":181
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7461,18 +7493,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":185
+      /* "ivshmem/channel/queues.pyx":183
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 183, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":187
+    /* "ivshmem/channel/queues.pyx":185
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -7518,7 +7550,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":188
+  /* "ivshmem/channel/queues.pyx":186
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7530,7 +7562,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":189
+    /* "ivshmem/channel/queues.pyx":187
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -7538,17 +7570,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 " which is lost"
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 187, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
 
-    /* "ivshmem/channel/queues.pyx":190
+    /* "ivshmem/channel/queues.pyx":188
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(
  *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *                 " which is lost"
  *             )
 */
-    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 188, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_15[1] = __pyx_t_14;
@@ -7562,7 +7594,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 190, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 188, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_18 = 1;
@@ -7583,14 +7615,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 187, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
     }
     __Pyx_Raise(__pyx_t_11, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __PYX_ERR(0, 189, __pyx_L1_error)
+    __PYX_ERR(0, 187, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":188
+    /* "ivshmem/channel/queues.pyx":186
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7599,20 +7631,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":193
+  /* "ivshmem/channel/queues.pyx":191
  *                 " which is lost"
  *             )
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":175
+  /* "ivshmem/channel/queues.pyx":173
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7636,7 +7668,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":195
+/* "ivshmem/channel/queues.pyx":193
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7685,20 +7717,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":196
+      /* "ivshmem/channel/queues.pyx":194
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7711,7 +7743,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7724,7 +7756,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7737,7 +7769,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":195
+  /* "ivshmem/channel/queues.pyx":193
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7773,21 +7805,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":213
+        /* "ivshmem/channel/queues.pyx":211
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 213, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 211, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":214
+          /* "ivshmem/channel/queues.pyx":212
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -7805,7 +7837,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":213
+          /* "ivshmem/channel/queues.pyx":211
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7814,14 +7846,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":215
+        /* "ivshmem/channel/queues.pyx":213
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 215, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 213, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -7836,7 +7868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":195
+      /* "ivshmem/channel/queues.pyx":193
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7875,7 +7907,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":217
+/* "ivshmem/channel/queues.pyx":215
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7923,24 +7955,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 215, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 215, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 215, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7951,7 +7983,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 215, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7985,7 +8017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":219
+  /* "ivshmem/channel/queues.pyx":217
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -7993,12 +8025,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8018,7 +8050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8032,7 +8064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":217
+  /* "ivshmem/channel/queues.pyx":215
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8054,7 +8086,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":221
+/* "ivshmem/channel/queues.pyx":219
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8103,35 +8135,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 221, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8142,7 +8174,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8176,7 +8208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":223
+  /* "ivshmem/channel/queues.pyx":221
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -8184,12 +8216,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
  *     def take_async(self, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8209,7 +8241,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8223,7 +8255,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":221
+  /* "ivshmem/channel/queues.pyx":219
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8245,7 +8277,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":225
+/* "ivshmem/channel/queues.pyx":223
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8293,24 +8325,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 225, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 223, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 225, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 223, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8321,7 +8353,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 225, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 223, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8355,7 +8387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":227
+  /* "ivshmem/channel/queues.pyx":225
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
@@ -8363,12 +8395,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8388,7 +8420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8402,7 +8434,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":225
+  /* "ivshmem/channel/queues.pyx":223
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8424,7 +8456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":229
+/* "ivshmem/channel/queues.pyx":227
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8452,7 +8484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":230
+  /* "ivshmem/channel/queues.pyx":228
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8470,7 +8502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":229
+  /* "ivshmem/channel/queues.pyx":227
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8485,7 +8517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":232
+/* "ivshmem/channel/queues.pyx":230
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8519,7 +8551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":233
+  /* "ivshmem/channel/queues.pyx":231
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -8533,7 +8565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8547,7 +8579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":232
+  /* "ivshmem/channel/queues.pyx":230
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8567,7 +8599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":235
+/* "ivshmem/channel/queues.pyx":233
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8595,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":236
+  /* "ivshmem/channel/queues.pyx":234
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8613,7 +8645,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":235
+  /* "ivshmem/channel/queues.pyx":233
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8628,7 +8660,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":238
+/* "ivshmem/channel/queues.pyx":236
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8662,7 +8694,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":239
+  /* "ivshmem/channel/queues.pyx":237
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -8676,7 +8708,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 237, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8690,7 +8722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":238
+  /* "ivshmem/channel/queues.pyx":236
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8916,326 +8948,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":256
+/* "ivshmem/channel/queues.pyx":254
  *     """
- * 
- *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")
- * 
-*/
-
-/* Python wrapper */
-static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
-  CYTHON_UNUSED PyObject *__pyx_v__ = 0;
-  CYTHON_UNUSED PyObject *__pyx_v___ = 0;
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__init__ (wrapper)", 0);
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return -1;
-  if (__pyx_kwds_len > 0) {
-    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return -1;
-  }
-  __Pyx_INCREF(__pyx_args);
-  __pyx_v__ = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v__, __pyx_v___);
-
-  /* function exit code */
-  __Pyx_DECREF(__pyx_v__);
-  __Pyx_XDECREF(__pyx_v___);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v__, CYTHON_UNUSED PyObject *__pyx_v___) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5[3];
-  Py_ssize_t __pyx_t_6;
-  int __pyx_t_7;
-  size_t __pyx_t_8;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__init__", 0);
-
-  /* "ivshmem/channel/queues.pyx":257
- * 
- *     def __init__(self, *_, **__):
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")             # <<<<<<<<<<<<<<
- * 
- *     def __reduce__(self):
-*/
-  __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 257, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
-  __pyx_t_5[1] = __pyx_t_4;
-  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_is_made_by_take;
-  __pyx_t_6 = 20;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
-  #endif
-  __pyx_t_7 = 0;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
-  #endif
-  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 257, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_8 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 257, __pyx_L1_error)
-
-  /* "ivshmem/channel/queues.pyx":256
- *     """
- * 
- *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__init__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":259
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5[3];
-  Py_ssize_t __pyx_t_6;
-  int __pyx_t_7;
-  size_t __pyx_t_8;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce__", 0);
-
-  /* "ivshmem/channel/queues.pyx":260
- * 
- *     def __reduce__(self):
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
- * 
- *     @property
-*/
-  __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 260, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
-  __pyx_t_5[1] = __pyx_t_4;
-  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled;
-  __pyx_t_6 = 30;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
-  #endif
-  __pyx_t_7 = 0;
-  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
-  #endif
-  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_8 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 260, __pyx_L1_error)
-
-  /* "ivshmem/channel/queues.pyx":259
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":262
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def size(self):
- *         return self.taken.message.length
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/queues.pyx":264
- *     @property
- *     def size(self):
- *         return self.taken.message.length             # <<<<<<<<<<<<<<
- * 
- *     @property
-*/
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 264, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":262
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def size(self):
- *         return self.taken.message.length
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.size.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":266
- *         return self.taken.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def redelivered(self):
@@ -9266,14 +8980,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":268
+  /* "ivshmem/channel/queues.pyx":256
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
- *     @property
+ *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9286,8 +9000,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":266
- *         return self.taken.message.length
+  /* "ivshmem/channel/queues.pyx":254
+ *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def redelivered(self):
@@ -9305,583 +9019,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":270
+/* "ivshmem/channel/queues.pyx":258
  *         return self.taken.redelivered != 0
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def writer(self):
- *         return self.taken.message.writer
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/queues.pyx":272
- *     @property
- *     def writer(self):
- *         return self.taken.message.writer             # <<<<<<<<<<<<<<
- * 
- *     @property
-*/
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":270
- *         return self.taken.redelivered != 0
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def writer(self):
- *         return self.taken.message.writer
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.writer.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":274
- *         return self.taken.message.writer
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def position(self):
- *         return self.taken.message.position
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__get__", 0);
-
-  /* "ivshmem/channel/queues.pyx":276
- *     @property
- *     def position(self):
- *         return self.taken.message.position             # <<<<<<<<<<<<<<
- * 
- *     cdef int check(self) except -1:
-*/
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":274
- *         return self.taken.message.writer
- * 
- *     @property             # <<<<<<<<<<<<<<
- *     def position(self):
- *         return self.taken.message.position
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.position.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":278
- *         return self.taken.message.position
- * 
- *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if not self.live:
- *             raise ClosedError("the message was acknowledged or given back")
-*/
-
-static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("check", 0);
-
-  /* "ivshmem/channel/queues.pyx":279
- * 
- *     cdef int check(self) except -1:
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the message was acknowledged or given back")
- *         return self.reader.enter()
-*/
-  __pyx_t_1 = (!__pyx_v_self->live);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/queues.pyx":280
- *     cdef int check(self) except -1:
- *         if not self.live:
- *             raise ClosedError("the message was acknowledged or given back")             # <<<<<<<<<<<<<<
- *         return self.reader.enter()
- * 
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_message_was_acknowledged_or};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 280, __pyx_L1_error)
-
-    /* "ivshmem/channel/queues.pyx":279
- * 
- *     cdef int check(self) except -1:
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the message was acknowledged or given back")
- *         return self.reader.enter()
-*/
-  }
-
-  /* "ivshmem/channel/queues.pyx":281
- *         if not self.live:
- *             raise ClosedError("the message was acknowledged or given back")
- *         return self.reader.enter()             # <<<<<<<<<<<<<<
- * 
- *     def __getbuffer__(self, Py_buffer *view, int flags):
-*/
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
-  {
-    __pyx_r = __pyx_t_6;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":278
- *         return self.taken.message.position
- * 
- *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if not self.live:
- *             raise ClosedError("the message was acknowledged or given back")
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":283
- *         return self.reader.enter()
- * 
- *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         cdef char *start
- *         self.check()
-*/
-
-/* Python wrapper */
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
-
-  /* function exit code */
-
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
-  char *__pyx_v_start;
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  if (unlikely(__pyx_v_view == NULL)) {
-    PyErr_SetString(PyExc_BufferError, "PyObject_GetBuffer: view==NULL argument is obsolete");
-    return -1;
-  }
-  __Pyx_RefNannySetupContext("__getbuffer__", 0);
-  __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
-  __Pyx_GIVEREF(__pyx_v_view->obj);
-
-  /* "ivshmem/channel/queues.pyx":285
- *     def __getbuffer__(self, Py_buffer *view, int flags):
- *         cdef char *start
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/queues.pyx":286
- *         cdef char *start
- *         self.check()
- *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
- *         try:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/queues.pyx":287
- *         self.check()
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset             # <<<<<<<<<<<<<<
- *         try:
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
-*/
-  __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_self->taken.message.offset);
-
-  /* "ivshmem/channel/queues.pyx":288
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
- *         except BaseException:
-*/
-  {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
-    __Pyx_XGOTREF(__pyx_t_2);
-    __Pyx_XGOTREF(__pyx_t_3);
-    __Pyx_XGOTREF(__pyx_t_4);
-    /*try:*/ {
-
-      /* "ivshmem/channel/queues.pyx":289
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
- *         try:
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)             # <<<<<<<<<<<<<<
- *         except BaseException:
- *             self.reader.membership.mapping.unpin()
-*/
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L3_error)
-
-
-      /* "ivshmem/channel/queues.pyx":288
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
- *         except BaseException:
-*/
-    }
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    goto __pyx_L8_try_end;
-    __pyx_L3_error:;
-
-    /* "ivshmem/channel/queues.pyx":290
- *         try:
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
- *         except BaseException:             # <<<<<<<<<<<<<<
- *             self.reader.membership.mapping.unpin()
- *             raise
-*/
-    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-    if (__pyx_t_1) {
-      __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 290, __pyx_L5_except_error)
-      __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_6);
-      __Pyx_XGOTREF(__pyx_t_7);
-
-      /* "ivshmem/channel/queues.pyx":291
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
- *         except BaseException:
- *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- *             raise
- *         self.exports += 1
-*/
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
-
-      /* "ivshmem/channel/queues.pyx":292
- *         except BaseException:
- *             self.reader.membership.mapping.unpin()
- *             raise             # <<<<<<<<<<<<<<
- *         self.exports += 1
- * 
-*/
-      __Pyx_GIVEREF(__pyx_t_5);
-      __Pyx_GIVEREF(__pyx_t_6);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
-      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 292, __pyx_L5_except_error)
-    }
-    goto __pyx_L5_except_error;
-
-    /* "ivshmem/channel/queues.pyx":288
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
- *         except BaseException:
-*/
-    __pyx_L5_except_error:;
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_XGIVEREF(__pyx_t_4);
-    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-    goto __pyx_L1_error;
-    __pyx_L8_try_end:;
-  }
-
-  /* "ivshmem/channel/queues.pyx":293
- *             self.reader.membership.mapping.unpin()
- *             raise
- *         self.exports += 1             # <<<<<<<<<<<<<<
- * 
- *     def __releasebuffer__(self, Py_buffer *view):
-*/
-  __pyx_v_self->exports = (__pyx_v_self->exports + 1);
-
-  /* "ivshmem/channel/queues.pyx":283
- *         return self.reader.enter()
- * 
- *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         cdef char *start
- *         self.check()
-*/
-
-  /* function exit code */
-  __pyx_r = 0;
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  if (__pyx_v_view->obj != NULL) {
-    __Pyx_GOTREF(__pyx_v_view->obj);
-    __Pyx_DECREF(__pyx_v_view->obj); __pyx_v_view->obj = 0;
-  }
-  goto __pyx_L2;
-  __pyx_L0:;
-  if (__pyx_v_view->obj == Py_None) {
-    __Pyx_GOTREF(__pyx_v_view->obj);
-    __Pyx_DECREF(__pyx_v_view->obj); __pyx_v_view->obj = 0;
-  }
-  __pyx_L2:;
-
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":295
- *         self.exports += 1
- * 
- *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
- *         self.reader.membership.mapping.unpin()
-*/
-
-/* Python wrapper */
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
-
-  /* function exit code */
-
-  __Pyx_RefNannyFinishContext();
-}
-
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
-
-  /* "ivshmem/channel/queues.pyx":296
- * 
- *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1             # <<<<<<<<<<<<<<
- *         self.reader.membership.mapping.unpin()
- * 
-*/
-  __pyx_v_self->exports = (__pyx_v_self->exports - 1);
-
-  /* "ivshmem/channel/queues.pyx":297
- *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1
- *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- * 
- *     def __len__(self):
-*/
-  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
-
-  /* "ivshmem/channel/queues.pyx":295
- *         self.exports += 1
- * 
- *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
- *         self.reader.membership.mapping.unpin()
-*/
-
-  /* function exit code */
-
-}
-
-/* "ivshmem/channel/queues.pyx":299
- *         self.reader.membership.mapping.unpin()
- * 
- *     def __len__(self):             # <<<<<<<<<<<<<<
- *         return self.taken.message.length
- * 
-*/
-
-/* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__(PyObject *__pyx_v_self) {
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  Py_ssize_t __pyx_r;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
-  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  Py_ssize_t __pyx_r;
-
-  /* "ivshmem/channel/queues.pyx":300
- * 
- *     def __len__(self):
- *         return self.taken.message.length             # <<<<<<<<<<<<<<
- * 
- *     def __bytes__(self):
-*/
-  {
-
-    __pyx_r = __pyx_v_self->taken.message.length;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":299
- *         self.reader.membership.mapping.unpin()
- * 
- *     def __len__(self):             # <<<<<<<<<<<<<<
- *         return self.taken.message.length
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":302
- *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
@@ -9889,16 +9028,16 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken___bytes__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken___bytes__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9924,14 +9063,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__bytes__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken___bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9943,14 +9082,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":303
+  /* "ivshmem/channel/queues.pyx":259
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9960,10 +9099,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 259, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -9975,8 +9114,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":302
- *         return self.taken.message.length
+  /* "ivshmem/channel/queues.pyx":258
+ *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
@@ -9996,7 +9135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":305
+/* "ivshmem/channel/queues.pyx":261
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10005,16 +9144,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_12get, "Return a copy: bytes, or what the channel\047s type makes of them.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12get};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_2get, "Return a copy: bytes, or what the channel\047s type makes of them.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2get};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10040,14 +9179,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("get", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_v_data = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10061,7 +9200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":307
+  /* "ivshmem/channel/queues.pyx":263
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -10074,32 +9213,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":264
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
  * 
- *     cdef int check_exports(self) except -1:
+ *     def done(self):
 */
-  __pyx_t_4 = (__pyx_v_self->reader->__pyx_base.type == Py_None);
+  __pyx_t_4 = (__pyx_v_self->__pyx_base.reader->type == Py_None);
   if (__pyx_t_4) {
     __Pyx_INCREF(__pyx_v_data);
     __pyx_t_1 = __pyx_v_data;
   } else {
-    __pyx_t_5 = __pyx_v_self->reader->__pyx_base.type;
+    __pyx_t_5 = __pyx_v_self->__pyx_base.reader->type;
     __Pyx_INCREF(__pyx_t_5);
     __pyx_t_3 = 0;
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -10117,7 +9256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":261
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10139,151 +9278,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":310
+/* "ivshmem/channel/queues.pyx":266
  *         return data if self.reader.type is None else self.reader.type.decode(data)
- * 
- *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.exports:
- *             raise BufferError(
-*/
-
-static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("check_exports", 0);
-
-  /* "ivshmem/channel/queues.pyx":311
- * 
- *     cdef int check_exports(self) except -1:
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
-*/
-  __pyx_t_1 = (__pyx_v_self->exports != 0);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/queues.pyx":312
- *     cdef int check_exports(self) except -1:
- *         if self.exports:
- *             raise BufferError(             # <<<<<<<<<<<<<<
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
- *                 " release them first (del)"
-*/
-    __pyx_t_3 = NULL;
-
-    /* "ivshmem/channel/queues.pyx":313
- *         if self.exports:
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
- *                 " release them first (del)"
- *             )
-*/
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 313, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_8 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_mstate_global->__pyx_n_u_memoryview};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_4};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 312, __pyx_L1_error)
-
-    /* "ivshmem/channel/queues.pyx":311
- * 
- *     cdef int check_exports(self) except -1:
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
-*/
-  }
-
-  /* "ivshmem/channel/queues.pyx":316
- *                 " release them first (del)"
- *             )
- *         return 0             # <<<<<<<<<<<<<<
- * 
- *     def done(self):
-*/
-  {
-
-    __pyx_r = 0;
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/queues.pyx":310
- *         return data if self.reader.type is None else self.reader.type.decode(data)
- * 
- *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.exports:
- *             raise BufferError(
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.check_exports", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = -1;
-  __pyx_L0:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/queues.pyx":318
- *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
@@ -10291,16 +9287,16 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_5done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_14done, "Acknowledge it: no other reader gets it. May be called twice.\n\n        Raises:\n            Redelivered: this process was silent, and another reader has the message, too; what was\n                seen of it may be torn.\n            BufferError: a memoryview or an array of it is alive.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14done};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_4done, "Acknowledge it: no other reader gets it. May be called twice.\n\n        Raises:\n            Redelivered: this process was silent, and another reader has the message, too; what was\n                seen of it may be torn.\n            BufferError: a memoryview or an array of it is alive.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_4done};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_5done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10326,14 +9322,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("done", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10354,24 +9350,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":327
+  /* "ivshmem/channel/queues.pyx":275
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             return
  *         self.check_exports()
 */
-  __pyx_t_1 = (!__pyx_v_self->live);
+  __pyx_t_1 = (!__pyx_v_self->__pyx_base.live);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":328
+    /* "ivshmem/channel/queues.pyx":276
  *         cdef int code
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
  *         self.check_exports()
- *         self.check()
+ *         self.enter()
 */
     {
       PyObject *__pyx_temp;
@@ -10383,7 +9379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":327
+    /* "ivshmem/channel/queues.pyx":275
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10392,55 +9388,55 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":329
+  /* "ivshmem/channel/queues.pyx":277
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
- *         self.check()
+ *         self.enter()
  *         self.live = False
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":330
+  /* "ivshmem/channel/queues.pyx":278
  *             return
  *         self.check_exports()
- *         self.check()             # <<<<<<<<<<<<<<
+ *         self.enter()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":331
+  /* "ivshmem/channel/queues.pyx":279
  *         self.check_exports()
- *         self.check()
+ *         self.enter()
  *         self.live = False             # <<<<<<<<<<<<<<
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
 */
-  __pyx_v_self->live = 0;
+  __pyx_v_self->__pyx_base.live = 0;
 
-  /* "ivshmem/channel/queues.pyx":332
- *         self.check()
+  /* "ivshmem/channel/queues.pyx":280
+ *         self.enter()
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
  *         self.reader.membership.flush()
  *         if code:
 */
-  __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken));
+  __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":333
+  /* "ivshmem/channel/queues.pyx":281
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *         if code:
  *             raise Redelivered(
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":334
+  /* "ivshmem/channel/queues.pyx":282
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10452,7 +9448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":335
+    /* "ivshmem/channel/queues.pyx":283
  *         self.reader.membership.flush()
  *         if code:
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -10460,29 +9456,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 335, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/queues.pyx":336
+    /* "ivshmem/channel/queues.pyx":284
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                 " reader has it, too"
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/queues.pyx":337
+    /* "ivshmem/channel/queues.pyx":285
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                 " reader has it, too"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 285, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_9[1] = __pyx_t_6;
@@ -10492,7 +9488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     __pyx_t_9[5] = __pyx_t_8;
     __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-    /* "ivshmem/channel/queues.pyx":336
+    /* "ivshmem/channel/queues.pyx":284
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10508,7 +9504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_10, __pyx_t_2);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 336, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 284, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -10531,14 +9527,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 335, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 335, __pyx_L1_error)
+    __PYX_ERR(0, 283, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":334
+    /* "ivshmem/channel/queues.pyx":282
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10547,8 +9543,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":318
- *         return 0
+  /* "ivshmem/channel/queues.pyx":266
+ *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
@@ -10575,7 +9571,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":341
+/* "ivshmem/channel/queues.pyx":289
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10584,16 +9580,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_7give_back(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back, "Give it to another reader, marked `redelivered`. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back = {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_6give_back, "Give it to another reader, marked `redelivered`. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back = {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_6give_back};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_7give_back(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10619,14 +9615,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("give_back", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10636,19 +9632,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":343
+  /* "ivshmem/channel/queues.pyx":291
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             return
  *         self.check_exports()
 */
-  __pyx_t_1 = (!__pyx_v_self->live);
+  __pyx_t_1 = (!__pyx_v_self->__pyx_base.live);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":344
+    /* "ivshmem/channel/queues.pyx":292
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10665,7 +9661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":343
+    /* "ivshmem/channel/queues.pyx":291
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10674,57 +9670,57 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":345
+  /* "ivshmem/channel/queues.pyx":293
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         if self.reader.usable():
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":346
+  /* "ivshmem/channel/queues.pyx":294
  *             return
  *         self.check_exports()
  *         self.live = False             # <<<<<<<<<<<<<<
  *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
 */
-  __pyx_v_self->live = 0;
+  __pyx_v_self->__pyx_base.live = 0;
 
-  /* "ivshmem/channel/queues.pyx":347
+  /* "ivshmem/channel/queues.pyx":295
  *         self.check_exports()
  *         self.live = False
  *         if self.reader.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader));
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":348
+    /* "ivshmem/channel/queues.pyx":296
  *         self.live = False
  *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
  *             self.reader.membership.flush()
  * 
 */
-    (void)(ivshmem_queue_return((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken)));
+    (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-    /* "ivshmem/channel/queues.pyx":349
+    /* "ivshmem/channel/queues.pyx":297
  *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 297, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":347
+    /* "ivshmem/channel/queues.pyx":295
  *         self.check_exports()
  *         self.live = False
  *         if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -10733,7 +9729,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":341
+  /* "ivshmem/channel/queues.pyx":289
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10753,7 +9749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":351
+/* "ivshmem/channel/queues.pyx":299
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10762,16 +9758,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_8__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10797,19 +9793,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":352
+  /* "ivshmem/channel/queues.pyx":300
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10827,7 +9823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":351
+  /* "ivshmem/channel/queues.pyx":299
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10842,7 +9838,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":354
+/* "ivshmem/channel/queues.pyx":302
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10851,16 +9847,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_10__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10897,33 +9893,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 302, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10935,7 +9931,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10946,7 +9942,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10958,7 +9954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":355
+  /* "ivshmem/channel/queues.pyx":303
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10969,7 +9965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":356
+    /* "ivshmem/channel/queues.pyx":304
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -10983,12 +9979,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":355
+    /* "ivshmem/channel/queues.pyx":303
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10998,19 +9994,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":357
+  /* "ivshmem/channel/queues.pyx":305
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
  *             self.give_back()
  * 
 */
-  __pyx_t_1 = (__pyx_v_self->exports == 0);
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.exports == 0);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":358
+    /* "ivshmem/channel/queues.pyx":306
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11024,12 +10020,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":357
+    /* "ivshmem/channel/queues.pyx":305
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11039,7 +10035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":302
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11061,7 +10057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":360
+/* "ivshmem/channel/queues.pyx":308
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11070,19 +10066,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_13__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_13__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
@@ -11094,20 +10090,20 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":361
+  /* "ivshmem/channel/queues.pyx":309
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
  *             self.give_back()
  * 
 */
-  if (__pyx_v_self->live) {
+  if (__pyx_v_self->__pyx_base.live) {
   } else {
 
-    __pyx_t_1 = __pyx_v_self->live;
+    __pyx_t_1 = __pyx_v_self->__pyx_base.live;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__pyx_v_self->exports == 0);
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.exports == 0);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -11116,7 +10112,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":362
+    /* "ivshmem/channel/queues.pyx":310
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11130,12 +10126,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":361
+    /* "ivshmem/channel/queues.pyx":309
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11144,7 +10140,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":360
+  /* "ivshmem/channel/queues.pyx":308
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11163,7 +10159,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":364
+/* "ivshmem/channel/queues.pyx":312
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11172,21 +10168,21 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -11202,14 +10198,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":365
+  /* "ivshmem/channel/queues.pyx":313
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
  * 
 */
-  if (__pyx_v_self->live) {
+  if (__pyx_v_self->__pyx_base.live) {
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
     __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u__2;
   } else {
@@ -11219,24 +10215,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":366
+  /* "ivshmem/channel/queues.pyx":314
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -11254,7 +10250,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 366, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -11270,7 +10266,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":364
+  /* "ivshmem/channel/queues.pyx":312
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11293,7 +10289,213 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":369
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":317
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11306,12 +10508,13 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  struct ivshmem_message __pyx_t_2;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":370
+  /* "ivshmem/channel/queues.pyx":318
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -11320,45 +10523,56 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-    __PYX_ERR(0, 370, __pyx_L1_error)
+    __PYX_ERR(0, 318, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 370, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 318, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":371
+  /* "ivshmem/channel/queues.pyx":319
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader             # <<<<<<<<<<<<<<
  *     made.taken = taken[0]
- *     made.live = True
+ *     made.message = taken.message
 */
   __Pyx_INCREF((PyObject *)__pyx_v_reader);
   __Pyx_GIVEREF((PyObject *)__pyx_v_reader);
-  __Pyx_GOTREF((PyObject *)__pyx_v_made->reader);
-  __Pyx_DECREF_SET(__pyx_v_made->reader, __pyx_v_reader);
+  __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
+  __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":372
+  /* "ivshmem/channel/queues.pyx":320
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
+ *     made.message = taken.message
  *     made.live = True
- *     return made
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":373
+  /* "ivshmem/channel/queues.pyx":321
  *     made.reader = reader
  *     made.taken = taken[0]
+ *     made.message = taken.message             # <<<<<<<<<<<<<<
+ *     made.live = True
+ *     return made
+*/
+  __pyx_t_2 = __pyx_v_taken->message;
+
+  __pyx_v_made->__pyx_base.message = __pyx_t_2;
+
+  /* "ivshmem/channel/queues.pyx":322
+ *     made.taken = taken[0]
+ *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
  *     return made
 */
-  __pyx_v_made->live = 1;
+  __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":374
- *     made.taken = taken[0]
+  /* "ivshmem/channel/queues.pyx":323
+ *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
 */
@@ -11373,7 +10587,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":369
+  /* "ivshmem/channel/queues.pyx":317
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11397,7 +10611,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd __pyx_vtabl
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)o);
-  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
+  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   return o;
 }
 
@@ -11560,7 +10774,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader __pyx_vtabl
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)o);
-  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
+  p->__pyx_base.__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
   return o;
 }
 
@@ -11710,14 +10924,20 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken __pyx_vtable_7ivs
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o);
-  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
-  p->reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)Py_None); Py_INCREF(Py_None);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received*)__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   return o;
 }
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  o = __Pyx_AllocateExtensionType(t, 0);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, tp_new, newfunc);
+  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
+  if (unlikely(!base_tp_new)) {
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received);
+    o = NULL;
+  } else
+  #endif
+  o = base_tp_new(t, a, k);
   if (unlikely(!o)) return 0;
   return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(o, a, k);
 }
@@ -11727,13 +10947,12 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, P
 static void __pyx_tp_finalize_7ivshmem_7channel_6queues_Taken(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(o);
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_13__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
 
 static void __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
   #if CYTHON_USE_TP_FINALIZE
   if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
     if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken) {
@@ -11742,92 +10961,67 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken(PyObject *o) {
   }
   #endif
   PyObject_GC_UnTrack(o);
-  Py_CLEAR(p->reader);
-  PyTypeObject *tp = Py_TYPE(o);
-  #if CYTHON_USE_TYPE_SLOTS
-  (*tp->tp_free)(o);
-  #else
-  {
-    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
-    if (tp_free) tp_free(o);
-  }
-  #endif
   #if CYTHON_USE_TYPE_SPECS
-  Py_DECREF(tp);
+  PyObject *tp = (PyObject*)Py_TYPE(o);
+  #endif
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received)) PyObject_GC_Track(o);
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, tp_dealloc, destructor)(o); else
+  #endif
+  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken);
+  #if CYTHON_USE_TYPE_SPECS
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, Py_TPFLAGS_HEAPTYPE)) {
+    Py_DECREF(tp);
+  }
   #endif
 }
 
 static int __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken(PyObject *o, visitproc v, void *a) {
   int e;
-  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  e = 0;
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, tp_traverse, traverseproc);
+    if (traverse) { e = traverse(o, v, a); }
+  } else
+  #endif
+  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken); }
+  if (e) return e;
   {
-    e = __Pyx_call_type_traverse(o, 1, v, a);
+    e = __Pyx_call_type_traverse(o, 0, v, a);
     if (e) return e;
   }
-  if (p->reader) {
-    e = (*v)(((PyObject *)p->reader), a); if (e) return e;
-  }
   return 0;
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_size(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(o);
 }
 
 static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_redelivered(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_6queues_5Taken_11redelivered_1__get__(o);
 }
 
-static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_writer(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(o);
-}
-
-static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_position(PyObject *o, CYTHON_UNUSED void *x) {
-  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(o);
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_Taken[] = {
-  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__},
-  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__},
-  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12get},
-  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14done},
-  {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__},
+  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken___bytes__},
+  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2get},
+  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_4done},
+  {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_6give_back},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__exit__},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__},
   {0, 0, 0, 0}
 };
 
 static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_6queues_Taken[] = {
-  {"size", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_size, 0, 0, 0},
   {"redelivered", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_redelivered, 0, 0, 0},
-  {"writer", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_writer, 0, 0, 0},
-  {"position", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_position, 0, 0, 0},
   {0, 0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
-#if !CYTHON_COMPILING_IN_LIMITED_API
-
-static PyBufferProcs __pyx_tp_as_buffer_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__, /*bf_releasebuffer*/
-};
-#endif
 static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_Taken_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__},
-  #if defined(Py_bf_getbuffer)
-  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__},
-  #endif
-  #if defined(Py_bf_releasebuffer)
-  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__},
-  #endif
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_Taken},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_Taken},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_6queues_Taken},
-  {Py_tp_init, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_Taken},
   #if CYTHON_USE_TP_FINALIZE
   {Py_tp_finalize, (void *)__pyx_tp_finalize_7ivshmem_7channel_6queues_Taken},
@@ -11843,30 +11037,6 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_Taken_spec = {
 };
 #else
 
-static PySequenceMethods __pyx_tp_as_sequence_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__, /*sq_length*/
-  0, /*sq_concat*/
-  0, /*sq_repeat*/
-  0, /*sq_item*/
-  0, /*sq_slice*/
-  0, /*sq_ass_item*/
-  0, /*sq_ass_slice*/
-  0, /*sq_contains*/
-  0, /*sq_inplace_concat*/
-  0, /*sq_inplace_repeat*/
-};
-
-static PyMappingMethods __pyx_tp_as_mapping_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__, /*mp_length*/
-  0, /*mp_subscript*/
-  0, /*mp_ass_subscript*/
-};
-
-static PyBufferProcs __pyx_tp_as_buffer_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__, /*bf_releasebuffer*/
-};
-
 static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   PyVarObject_HEAD_INIT(0, 0)
   "ivshmem.channel.queues.""Taken", /*tp_name*/
@@ -11877,16 +11047,16 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_15__repr__, /*tp_repr*/
   0, /*tp_as_number*/
-  &__pyx_tp_as_sequence_Taken, /*tp_as_sequence*/
-  &__pyx_tp_as_mapping_Taken, /*tp_as_mapping*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
   0, /*tp_hash*/
   0, /*tp_call*/
   0, /*tp_str*/
   0, /*tp_getattro*/
   0, /*tp_setattro*/
-  &__pyx_tp_as_buffer_Taken, /*tp_as_buffer*/
+  0, /*tp_as_buffer*/
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken, /*tp_traverse*/
@@ -11905,7 +11075,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   #if !CYTHON_USE_TYPE_SPECS
   0, /*tp_dictoffset*/
   #endif
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__, /*tp_init*/
+  0, /*tp_init*/
   0, /*tp_alloc*/
   __pyx_tp_new_7ivshmem_7channel_6queues_Taken, /*tp_new*/
   0, /*tp_free*/
@@ -12031,21 +11201,21 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd ---*/
   __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd = &__pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim_as = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.after_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) __PYX_ERR(0, 31, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
@@ -12053,7 +11223,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
@@ -12063,12 +11233,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ClaimingEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ClaimingEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_base.__pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12090,11 +11260,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.finish = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 104, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
   #endif
@@ -12102,7 +11272,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -12112,12 +11282,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12128,6 +11298,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
 
 static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12135,26 +11306,21 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_Taken ---*/
   __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
-  __pyx_vtable_7ivshmem_7channel_6queues_Taken.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check;
-  __pyx_vtable_7ivshmem_7channel_6queues_Taken.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports;
+  __pyx_vtable_7ivshmem_7channel_6queues_Taken.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 242, __pyx_L1_error)
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_as_buffer = &__pyx_tp_as_buffer_Taken;
-  #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
-  /* PY_VERSION_HEX >= 0x03090000 || Py_LIMITED_API >= 0x030B0000 */
-  #elif defined(_MSC_VER)
-  #pragma message ("The buffer protocol is not supported in the Limited C-API < 3.11.")
-  #else
-  #warning "The buffer protocol is not supported in the Limited C-API < 3.11."
-  #endif
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 240, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -12164,11 +11330,13 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_RefNannyFinishContext();
   return -1;
 }
@@ -12246,73 +11414,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 23, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(4, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(4, 23, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 6, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(5, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(5, 6, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(5, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(5, 20, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(5, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(5, 31, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(5, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(5, 35, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(5, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(5, 39, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12322,8 +11424,74 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(6, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -12338,28 +11506,18 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(8, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "ChannelEnd",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(8, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -12368,10 +11526,33 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(9, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 26, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12381,8 +11562,21 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(9, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(10, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(11, 17, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.views", "View",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_View), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_View),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) __PYX_ERR(11, 17, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_View) != 1)) __PYX_ERR(11, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -12601,8 +11795,8 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_queues(PyObject *__pyx_pyinit_modu
   __pyx_mstatetype *__pyx_mstate = NULL;
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  Py_ssize_t __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  Py_ssize_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12700,98 +11894,87 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  __pyx_t_3 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = __Pyx_ImportType_3_3_1(__pyx_t_3, "ivshmem.channel.views", "Received",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5views_Received), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5views_Received),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, (void**)&__pyx_vtabptr_7ivshmem_7channel_5views_Received) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
+  /* "ivshmem/channel/queues.pyx":19
+ * from .views cimport Received
+ * 
+ * from ..errors import MessageTooLong, Redelivered             # <<<<<<<<<<<<<<
+ * from . import asynchronous
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
+  }
+  __pyx_t_3 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_3);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
+    for (__pyx_t_4=0; __pyx_t_4 < 2; __pyx_t_4++) {
+      __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 19, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
   /* "ivshmem/channel/queues.pyx":20
- * from .roles cimport LARGE, ReaderEnd
  * 
- * from ..errors import ClosedError, MessageTooLong, Redelivered             # <<<<<<<<<<<<<<
- * from ..text import counted
- * from . import asynchronous
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
-    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/queues.pyx":21
- * 
- * from ..errors import ClosedError, MessageTooLong, Redelivered
- * from ..text import counted             # <<<<<<<<<<<<<<
- * from . import asynchronous
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/queues.pyx":22
- * from ..errors import ClosedError, MessageTooLong, Redelivered
- * from ..text import counted
+ * from ..errors import MessageTooLong, Redelivered
  * from . import asynchronous             # <<<<<<<<<<<<<<
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
   }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = 0; {
+      __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
   }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -12799,148 +11982,148 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/queues.pyx":150
+  /* "ivshmem/channel/queues.pyx":148
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 149, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_3);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":195
+  /* "ivshmem/channel/queues.pyx":193
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":196
+  /* "ivshmem/channel/queues.pyx":194
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":195
+  /* "ivshmem/channel/queues.pyx":193
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_3) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":217
+  /* "ivshmem/channel/queues.pyx":215
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_3) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":221
+  /* "ivshmem/channel/queues.pyx":219
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_2) < (0)) __PYX_ERR(0, 221, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_3) < (0)) __PYX_ERR(0, 219, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":225
+  /* "ivshmem/channel/queues.pyx":223
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_2) < (0)) __PYX_ERR(0, 225, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -12948,135 +12131,147 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":259
- *         raise TypeError(f"a {type(self).__name__} is made by `take`")
- * 
- *     def __reduce__(self):             # <<<<<<<<<<<<<<
- *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/queues.pyx":302
- *         return self.taken.message.length
+  /* "ivshmem/channel/queues.pyx":258
+ *         return self.taken.redelivered != 0
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_3) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":261
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_2) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_3) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":318
- *         return 0
+  /* "ivshmem/channel/queues.pyx":266
+ *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":341
+  /* "ivshmem/channel/queues.pyx":289
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_2) < (0)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":351
+  /* "ivshmem/channel/queues.pyx":299
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 351, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":302
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "Pickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)"
+*/
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/queues.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Internal: the reading end of a queue: each message goes to one reader.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_2) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_3) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /*--- Wrapped vars code ---*/
 
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_3);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
       __Pyx_AddTraceback("init ivshmem.channel.queues", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -13128,7 +12323,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":147
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13137,7 +12332,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 147, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13178,41 +12373,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{28},{18},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{2},{13},{7},{6},{2},{9},{16},{14},{12},{26},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{16},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{21},{7},{15},{49},{141},{69},{38},{117},{23},{23},{25}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{16},{14},{26},{6},{73},{0},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{15},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{7},{15},{49},{141},{69},{38},{117},{23},{23},{25}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1209 bytes) */
-static const char cstring[] = "x\332\225T\275S\033G\024\207\261l\300\301\001\034\006\354\220b\025\177\204\257\310\303\014\230\004g\222Q\002\204\"!\210\221\307C\232\365\352\356\335i\315\351V\334\356\351\303I\341R\345\225W^y\245J\225\224\224*U\362\047\360\047\344\355\235$\004\270\211ft\373\366\355\373\370\275\337{\273\244\324T I\362]\047\3145\211*\003)\371\226\005\036)3I\210\301\\W(R\002b\210*\007\223\010\217T\271q\352\240\310%\2510\023\355\233\344\275b\247\360\236\010\213\350\177\335\343\n\003h[\346y\254)\265RG\256\200\224\314\006\324\002\341.\361%\354\020\017\034`\022\364y\205X\334\223\212,\233\340\254,+\017\200X\036\263+\340\252\225ub\n\027r;\210R\240\251\207~\230;E\311\325:QB\354`\014\304T\365\204\201yH\035O$w\320\231\324\313\270\242\031Z\233C\020\2371\327U\270\304B\3346&\273v\353\327\316\006\276\353\372\310(k\006\034!\325O\274&\313\025\250\344\2142\322\005N\356\347_\016\321\237];h\002L.Y\311\001p\365\3276\270L%\363\266\363`\017\236\047<9\330)h\250\276\374\252o\371\352\314\007\037d\256\332l$\022\221\340X\27128\346z\"\365\031\032m\241[\003Oa%J \266\243\246*\013\227\210\322\0070TRu\322Y\356\332\243\275\322\2740\343\324\025u\304j\247\023`\363\032\362TB\365o\016\343\025\364\330s\315\0211G\251\007\246o\0005\222\034\224\336<\224\240\244bj\364XH0\367t\305\177\246y\213B\374!\\\273\240\013;N\n\031\021\357\306\277yx\047\376\350\261\r\2122\331t\215\333J\356*\3619\335]k=\047\267\367\251\3251\340\354\";\010\257\250\207)\371 \242\344\212Q:\330\342P\2027\262mpu\275\353\227\326\337\353\261O%\304\323\0270\001\325\354Sz\324l\340\177\227\033\212\036\342\204\034\203Ei\322o]=\035\346\035f\034\344\242\324\362]C\257\366\200+\374U\030w\223U\230\276\223h\\VIV\2341j\260*\037\310}\027-\326\224\036c}p\3463g\3400(\342N\247\206\nh\350\r\266j\230D\216@\271\323BJ\261\022\215\234Kj\010O\370\212\343\025\323\234\227=\341\n_&2\027\271\341\241L\0372\003\047\032\260\221Ty\314\000M\233!L0\204\217\214\230&SLoL\320<\047W.\275wH\313pP\006\203ps \206]\300\307\256\"o\337\342\364n\236r\327D\255\360\2325\016\365\252\250\352\213\211\245""\231`1\337Q\222\177\004Y\305\220\330\326\353\031J^!}\337\025\257\000\226\242D\322E\304\313\035*E\005\360\335r\355\032s0\201\016+\225\347\343\005N\273\201\267\231n\367\301\320\355>\032\372:\205\223\216\024Y]>j\026\233U\370+\275\371\253\353\344\177\204\030\271\311#\236\003\363\364\005\305\207\006\237\361\325\225\261dK\205\365i\274\227y\330Z\013\n\237\362\275\311/Z[\301\275`\2437=\033\334\017\n\275Gs\301\323\360YX\320\373\207aV[|\331\342\301Y\230\t\363a1\232\213^DgZ9\323\352/\037\303\271\360E\330H\264K+\361\334\325\267cS\323\255\315V-(t\027\326\342\037\333\373\235l\007\303\177\2059\320\274\201\241&\302ZT\210\030:|\267\325.\\-\214M-\205\331\360\207h#\332\217\263\275\311\251\336\364LK\005\257\303\271\356\327\271\230\267k\235B\207\365f\027\2033}\340\007\007\341A\364k\364\241\235i\347{\263\363\301\036\002\310\206\033\275\331\205\300\215\362\275\371g\030g/~\322\335(v\213o\273oO\272\047\177_b1\023\230x<\\\214&\343L\234\327p\266\302\311h\374r\372\033\254\253\020\"\230K\244b\023\363\"\326G\275\311\351\326a\230\325\313A\220\220\264\331\252\007\266\246\205D\343\310\302\363\310\216O\332\254\255:\ts\023\301?\321\313x\\\007\321\010\363HdR\253\n\267Q\177/\336i\027;\213\347\367\317\337]\344/\220\365\253\307)Gw\222\355\007\3279g\2723Y\314\224\2156\243:\262p\326\311t\362\372\360\367\340MhE\t(\364~\034\254!\252\331\047X\333|\370\016\325\263Ht\260\033>\010\313\335\227o:\033\235\335\363\007\347\345\013\326\315 p\215\356\337\356\322Z\274\021\357\267\237\267\255N\276\233\301\034\267\324v\247\320\315|\037\027n\251O\317\237^d\377\003\034\200Z{";
-    PyObject *data = __Pyx_DecompressString(cstring, 1209, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1158 bytes) */
+static const char cstring[] = "x\332\225T\275S\033G\024\207\261l\203\203\007\3410`\207\024\253\330q\370\212<\232\001\223\340L\022%@(\034\202\030y<\244\331Y\335\255tk\356n\245\333=}8)\\\252\274\362\312+\257Ty%%\345\225*\371\023\370\023\362\366N\022Br\023\315\350\366}\354{\357\367\276\026U:\222\n\224|\267\021\261u$\r\212*n\265J\035d\020\201\020\257&\377\226\303$\210\326\245C)\252:\244fQ[nl#\235\3334\277\017\226\034\014\035\344P\242\017,\231\334F\222\363}\360\310\004\252;\\\243B\240\026h\0043\301\030\265\0148\341\032\334\326\221\005JR\243\3503\327%\271\2406\252r\007\325 \330\255\231\306\353\214\352\210\014m\267\225J3\020\230\233\\\310\237XS\030\026\265\362\232Al\233\232\371\237\1779\001\373S\246]\230\314\256\251\244\204t\\M\202\275U\241\016\340r\301Z\341\243f5?t\2320)\004\313\025\022U(\242\355\272\3114&\315\016\344\333p\251\220\000\243\305\244\201~%\256\344\270\256B\320\365\262\343\322\215\021:\025Og\202TLJm\365\255iL\244\224>\211t\310S\307\341\216\030p\257\006\332W\020\021b\346\353\235vB\245p\rj\352)\326A\0134\270\314\023\270\032\267\233\324Q\030%\207j\235v\244\301m\304+\037(\344\256\312Z\037\224\344w\2230\013\316C[\037#\363\030;Tw5\212\265\304\022\343\273JA\245\220D\336\252\377L\023.s\376\226\333\265\222\302x\226`\032#\247\235\336UN9\035W\327\250\304DtlmR\310l\311?\047\233\276\255\032:\311\247\267\316\250NM\006\005\243zYu=\371\000\242dE0\036\2620\300\324\031c\333L\336r\023\251\r\305SI\245\n\265B)\005x\007\004\000\300\025\242]`|\332i\303\377\200i\022\237\320\266<\243U\214\223\326*Gx\204k\204h\210\005\343\252kk\352\254\r\303\302\317\"\314NN\256\273f\"\261\211\225\2340NX#u6\244\007&\212lJ5\245J\321p\21194\030$\211\247\322\035\th[1\220\365(\210\030\2032U\r\214!\023\205\234\t\254q\207\273\222\3314\351\211\341p\233\273\"\241\031\317\217\224\"}\2504\030^\n\215\306\322!\032Ue\323\270Nu\"\241\265\t\005\005NV)\335\047\250\307h\202\206\023rwRF\345\2077\317\022\223\333\231\356\337\005\263\365:\257\253\225\203LtZ%\256)\005\373HE\035\034A\027oG*y=$\263(\240\226<i\230\013\274\211\005\267(<wv\255ILp\331d\2645x""\222\322\302\303\216\342\275Ax\2747\210\217_\247\000\322\351A\233\353\247\235r\247N\377J\367ys\033\375\017\027c\233<f9\274\236\276z\360|\300\263\267\2711\223\260\230W?\315\3663\217\272[^\351S\261?\367Ew\327\273\347\025\372\013Y\357\276W\352?^\362\236\371\317\375\222\342\037\3719uc\261\333H\217\217\376\222\377\255\337\016\024\273\266\021.\335|33\277\320\335\3516\275R\274\262\025\376\330;\212r\021x\372\022\334\301\365\266\327\360\037\372\315\240\024\0200\370n\267W\272Y\231\231_\363s\376\017A!8\ns\375\271\371\376\302bWz\257\375\245\370\253|\310z\315\250\024\221~v\325k(\205\353\035\373\307\301o\301\207^\246W\354g\227\275C\000\220\363\013\375\354\212g\007\305\376\362s\360s\030>\215\013\345\270\374.~w\036\237\377}\r\270\037B\340Y\1775\230\0133aQ\301\331\365\347\202\331\353\205\257\375\242_\362\001\3145d\275\003q\001\353\343\376\334B\367\304\317\251\343\330K\352\261\323my5U\001\024\314\006K\301\213\240\026\236\367HOFI\221\036z\377\004/\303Y\345D!,B\315\222\\\245\277\007\362{\341~\257\034\255^\336\277|\177U\274\202\002\337<Ik4\025\354\310\273\215\271\030/\346 R.\330\tZP\205F\224\211\212J\371\207\367\306\257\006\t(\260~\342m\001\252\354S\310m\331\177\017\342,\024\332;\360\037\370F\374\362MT\210\016.\037\\\032W$\316\000p\205\356\337xm+,\204G\275\027\275jT\2143\020cB\\\213Jq\346\373\2604!\276\270|v\225\373\017\204\225?\354";
+    PyObject *data = __Pyx_DecompressString(cstring, 1158, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1545 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \377has  can\377not be c\377opied or\277 pickl\010\000i\337s mad-\000y \377`take` o{f \000\001writ>\000~(\001arrays\025\001\376V\001message\377 are in \377use: rel\357easev\001m f\377irst (de\377l)(tree \377fragment\377), done.\025:\243\000o\242\000r5\000y\000\240\003\377it, too:\274\273\000\221\000proce\000 \335w\275\000sil:\000 w\335h\005\000 it\321\000d \270}\005\034\020\302\001n f\341\000g\250j\000-\007\365\004a4\005,N\001c\373h \377\000lost<\377ivshmem.\373ch\254 el.>?\315N\252\000a (\006\226!di\177sableen\002\001/gcis\004\003d-\rE\005\277errorsS\005t\327ext`\004/`\004/q\377ueues.py\375x\005\002 self.\337held,\005\002re|\235\"\267Invert\303@\373to\231\000Pytho\377n object\234\361\002\325Bing\240I\303!a_cknow\361@g\374C\177given b\024\000\337Claim/\000En\375d\000\010.__red\337uce_c_\002__\376\017\013setstat\276\023\tosedE\356\001M\376\236cTooLong\005Q\337\001R\304\002\000\010N\017\017\013O\016\3760\tget_asy{nc\005\rinto\000\021\340\034\017\352\204\001\203\t\372\204\001N\003Red\363el\233 \374\000Take\261n\000\002\214 \344\205\002__\007\005e\357nter\004\010xit\000\023\007\264$&\004\363\204\001@\003\266\000\002\004\374 }_\372!__Pyx\001\000\277Dict_N\237`R\317ef__\256\206\002\332!__\215_q\004__k\004\006\000g\002_\337_func\036\000_g\274\204E+\000main\020\001m\337odule\032\001na\371m\003\002\341`_capih.\001\010\001\271C_\023\001vt\323\204\001\036G\001qual)\005\275\005\371N\246\222fex{\001\210`_]\005s|\200\010\222n__tes\243 \377_is_coro\337utine\303Bhr\337onous\317Bio\265.\024\006s\303\210\003cl&\000_\276\326\000trace\261\204\001c\277odecou\201@dodata\t\001de\333\207\001\000\356\205\002\362\205\003\243`\240f\256a\231a\000\005\271c}g\376%items\363\206\r\376\226\206\003kindmem\377oryviewp\373op\237\206\001setde\377faultsizwesp\365`ake\272g\274\201\210\002\354\206\001time\345\000t\371o\242\212\002\255\000il_so\377methingv\337aluesS\001st\277ruct _\211Boobj_7\211\210\004_7\212\210\004\363_6\245\207\003\372c *(P\277yTypeO\364\206""\003*\023, \030(\347\206\010 0\007j\005\274\211\003\377const *)\375\000\314\211\002_of\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2105\220\003\220\3771\330\014\020\220\005\220Q\377\330\r\021\220\031\230#\230\335Q\014\001\n\230!\036\001\016\210\377i\220q\230\004\230A\230\177T\240\021\240%\240q3\001\373\017\210\000\004z\230\021\230%\373\230x\021\002\033)\250\021\360\377\"\000\t\014\2104\210v\377\220Q\320\026+\2509\260\257F\270!\270\\\000\023a\000\010\367\017\210xH\000\007\230v\240\367Q\240a{\000\0475\260Q\377\360\026\000\t\033\230!\230\3778\2401\240F\250!\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E~\000!\377\2301\330\020\026\220n\240\357A\330\024#E\000E\250\030\377\3201T\320TU\320U_Y\320YZ\340\332\000\007\301\000\377\001\230\027\240\010\250\004\250\377A\330\014\023\2205\230\010\337\240\001\340\014\034\325\000Q\230\312\212\000\340\210 4u\000\210 \r\330\337\010\014\210N\230\211\000\014\210\373H\220\240\"4\210w\220g\356\223! \240\001\203 $\240g\277\250Y\260a\260t\327\001\020\377\220\007\220{\240&\250\001w\200A\340\340\000u\220A\306 \356\347\002t\2307\025\000\003\250:\377\260T\270\027\300\005\300W\267\310A\310\363 \360\022\236#t\355\220^\014F\220j\007\017\320\017}!\355 !\2404\240w\203 \357q\270\004\270\254@\014\210G\237\220;\230f\240\265B\263@\022\373\220+\252@\020\030\230\001\230\327\024\230W\375\000\020\346 \220D\377\230\006\230h\320&;\270\3771\270D\300\006\300h\310\347a\320\004\266\000\232\001|\320\033\377+\2501\250F\260$\260\237f\270A\320\004a\000\010\014g\177\270Q\320\004-\250Q\037\014\037k\300\031\310!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1545, 2212);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1476 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\371d\232\r\262\005error\225s\301\004/\301\004/o\000q\000.\327pyx\005\002 \235\002heSld\246\003\374$c\362\000o\252\002\277conver\240\001t\375o\253 Python\237 obje\371\000\323!p\276\214$Claim\230 E\373nd\000\010.__re\277duce_c5\002_\375_\017\013setsta\365t\025\007M\305CTooL\377ongQueue\201R\222b\000\010C\017\017\013D\0160\tg\377et_async\036\005\rinto\000\021\034\017\320a\370\203\t\340aN\003Redel\035i\256 edT\365a\000\002\201 \366\244\205\002__\007\005ente\035r\004\010xit\023\007\241,;\005\200\231.V\003\277\205\001`\003\326\000\002\004~\000_\377back__Py\375x\001\000Dict_N\377extRef__\334\326B\357!___\221\004__\370\213\004\006\000\207\002__fun\315c\036\000_g\231E+\000ma\373in\020\001modul\235e\032\001nam\003\002\314`_\217capi.\001\010\001\316C_\346\023\001vt\262\204\001G\001qua\311l)\005\216d_\216n\247fex\224{\001\235`_]\005s\200\010\247n_\357_tes\303 _is\377_corouti\373ne\343Bhrono\273us\357Bio.\024\006s\326\243\210\003cl&\000_\326\000tr\367ace\263!code\277datade\005\002o\003ne\306\205\002\312\205\003\274`\271f\307a\262a\364\000\005\322cg\367%item\371s\270\207\r\372\205\003kindp\373op\233\207\001setde\377faultsiz\037espin\257\210\001\311g\274\210\002otime\320\000to\355\211\002\377until_so\377methingv\377aluesvie\365w\214\210\004_\364\"obj_m7\300\210\004_7\301\210\004_6\373\206\003\376\205\204\003 *(PyTywpeO\312\206\003*, \030(\342\347\206\010 0\007j\005\363\211\003con\277st *)\000\203\212\002_\377of\200\001""\330\004\n\210\377+\220Q\200A\330\010\013\377\2105\220\003\2201\330\014\377\020\220\005\220Q\330\r\021\277\220\031\230#\230Q\014\001\n\273\230!\036\001\017\210q\001\003z\177\230\021\230%\230x\240\013\001\377\033)\250\021\360\"\000\t\377\014\2104\210v\220Q\320\377\026+\2509\260F\270!\365\270G\000\023L\000\010\017\210x\377\220q\230\007\230v\240Q\373\240af\000\0475\260Q\360\377\026\000\t\033\230!\2308\377\2401\240F\250!\330\010\377\t\330\014\017\210t\2206\377\230\021\320\032.\250i\260\377v\270Q\270a\330\020\027\373\220q\025\001u\220H\230H\377\240B\240j\260\004\260A\337\330\020\024\220E~\000!\230\3771\330\020\026\220n\240A\367\330\024#E\000E\250\030\320\3771T\320TU\320UY\257\320YZ\340\305\000\007v\000\001\377\230\027\240\010\250\004\250A\377\330\014\023\2205\230\010\240\377\001\340\014\034\230A\230Q\225\230\212\000\340\363\0004u\000\363\000\r\277\330\010\014\210N\230\211\000\014\367\210H\220\213\"4\210w\220\375g\376\001 \240\001\240\021\240\377$\240g\250Y\260a\260\375t\327\001\020\220\007\220{\240\277&\250\001\200A\340\340\000us\220A\261 \347\002t\2307\025\000\377\003\250:\260T\270\027\300\277\005\300W\310A\310\336 \360m\022\236#t\220^\014F\220j\007\357\017\320\017!g\000!\2404{\240w\203 q\270\004\270\227@\377\014\210G\220;\230f\240\334\240B\236@\022\220+\225@\020\030\277\230\001\230\024\230W\375\000\020\376\346 \220D\230\006\230h\320\377&;\2701\270D\300\006?\300h\310a\320\004\266\000\232\001\377|\320\033+\2501\250F\377\260$\260f\270A\320\004\374a\000\010\014g\270Q\320\004-\373\250Q\037\014k\300\031\310!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1476, 2138);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2212 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied or pickled is made by `take` of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?Nonea a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330""\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
+    #else /* compression: none (2138 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F""\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 110; i++) {
+    for (int i = 0; i < 102; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13220,8 +12415,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 110; i < 124; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-110].length;
+    for (int i = 102; i < 115; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-102].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13231,15 +12426,15 @@ static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 124; i++) {
+    for (Py_ssize_t i = 0; i < 115; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 110;
-      for (Py_ssize_t i=0; i<14; ++i) {
+      PyObject **table = stringtab + 102;
+      for (Py_ssize_t i=0; i<13; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13304,27 +12499,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 149};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 215};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 221};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 225};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 223};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -13339,39 +12534,44 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 302};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 261};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 341};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 351};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 299};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 354};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 302};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -15557,20 +14757,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
     return result;
 }
 
-/* KeywordStringCheck */
-static int __Pyx_CheckKeywordStrings(PyObject *kw) {
-#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
-    CYTHON_UNUSED_VAR(kw);
-    return 0;
-#else
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
-    } else {
-        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
-    }
-    return 0;
-#endif
-}
-
 /* FormatTypeName (used by RaiseErrorWithObjectType1) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static __Pyx_TypeName
@@ -15627,75 +14813,6 @@ static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
         expected, obj);
     return 0;
 }
-
-/* UnicodeConcatInPlace */
-# if CYTHON_COMPILING_IN_CPYTHON
-static int
-__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
-{
-    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
-        return 0;
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
-    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
-        return 0;
-#endif
-    if (!PyUnicode_CheckExact(unicode))
-        return 0;
-    if (PyUnicode_CHECK_INTERNED(unicode))
-        return 0;
-    return 1;
-}
-static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
-        #if CYTHON_REFNANNY
-        , void* __pyx_refnanny
-        #endif
-    ) {
-    PyObject *left = *p_left;
-    Py_ssize_t left_len, right_len, new_len;
-    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
-        return NULL;
-    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
-        return NULL;
-    left_len = PyUnicode_GET_LENGTH(left);
-    if (left_len == 0) {
-        Py_INCREF(right);
-        return right;
-    }
-    right_len = PyUnicode_GET_LENGTH(right);
-    if (right_len == 0) {
-        Py_INCREF(left);
-        return left;
-    }
-    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
-        PyErr_SetString(PyExc_OverflowError,
-                        "strings are too large to concat");
-        return NULL;
-    }
-    new_len = left_len + right_len;
-    if (left != right
-            && __Pyx_unicode_modifiable(left, unsafe_shared)
-            && PyUnicode_CheckExact(right)
-            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
-            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
-        int ret;
-        __Pyx_GIVEREF(*p_left);
-        ret = PyUnicode_Resize(p_left, new_len);
-        __Pyx_GOTREF(*p_left);
-        if (unlikely(ret != 0))
-            return NULL;
-        #if PY_VERSION_HEX >= 0x030d0000
-        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
-        #else
-        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
-        #endif
-        __Pyx_INCREF(*p_left);
-        __Pyx_GIVEREF(*p_left);
-        return *p_left;
-    } else {
-        return __Pyx_PyUnicode_Concat(left, right);
-    }
-  }
-#endif
 
 /* CIntToPyUnicode */
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char) {
@@ -16034,28 +15151,6 @@ static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visi
     return 0;
 }
 #endif
-
-/* AllocateExtensionType */
-static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
-    if (is_final || likely(!__Pyx_PyType_HasFeature(t, Py_TPFLAGS_IS_ABSTRACT))) {
-        allocfunc alloc_func = __Pyx_PyType_GetSlot(t, tp_alloc, allocfunc);
-        return alloc_func(t, 0);
-    } else {
-        newfunc tp_new = __Pyx_PyType_TryGetSlot(&PyBaseObject_Type, tp_new, newfunc);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-        if (!tp_new) {
-            PyObject *new_str = PyUnicode_FromString("__new__");
-            if (likely(new_str)) {
-                PyObject *o = PyObject_CallMethodObjArgs((PyObject *)&PyBaseObject_Type, new_str, t, NULL);
-                Py_DECREF(new_str);
-                return o;
-            } else
-                return NULL;
-        } else
-    #endif
-        return tp_new(t, __pyx_mstate_global->__pyx_empty_tuple, 0);
-    }
-}
 
 /* FunctionExport */
 static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
@@ -18722,307 +17817,6 @@ bad:
         return (target_type) value;\
     }
 
-/* CIntFromPy */
-static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x);
-static int __Pyx_raise_neg_overflow___Pyx_PyLong_As_int(void) {
-    const char* type_name = "int";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (int) -1;
-}
-static int __Pyx_raise_overflow___Pyx_PyLong_As_int(void) {
-    const char* type_name = "int";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (int) -1;
-}
-static CYTHON_INLINE int __Pyx_PyULong___Pyx_PyLong_As_int(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 2 * PyLong_SHIFT)) {
-                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 3 * PyLong_SHIFT)) {
-                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 4 * PyLong_SHIFT)) {
-                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (int) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(int) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(int) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static CYTHON_INLINE int __Pyx_PySLong___Pyx_PyLong_As_int(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
-                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
-                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
-                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(int) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, long, PyLong_AsLong(x))
-    } else if ((sizeof(int) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    int val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (int) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (int) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to int");
-        return (int) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (int) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (int) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(int) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((int) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(int) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((int) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((int) 1) << (sizeof(int) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (int) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static CYTHON_INLINE int __Pyx_PyLong___Pyx_PyLong_As_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_int(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_int(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-#endif
-}
-static int __Pyx_NonPyLong___Pyx_PyLong_As_int(PyObject *x) {
-    int val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (int) -1;
-    val = __Pyx_PyLong_As_int(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_int(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_int(x);
-    }
-}
-
 /* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
@@ -19531,164 +18325,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(unsigned int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(unsigned int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(uint64_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(uint64_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
@@ -20065,6 +18701,307 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_long(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_long(x);
+    }
+}
+
+/* CIntFromPy */
+static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x);
+static int __Pyx_raise_neg_overflow___Pyx_PyLong_As_int(void) {
+    const char* type_name = "int";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (int) -1;
+}
+static int __Pyx_raise_overflow___Pyx_PyLong_As_int(void) {
+    const char* type_name = "int";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (int) -1;
+}
+static CYTHON_INLINE int __Pyx_PyULong___Pyx_PyLong_As_int(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (int) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(int) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(int) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
+}
+static CYTHON_INLINE int __Pyx_PySLong___Pyx_PyLong_As_int(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(int) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, long, PyLong_AsLong(x))
+    } else if ((sizeof(int) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
+}
+static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    int val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (int) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (int) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to int");
+        return (int) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (int) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (int) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(int) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((int) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(int) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((int) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((int) 1) << (sizeof(int) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (int) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
+}
+static CYTHON_INLINE int __Pyx_PyLong___Pyx_PyLong_As_int(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_int(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_int(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
+#endif
+}
+static int __Pyx_NonPyLong___Pyx_PyLong_As_int(PyObject *x) {
+    int val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (int) -1;
+    val = __Pyx_PyLong_As_int(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_int(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_int(x);
     }
 }
 

@@ -2,6 +2,7 @@
 
 from .header cimport ivshmem_claim, ivshmem_taken
 from .roles cimport ReaderEnd
+from .views cimport Received
 
 
 cdef class ClaimingEnd(ReaderEnd):
@@ -21,14 +22,8 @@ cdef class QueueReader(ClaimingEnd):
     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
 
 
-cdef class Taken:
-    cdef ClaimingEnd reader
+cdef class Taken(Received):
     cdef ivshmem_taken taken
-    cdef int exports
-    cdef bint live
-
-    cdef int check(self) except -1
-    cdef int check_exports(self) except -1
 
 
 cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken)

@@ -3,22 +3,20 @@
 """Internal: the reading end of a queue: each message goes to one reader.
 
 Knows: taking a message, and acknowledging it. Does not know: the writing end, which is
-messages.Writer; the protocol, which is in ivshmem_channel.h.
+writers.Writer; the protocol, which is in ivshmem_channel.h.
 """
 
 cimport cython
-from cpython.buffer cimport (
-    PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport LARGE, ReaderEnd
+from .views cimport Received
 
-from ..errors import ClosedError, MessageTooLong, Redelivered
-from ..text import counted
+from ..errors import MessageTooLong, Redelivered
 from . import asynchronous
 
 cdef int64_t probe_queue(void *what) noexcept nogil:
@@ -240,7 +238,7 @@ cdef class QueueReader(ClaimingEnd):
 
 
 @cython.no_gc_clear
-cdef class Taken:
+cdef class Taken(Received):
     """A message of a queue that this reader has; made by `QueueReader.take`.
 
     It is a buffer that can be read. Its bytes are shared memory: any process that can write to the
@@ -253,51 +251,9 @@ cdef class Taken:
         position: of the message among those of its writer.
     """
 
-    def __init__(self, *_, **__):
-        raise TypeError(f"a {type(self).__name__} is made by `take`")
-
-    def __reduce__(self):
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
-
-    @property
-    def size(self):
-        return self.taken.message.length
-
     @property
     def redelivered(self):
         return self.taken.redelivered != 0
-
-    @property
-    def writer(self):
-        return self.taken.message.writer
-
-    @property
-    def position(self):
-        return self.taken.message.position
-
-    cdef int check(self) except -1:
-        if not self.live:
-            raise ClosedError("the message was acknowledged or given back")
-        return self.reader.enter()
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        cdef char *start
-        self.check()
-        self.reader.membership.mapping.pin()
-        start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
-        try:
-            PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
-        except BaseException:
-            self.reader.membership.mapping.unpin()
-            raise
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-        self.reader.membership.mapping.unpin()
-
-    def __len__(self):
-        return self.taken.message.length
 
     def __bytes__(self):
         return memoryview(self).tobytes()
@@ -306,14 +262,6 @@ cdef class Taken:
         """Return a copy: bytes, or what the channel's type makes of them."""
         data = bytes(self)
         return data if self.reader.type is None else self.reader.type.decode(data)
-
-    cdef int check_exports(self) except -1:
-        if self.exports:
-            raise BufferError(
-                f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
-                " release them first (del)"
-            )
-        return 0
 
     def done(self):
         """Acknowledge it: no other reader gets it. May be called twice.
@@ -327,7 +275,7 @@ cdef class Taken:
         if not self.live:
             return
         self.check_exports()
-        self.check()
+        self.enter()
         self.live = False
         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
         self.reader.membership.flush()
@@ -370,5 +318,6 @@ cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
     cdef Taken made = kind.__new__(kind)
     made.reader = reader
     made.taken = taken[0]
+    made.message = taken.message
     made.live = True
     return made

@@ -1823,11 +1823,12 @@ static const char* const __pyx_f[] = {
   "(tree fragment)",
   "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
-  "ivshmem/native/spin.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
+  "ivshmem/channel/ends.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -2021,21 +2022,22 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
 struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 
-/* "descriptors.pxd":10
+/* "native/descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2045,32 +2047,6 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 enum  {
   __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
   __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
-};
-struct __pyx_t_7ivshmem_6native_4bell_Bell;
-
-/* "native/bell.pxd":8
- * 
- * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
- * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
-
-/* "native/bell.pxd":11
- * 
- * 
- * cdef struct Bell:             # <<<<<<<<<<<<<<
- *     unsigned int *state  # of what rings: either is borrowed, the other NULL
- *     void *fds  # FdArray: the eventfd `fd` is one of these
-*/
-struct __pyx_t_7ivshmem_6native_4bell_Bell {
-  unsigned int *state;
-  void *fds;
-  void *registers;
-  int fd;
-  Py_ssize_t at;
-  uint32_t value;
 };
 struct __pyx_t_7ivshmem_6native_4spin_Habit;
 struct __pyx_t_7ivshmem_6native_4spin_Turn;
@@ -2130,6 +2106,32 @@ struct __pyx_t_7ivshmem_6native_4spin_Turn {
  * cdef int64_t spin_of(object spin) except -2
 */
 typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
+struct __pyx_t_7ivshmem_6native_4bell_Bell;
+
+/* "native/bell.pxd":8
+ * 
+ * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
+ * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
+
+/* "native/bell.pxd":11
+ * 
+ * 
+ * cdef struct Bell:             # <<<<<<<<<<<<<<
+ *     unsigned int *state  # of what rings: either is borrowed, the other NULL
+ *     void *fds  # FdArray: the eventfd `fd` is one of these
+*/
+struct __pyx_t_7ivshmem_6native_4bell_Bell {
+  unsigned int *state;
+  void *fds;
+  void *registers;
+  int fd;
+  Py_ssize_t at;
+  uint32_t value;
+};
 struct __pyx_t_7ivshmem_5_core_Wait;
 struct __pyx_t_7ivshmem_5_core_Watched;
 struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell;
@@ -2188,7 +2190,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 };
 struct __pyx_t_7ivshmem_7channel_10membership_Rings;
 
-/* "membership.pxd":12
+/* "membership.pxd":11
  * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2199,7 +2201,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
 };
 
-/* "membership.pxd":16
+/* "membership.pxd":15
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2212,8 +2214,8 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "ivshmem/channel/roles.pxd":8
- * from .membership cimport ChannelEnd, Membership
+/* "ivshmem/channel/roles.pxd":9
+ * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
@@ -2221,7 +2223,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "ivshmem/channel/roles.pxd":10
+  /* "ivshmem/channel/roles.pxd":11
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2232,7 +2234,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "ivshmem/channel/roles.pxd":20
+/* "ivshmem/channel/roles.pxd":21
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2244,7 +2246,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   uint64_t position;
 };
 
-/* "descriptors.pxd":86
+/* "native/descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2257,7 +2259,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2276,7 +2278,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2293,7 +2295,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2308,7 +2310,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2319,6 +2321,20 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
   struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
+};
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
@@ -2360,7 +2376,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2376,7 +2392,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2388,7 +2404,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2400,7 +2416,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2417,20 +2433,6 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
   Py_ssize_t length;
   int fd;
   unsigned int state;
-};
-
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
-  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
@@ -2469,7 +2471,21 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":25
+/* "membership.pxd":20
+ * 
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtab;
+  PyObject *__weakref__;
+};
+
+
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2504,16 +2520,16 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "membership.pxd":21
+/* "ends.pxd":11
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
@@ -2521,32 +2537,30 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
 };
 
 
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+/* "ends.pxd":21
  * 
  * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   PyObject *channels;
   PyObject *name;
   struct ivshmem_channel channel;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
   int copying;
-  PyObject *__weakref__;
 };
 
 
-/* "ivshmem/channel/roles.pxd":25
+/* "ivshmem/channel/roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2554,7 +2568,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
  *     cdef readonly object type  # of the messages: what checks and converts them, or None
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_writer writer;
   PyObject *type;
   int times;
@@ -2565,7 +2579,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "ivshmem/channel/roles.pxd":46
+/* "ivshmem/channel/roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2573,7 +2587,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
  *     cdef readonly object type
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_reader reader;
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
@@ -2584,7 +2598,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2601,7 +2615,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2616,7 +2630,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2630,7 +2644,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2642,6 +2656,24 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
   int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "native/bell.pxd":23
@@ -2670,6 +2702,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7i
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2677,7 +2711,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2694,7 +2728,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2708,7 +2742,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2722,7 +2756,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2737,24 +2771,6 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
   void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
-
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
-  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
-  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
-  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
-  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
-  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
-};
-static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "_core.pxd":56
@@ -2796,51 +2812,21 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":20
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
-  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
-
-
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
- * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
-  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
+  int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":25
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2856,6 +2842,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2866,13 +2853,57 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ivshmem/channel/roles.pyx":55
+/* "ends.pxd":11
+ * 
+ * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
+
+
+/* "ends.pxd":21
+ * 
+ * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent __pyx_base;
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+
+
+/* "ivshmem/channel/roles.pyx":56
  * # -- writers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2881,7 +2912,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
@@ -2896,7 +2927,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "ivshmem/channel/roles.pyx":242
+/* "ivshmem/channel/roles.pyx":243
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2905,7 +2936,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
@@ -4055,15 +4086,17 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
 
+/* Module declarations from "ivshmem.native.spin" */
+
 /* Module declarations from "ivshmem.native.bell" */
 
 /* Module declarations from "ivshmem.native.mapping" */
 
-/* Module declarations from "ivshmem.native.spin" */
-
 /* Module declarations from "ivshmem._core" */
 
 /* Module declarations from "ivshmem.channel.membership" */
+
+/* Module declarations from "ivshmem.channel.ends" */
 
 /* Module declarations from "cython" */
 
@@ -4073,7 +4106,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.roles" */
 static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void); /*proto*/
-static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.roles"
@@ -4133,17 +4166,18 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
-    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
     PyObject *__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
     PyObject *__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
@@ -4308,17 +4342,18 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_5roles_WriterEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -4357,17 +4392,18 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_5roles_WriterEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -4391,7 +4427,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "descriptors.pxd":28
+/* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4403,7 +4439,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "native/descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4412,7 +4448,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "native/descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4425,7 +4461,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4439,7 +4475,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4456,7 +4492,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "native/descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4493,7 +4529,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4506,7 +4542,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4522,7 +4558,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4534,7 +4570,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "native/descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4547,7 +4583,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4556,7 +4592,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "native/descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -4580,7 +4616,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "native/descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -4589,7 +4625,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "native/descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -4598,7 +4634,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "native/descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -4611,7 +4647,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4625,7 +4661,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4640,7 +4676,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "native/descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -4668,7 +4704,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4681,7 +4717,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4696,7 +4732,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "native/descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -4705,7 +4741,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "native/descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -4714,7 +4750,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "native/descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -4723,7 +4759,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "native/descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -4732,7 +4768,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "native/descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -4741,7 +4777,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4753,7 +4789,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "native/descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -4766,7 +4802,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -4775,7 +4811,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4787,7 +4823,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "native/descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -4800,7 +4836,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -4809,7 +4845,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4821,7 +4857,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "native/descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -4834,7 +4870,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4843,7 +4879,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4855,7 +4891,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "native/descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -4868,7 +4904,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -4878,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4895,7 +4931,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4909,7 +4945,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "native/descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -4918,7 +4954,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4944,7 +4980,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "native/descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -4957,7 +4993,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -4966,7 +5002,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "native/descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -4979,7 +5015,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4993,7 +5029,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5004,7 +5040,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "native/descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5017,7 +5053,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5030,7 +5066,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5041,7 +5077,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "native/descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5054,7 +5090,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5124,7 +5160,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/roles.pyx":31
+/* "ivshmem/channel/roles.pyx":32
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5136,7 +5172,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   struct timespec __pyx_v_t;
   uint64_t __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":33
+  /* "ivshmem/channel/roles.pyx":34
  * cdef uint64_t microseconds() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)             # <<<<<<<<<<<<<<
@@ -5145,7 +5181,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
 */
   (void)(clock_gettime(CLOCK_REALTIME, (&__pyx_v_t)));
 
-  /* "ivshmem/channel/roles.pyx":34
+  /* "ivshmem/channel/roles.pyx":35
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)
  *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000             # <<<<<<<<<<<<<<
@@ -5158,7 +5194,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":31
+  /* "ivshmem/channel/roles.pyx":32
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5172,7 +5208,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":37
+/* "ivshmem/channel/roles.pyx":38
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5180,7 +5216,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
  * ) except -1:
 */
 
-static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
   struct ivshmem_record __pyx_v_record;
   int __pyx_v_code;
   int __pyx_r;
@@ -5201,7 +5237,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_channel", 0);
 
-  /* "ivshmem/channel/roles.pyx":42
+  /* "ivshmem/channel/roles.pyx":43
  *     """Open the channel of a record, and check that it is still the one of that name."""
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)             # <<<<<<<<<<<<<<
@@ -5210,7 +5246,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_index, (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":43
+  /* "ivshmem/channel/roles.pyx":44
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
  *     end.channels = channels             # <<<<<<<<<<<<<<
@@ -5222,7 +5258,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF(__pyx_v_end->channels);
   __Pyx_DECREF_SET(__pyx_v_end->channels, __pyx_v_channels);
 
-  /* "ivshmem/channel/roles.pyx":44
+  /* "ivshmem/channel/roles.pyx":45
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
  *     end.channels = channels
  *     end.membership = membership             # <<<<<<<<<<<<<<
@@ -5234,7 +5270,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF((PyObject *)__pyx_v_end->membership);
   __Pyx_DECREF_SET(__pyx_v_end->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/roles.pyx":45
+  /* "ivshmem/channel/roles.pyx":46
  *     end.channels = channels
  *     end.membership = membership
  *     end.name = name             # <<<<<<<<<<<<<<
@@ -5246,17 +5282,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF(__pyx_v_end->name);
   __Pyx_DECREF_SET(__pyx_v_end->name, __pyx_v_name);
 
-  /* "ivshmem/channel/roles.pyx":46
+  /* "ivshmem/channel/roles.pyx":47
  *     end.membership = membership
  *     end.name = name
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 47, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":47
+  /* "ivshmem/channel/roles.pyx":48
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -5273,7 +5309,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -5284,13 +5320,13 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 47, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 47, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -5300,11 +5336,11 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 47, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 47, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   __pyx_t_2 = __pyx_t_3;
@@ -5313,7 +5349,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":48
+    /* "ivshmem/channel/roles.pyx":49
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -5321,9 +5357,9 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
  *     return 0
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_5;
@@ -5337,7 +5373,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 48, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_7 = 1;
@@ -5358,14 +5394,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":47
+    /* "ivshmem/channel/roles.pyx":48
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -5374,7 +5410,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":49
+  /* "ivshmem/channel/roles.pyx":50
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -5383,7 +5419,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   ivshmem_channel_open((&__pyx_v_end->channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":50
+  /* "ivshmem/channel/roles.pyx":51
  *         raise ClosedError(f"channel {name!r} was removed")
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0             # <<<<<<<<<<<<<<
@@ -5396,7 +5432,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":37
+  /* "ivshmem/channel/roles.pyx":38
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5421,7 +5457,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":59
+/* "ivshmem/channel/roles.pyx":60
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5455,36 +5491,36 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 59, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 60, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 59, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 60, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":60
+      /* "ivshmem/channel/roles.pyx":61
  * 
  *     def __cinit__(
  *         self, channels, Membership membership not None, unsigned index, str name, message_type=None             # <<<<<<<<<<<<<<
@@ -5493,23 +5529,23 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
 */
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 59, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 60, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 60, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 60, __pyx_L3_error)
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 60, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 60, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 59, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -5517,13 +5553,13 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 60, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 61, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
     __pyx_v_message_type = values[4];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 59, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 60, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5534,11 +5570,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 60, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 60, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 61, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":59
+  /* "ivshmem/channel/roles.pyx":60
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5590,7 +5626,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":63
+  /* "ivshmem/channel/roles.pyx":64
  *     ):
  *         cdef ivshmem_geometry *g
  *         cdef ivshmem_writer_tables *tables = &self.writer.tables             # <<<<<<<<<<<<<<
@@ -5599,17 +5635,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables = (&__pyx_v_self->writer.tables);
 
-  /* "ivshmem/channel/roles.pyx":66
+  /* "ivshmem/channel/roles.pyx":67
  *         cdef uint64_t cells
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":67
+  /* "ivshmem/channel/roles.pyx":68
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -5621,7 +5657,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":68
+  /* "ivshmem/channel/roles.pyx":69
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -5630,7 +5666,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":69
+  /* "ivshmem/channel/roles.pyx":70
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each             # <<<<<<<<<<<<<<
@@ -5641,7 +5677,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_v_cells = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":70
+  /* "ivshmem/channel/roles.pyx":71
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0             # <<<<<<<<<<<<<<
@@ -5650,7 +5686,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->times = ((__pyx_v_g->options & IVSHMEM_TIMES) != 0);
 
-  /* "ivshmem/channel/roles.pyx":71
+  /* "ivshmem/channel/roles.pyx":72
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS             # <<<<<<<<<<<<<<
@@ -5668,7 +5704,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   }
   __pyx_v_self->claims = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":72
+  /* "ivshmem/channel/roles.pyx":73
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5677,7 +5713,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":73
+  /* "ivshmem/channel/roles.pyx":74
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5686,7 +5722,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":74
+  /* "ivshmem/channel/roles.pyx":75
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5695,7 +5731,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->cell_of = ((uint32_t *)calloc(__pyx_v_g->slots, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":75
+  /* "ivshmem/channel/roles.pyx":76
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5704,7 +5740,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->free = ((uint32_t *)calloc(__pyx_v_cells, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":76
+  /* "ivshmem/channel/roles.pyx":77
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5716,7 +5752,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/roles.pyx":77
+    /* "ivshmem/channel/roles.pyx":78
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))             # <<<<<<<<<<<<<<
@@ -5725,7 +5761,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->references = ((uint16_t *)calloc(__pyx_v_cells, (sizeof(uint16_t))));
 
-    /* "ivshmem/channel/roles.pyx":78
+    /* "ivshmem/channel/roles.pyx":79
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5734,7 +5770,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->pinned = ((uint32_t *)calloc(((((size_t)__pyx_v_g->readers) * __pyx_v_g->slots) + 1), (sizeof(uint32_t))));
 
-    /* "ivshmem/channel/roles.pyx":79
+    /* "ivshmem/channel/roles.pyx":80
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))             # <<<<<<<<<<<<<<
@@ -5743,7 +5779,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->backlogs = ((struct ivshmem_backlog *)calloc((__pyx_v_g->readers + 1), (sizeof(struct ivshmem_backlog))));
 
-    /* "ivshmem/channel/roles.pyx":76
+    /* "ivshmem/channel/roles.pyx":77
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5752,7 +5788,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":80
+  /* "ivshmem/channel/roles.pyx":81
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5780,7 +5816,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":81
+  /* "ivshmem/channel/roles.pyx":82
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD             # <<<<<<<<<<<<<<
@@ -5798,7 +5834,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":82
+  /* "ivshmem/channel/roles.pyx":83
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)             # <<<<<<<<<<<<<<
@@ -5832,7 +5868,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/roles.pyx":80
+  /* "ivshmem/channel/roles.pyx":81
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5842,16 +5878,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":84
+    /* "ivshmem/channel/roles.pyx":85
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
  *         ):
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 84, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 85, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":80
+    /* "ivshmem/channel/roles.pyx":81
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5860,7 +5896,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":85
+  /* "ivshmem/channel/roles.pyx":86
  *         ):
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
@@ -5869,7 +5905,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":86
+  /* "ivshmem/channel/roles.pyx":87
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5881,7 +5917,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":87
+    /* "ivshmem/channel/roles.pyx":88
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5889,35 +5925,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *                 " messages that a reader has yet to read"
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 87, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/roles.pyx":88
+    /* "ivshmem/channel/roles.pyx":89
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"             # <<<<<<<<<<<<<<
  *                 " messages that a reader has yet to read"
  *             )
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 88, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 89, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 88, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 89, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5934,7 +5970,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 88, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -5956,14 +5992,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 87, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 87, __pyx_L1_error)
+    __PYX_ERR(0, 88, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":86
+    /* "ivshmem/channel/roles.pyx":87
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5972,7 +6008,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":91
+  /* "ivshmem/channel/roles.pyx":92
  *                 " messages that a reader has yet to read"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -5984,20 +6020,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":92
+    /* "ivshmem/channel/roles.pyx":93
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 92, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 92, __pyx_L1_error)
+    __PYX_ERR(0, 93, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":91
+    /* "ivshmem/channel/roles.pyx":92
  *                 " messages that a reader has yet to read"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -6006,17 +6042,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":93
+  /* "ivshmem/channel/roles.pyx":94
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":59
+  /* "ivshmem/channel/roles.pyx":60
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6047,7 +6083,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":95
+/* "ivshmem/channel/roles.pyx":96
  *         self.enlist()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6118,7 +6154,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/roles.pyx":101
+  /* "ivshmem/channel/roles.pyx":102
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6150,7 +6186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":102
+    /* "ivshmem/channel/roles.pyx":103
  *         """
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -6159,32 +6195,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
     __pyx_t_4 = NULL;
 
-    /* "ivshmem/channel/roles.pyx":103
+    /* "ivshmem/channel/roles.pyx":104
  *         if self.open and self.exports and self.membership.usable():
  *             raise BufferError(
  *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"             # <<<<<<<<<<<<<<
  *                 " are in use: release them first (del)"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 104, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_memoryview);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_memoryview);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 104, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6201,7 +6237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6211,14 +6247,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 102, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 102, __pyx_L1_error)
+    __PYX_ERR(0, 103, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":101
+    /* "ivshmem/channel/roles.pyx":102
  *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
  *         """
  *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -6227,26 +6263,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":106
+  /* "ivshmem/channel/roles.pyx":107
  *                 " are in use: release them first (del)"
  *             )
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_7 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  __pyx_t_7 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   __Pyx_INCREF(__pyx_t_7);
   __pyx_t_12 = 0;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_7, ((PyObject *)__pyx_v_self)};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 106, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/roles.pyx":95
+  /* "ivshmem/channel/roles.pyx":96
  *         self.enlist()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -6272,7 +6308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":108
+/* "ivshmem/channel/roles.pyx":109
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6295,7 +6331,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":109
+  /* "ivshmem/channel/roles.pyx":110
  * 
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
@@ -6304,7 +6340,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.cell_of);
 
-  /* "ivshmem/channel/roles.pyx":110
+  /* "ivshmem/channel/roles.pyx":111
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
@@ -6313,7 +6349,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.free);
 
-  /* "ivshmem/channel/roles.pyx":111
+  /* "ivshmem/channel/roles.pyx":112
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
@@ -6322,7 +6358,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.references);
 
-  /* "ivshmem/channel/roles.pyx":112
+  /* "ivshmem/channel/roles.pyx":113
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
@@ -6331,7 +6367,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.pinned);
 
-  /* "ivshmem/channel/roles.pyx":113
+  /* "ivshmem/channel/roles.pyx":114
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)
  *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
@@ -6340,7 +6376,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.backlogs);
 
-  /* "ivshmem/channel/roles.pyx":108
+  /* "ivshmem/channel/roles.pyx":109
  *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -6352,7 +6388,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":117
+/* "ivshmem/channel/roles.pyx":118
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6363,7 +6399,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":118
+  /* "ivshmem/channel/roles.pyx":119
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6372,7 +6408,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":119
+    /* "ivshmem/channel/roles.pyx":120
  *     cdef int ready(self) noexcept:
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6385,7 +6421,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":118
+    /* "ivshmem/channel/roles.pyx":119
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6394,7 +6430,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":120
+  /* "ivshmem/channel/roles.pyx":121
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6407,7 +6443,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":117
+  /* "ivshmem/channel/roles.pyx":118
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6421,7 +6457,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":122
+/* "ivshmem/channel/roles.pyx":123
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6432,7 +6468,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":123
+  /* "ivshmem/channel/roles.pyx":124
  * 
  *     cdef int attempt(self) except -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
@@ -6441,11 +6477,11 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 */
   {
 
-    __pyx_r = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
+    __pyx_r = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":122
+  /* "ivshmem/channel/roles.pyx":123
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6459,7 +6495,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":125
+/* "ivshmem/channel/roles.pyx":126
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6470,7 +6506,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":126
+  /* "ivshmem/channel/roles.pyx":127
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6479,7 +6515,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":127
+    /* "ivshmem/channel/roles.pyx":128
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6488,7 +6524,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
     ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":128
+    /* "ivshmem/channel/roles.pyx":129
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6501,7 +6537,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":126
+    /* "ivshmem/channel/roles.pyx":127
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6510,7 +6546,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":129
+  /* "ivshmem/channel/roles.pyx":130
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6523,7 +6559,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":125
+  /* "ivshmem/channel/roles.pyx":126
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6537,7 +6573,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":131
+/* "ivshmem/channel/roles.pyx":132
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6547,7 +6583,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":132
+  /* "ivshmem/channel/roles.pyx":133
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6556,7 +6592,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
-  /* "ivshmem/channel/roles.pyx":131
+  /* "ivshmem/channel/roles.pyx":132
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6568,7 +6604,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/roles.pyx":134
+/* "ivshmem/channel/roles.pyx":135
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6585,7 +6621,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":135
+  /* "ivshmem/channel/roles.pyx":136
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -6594,7 +6630,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":136
+  /* "ivshmem/channel/roles.pyx":137
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6611,7 +6647,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->ready(__pyx_v_self) == 0);
+  __pyx_t_2 = (((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self) == 0);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -6620,17 +6656,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":137
+    /* "ivshmem/channel/roles.pyx":138
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":136
+    /* "ivshmem/channel/roles.pyx":137
  *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6639,7 +6675,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":138
+  /* "ivshmem/channel/roles.pyx":139
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6652,7 +6688,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":134
+  /* "ivshmem/channel/roles.pyx":135
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6669,7 +6705,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":140
+/* "ivshmem/channel/roles.pyx":141
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6680,7 +6716,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":141
+  /* "ivshmem/channel/roles.pyx":142
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
@@ -6689,7 +6725,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
 */
   ivshmem_writer_close((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":142
+  /* "ivshmem/channel/roles.pyx":143
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6702,7 +6738,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":140
+  /* "ivshmem/channel/roles.pyx":141
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6716,7 +6752,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":146
+/* "ivshmem/channel/roles.pyx":147
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6748,14 +6784,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/roles.pyx":149
+  /* "ivshmem/channel/roles.pyx":150
  *     def limit(self):
  *         """Bytes that a message can have."""
  *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6768,7 +6804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":146
+  /* "ivshmem/channel/roles.pyx":147
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6787,7 +6823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":151
+/* "ivshmem/channel/roles.pyx":152
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6798,7 +6834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
   char *__pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":155
+  /* "ivshmem/channel/roles.pyx":156
  *             <char *>self.channel.area.memory.start
  *             + self.writer.cells_at
  *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -6811,7 +6847,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":151
+  /* "ivshmem/channel/roles.pyx":152
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6824,7 +6860,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":158
+/* "ivshmem/channel/roles.pyx":159
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6852,7 +6888,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/channel/roles.pyx":159
+  /* "ivshmem/channel/roles.pyx":160
  * 
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(             # <<<<<<<<<<<<<<
@@ -6861,26 +6897,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/roles.pyx":161
+  /* "ivshmem/channel/roles.pyx":162
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout             # <<<<<<<<<<<<<<
  *             else f"channel {self.name!r} is full"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 162, __pyx_L1_error)
   if (__pyx_t_4) {
 
-    /* "ivshmem/channel/roles.pyx":160
+    /* "ivshmem/channel/roles.pyx":161
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
  *             if timeout
  *             else f"channel {self.name!r} is full"
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_7[1] = __pyx_t_5;
@@ -6896,7 +6932,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 160, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 161, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6904,14 +6940,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_10 = 0;
   } else {
 
-    /* "ivshmem/channel/roles.pyx":162
+    /* "ivshmem/channel/roles.pyx":163
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout
  *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_11[1] = __pyx_t_10;
@@ -6925,7 +6961,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 162, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_3 = __pyx_t_6;
@@ -6938,7 +6974,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 159, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 160, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6952,7 +6988,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":158
+  /* "ivshmem/channel/roles.pyx":159
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6976,7 +7012,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":165
+/* "ivshmem/channel/roles.pyx":166
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -6992,7 +7028,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":166
+  /* "ivshmem/channel/roles.pyx":167
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -7005,18 +7041,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/roles.pyx":167
+    /* "ivshmem/channel/roles.pyx":168
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":168
+  /* "ivshmem/channel/roles.pyx":169
  *         while ivshmem_loan(&self.writer, cell):
  *             self.pause_for_cell()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7029,7 +7065,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":165
+  /* "ivshmem/channel/roles.pyx":166
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -7046,7 +7082,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":170
+/* "ivshmem/channel/roles.pyx":171
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7066,7 +7102,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_room", 0);
 
-  /* "ivshmem/channel/roles.pyx":173
+  /* "ivshmem/channel/roles.pyx":174
  *         """Wait until a message can be published, and borrow a cell for it."""
  *         cdef int code
  *         while True:             # <<<<<<<<<<<<<<
@@ -7075,16 +7111,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
   while (1) {
 
-    /* "ivshmem/channel/roles.pyx":174
+    /* "ivshmem/channel/roles.pyx":175
  *         cdef int code
  *         while True:
  *             code = self.ready()             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
 */
-    __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
+    __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
 
-    /* "ivshmem/channel/roles.pyx":175
+    /* "ivshmem/channel/roles.pyx":176
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7096,17 +7132,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":176
+      /* "ivshmem/channel/roles.pyx":177
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 176, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 177, __pyx_L1_error)
       __pyx_v_code = __pyx_t_2;
 
-      /* "ivshmem/channel/roles.pyx":177
+      /* "ivshmem/channel/roles.pyx":178
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7118,20 +7154,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       if (unlikely(__pyx_t_1)) {
 
 
-        /* "ivshmem/channel/roles.pyx":178
+        /* "ivshmem/channel/roles.pyx":179
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 179, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_Raise(__pyx_t_3, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __PYX_ERR(0, 178, __pyx_L1_error)
+        __PYX_ERR(0, 179, __pyx_L1_error)
 
-        /* "ivshmem/channel/roles.pyx":177
+        /* "ivshmem/channel/roles.pyx":178
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7140,7 +7176,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/channel/roles.pyx":175
+      /* "ivshmem/channel/roles.pyx":176
  *         while True:
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7149,7 +7185,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":179
+    /* "ivshmem/channel/roles.pyx":180
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7161,20 +7197,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":180
+      /* "ivshmem/channel/roles.pyx":181
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 181, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 180, __pyx_L1_error)
+      __PYX_ERR(0, 181, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":179
+      /* "ivshmem/channel/roles.pyx":180
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7183,7 +7219,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":181
+    /* "ivshmem/channel/roles.pyx":182
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -7195,7 +7231,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":182
+      /* "ivshmem/channel/roles.pyx":183
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7208,7 +7244,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/roles.pyx":181
+      /* "ivshmem/channel/roles.pyx":182
  *             if code:
  *                 raise self.fail(code)
  *             if ivshmem_loan(&self.writer, cell) == 0:             # <<<<<<<<<<<<<<
@@ -7217,18 +7253,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":183
+    /* "ivshmem/channel/roles.pyx":184
  *             if ivshmem_loan(&self.writer, cell) == 0:
  *                 return 0
  *             self.pause_for_cell()             # <<<<<<<<<<<<<<
  * 
  *     cdef int pause_for_cell(self) except -1:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 183, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->pause_for_cell(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/roles.pyx":170
+  /* "ivshmem/channel/roles.pyx":171
  *         return 0
  * 
  *     cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:             # <<<<<<<<<<<<<<
@@ -7250,7 +7286,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_find_room(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":185
+/* "ivshmem/channel/roles.pyx":186
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7279,7 +7315,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pause_for_cell", 0);
 
-  /* "ivshmem/channel/roles.pyx":188
+  /* "ivshmem/channel/roles.pyx":189
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7291,7 +7327,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":189
+    /* "ivshmem/channel/roles.pyx":190
  *         cdef timespec pause
  *         if not self.putting:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7299,35 +7335,35 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
  *                 " all that it was made for"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/roles.pyx":190
+    /* "ivshmem/channel/roles.pyx":191
  *         if not self.putting:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
  *                 " all that it was made for"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 190, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 191, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 190, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 191, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7344,7 +7380,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 190, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 191, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7366,14 +7402,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 190, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 189, __pyx_L1_error)
+    __PYX_ERR(0, 190, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":188
+    /* "ivshmem/channel/roles.pyx":189
  *         """Let another thread, which puts a large message, give its cell back."""
  *         cdef timespec pause
  *         if not self.putting:             # <<<<<<<<<<<<<<
@@ -7382,7 +7418,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":193
+  /* "ivshmem/channel/roles.pyx":194
  *                 " all that it was made for"
  *             )
  *         pause.tv_sec = 0             # <<<<<<<<<<<<<<
@@ -7391,7 +7427,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_sec = 0;
 
-  /* "ivshmem/channel/roles.pyx":194
+  /* "ivshmem/channel/roles.pyx":195
  *             )
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule             # <<<<<<<<<<<<<<
@@ -7400,7 +7436,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
 */
   __pyx_v_pause.tv_nsec = 0x4E20;
 
-  /* "ivshmem/channel/roles.pyx":195
+  /* "ivshmem/channel/roles.pyx":196
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7413,7 +7449,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":196
+        /* "ivshmem/channel/roles.pyx":197
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:
  *             nanosleep(&pause, NULL)             # <<<<<<<<<<<<<<
@@ -7423,7 +7459,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
         (void)(nanosleep((&__pyx_v_pause), NULL));
       }
 
-      /* "ivshmem/channel/roles.pyx":195
+      /* "ivshmem/channel/roles.pyx":196
  *         pause.tv_sec = 0
  *         pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7440,30 +7476,30 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":197
+  /* "ivshmem/channel/roles.pyx":198
  *         with nogil:
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return self.enter()
  * 
 */
-  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":198
+  /* "ivshmem/channel/roles.pyx":199
  *             nanosleep(&pause, NULL)
  *         PyErr_CheckSignals()
  *         return self.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_11;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":185
+  /* "ivshmem/channel/roles.pyx":186
  *             self.pause_for_cell()
  * 
  *     cdef int pause_for_cell(self) except -1:             # <<<<<<<<<<<<<<
@@ -7489,7 +7525,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_pause_for_cell(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":200
+/* "ivshmem/channel/roles.pyx":201
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7505,7 +7541,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":201
+  /* "ivshmem/channel/roles.pyx":202
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7517,16 +7553,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":202
+    /* "ivshmem/channel/roles.pyx":203
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
  *             return 0
  *         self.begin_copy()
 */
-    (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
+    (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
 
-    /* "ivshmem/channel/roles.pyx":203
+    /* "ivshmem/channel/roles.pyx":204
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)
  *             return 0             # <<<<<<<<<<<<<<
@@ -7539,7 +7575,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":201
+    /* "ivshmem/channel/roles.pyx":202
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7548,17 +7584,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":204
+  /* "ivshmem/channel/roles.pyx":205
  *             memcpy(self.at(cell), data, size)
  *             return 0
  *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 205, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":205
+  /* "ivshmem/channel/roles.pyx":206
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7571,17 +7607,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":206
+        /* "ivshmem/channel/roles.pyx":207
  *         self.begin_copy()
  *         with nogil:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
  *         return self.end_copy()
  * 
 */
-        (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
+        (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
       }
 
-      /* "ivshmem/channel/roles.pyx":205
+      /* "ivshmem/channel/roles.pyx":206
  *             return 0
  *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -7598,20 +7634,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":207
+  /* "ivshmem/channel/roles.pyx":208
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
  *         return self.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":200
+  /* "ivshmem/channel/roles.pyx":201
  *         return self.enter()
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7628,7 +7664,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":209
+/* "ivshmem/channel/roles.pyx":210
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7647,7 +7683,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":211
+  /* "ivshmem/channel/roles.pyx":212
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
@@ -7658,7 +7694,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 
   __pyx_v_position = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":212
+  /* "ivshmem/channel/roles.pyx":213
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7674,7 +7710,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_v_time = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":213
+  /* "ivshmem/channel/roles.pyx":214
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7683,7 +7719,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":214
+    /* "ivshmem/channel/roles.pyx":215
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7692,7 +7728,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":213
+    /* "ivshmem/channel/roles.pyx":214
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7702,7 +7738,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":216
+  /* "ivshmem/channel/roles.pyx":217
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7712,7 +7748,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   /*else*/ {
     ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":217
+    /* "ivshmem/channel/roles.pyx":218
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -7721,7 +7757,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     ivshmem_writer_announce((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":218
+    /* "ivshmem/channel/roles.pyx":219
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7732,7 +7768,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":219
+  /* "ivshmem/channel/roles.pyx":220
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7744,17 +7780,17 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/roles.pyx":220
+    /* "ivshmem/channel/roles.pyx":221
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return position
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":219
+    /* "ivshmem/channel/roles.pyx":220
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7763,7 +7799,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":221
+  /* "ivshmem/channel/roles.pyx":222
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return position             # <<<<<<<<<<<<<<
@@ -7776,7 +7812,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":209
+  /* "ivshmem/channel/roles.pyx":210
  *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
@@ -7795,7 +7831,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":223
+/* "ivshmem/channel/roles.pyx":224
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7815,17 +7851,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_again", 0);
 
-  /* "ivshmem/channel/roles.pyx":226
+  /* "ivshmem/channel/roles.pyx":227
  *         """After a time without the GIL: whether there is still room, and a channel."""
  *         cdef int code
  *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 227, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":227
+  /* "ivshmem/channel/roles.pyx":228
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7837,20 +7873,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":228
+    /* "ivshmem/channel/roles.pyx":229
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 229, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 228, __pyx_L1_error)
+    __PYX_ERR(0, 229, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":227
+    /* "ivshmem/channel/roles.pyx":228
  *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7859,7 +7895,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":229
+  /* "ivshmem/channel/roles.pyx":230
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -7871,20 +7907,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":230
+    /* "ivshmem/channel/roles.pyx":231
  *             raise self.blocked(timeout)
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 230, __pyx_L1_error)
+    __PYX_ERR(0, 231, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":229
+    /* "ivshmem/channel/roles.pyx":230
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -7893,7 +7929,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":231
+  /* "ivshmem/channel/roles.pyx":232
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7906,7 +7942,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":223
+  /* "ivshmem/channel/roles.pyx":224
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7926,7 +7962,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":233
+/* "ivshmem/channel/roles.pyx":234
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -7953,7 +7989,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_long", 0);
 
-  /* "ivshmem/channel/roles.pyx":234
+  /* "ivshmem/channel/roles.pyx":235
  * 
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7961,29 +7997,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
  *             f" {self.channel.record.geometry.limit}"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":235
+  /* "ivshmem/channel/roles.pyx":236
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/roles.pyx":236
+  /* "ivshmem/channel/roles.pyx":237
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 237, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_7[1] = __pyx_t_4;
@@ -7992,7 +8028,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
   __pyx_t_7[5] = __pyx_t_6;
 
-  /* "ivshmem/channel/roles.pyx":235
+  /* "ivshmem/channel/roles.pyx":236
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
@@ -8008,7 +8044,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8031,7 +8067,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8045,7 +8081,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":233
+  /* "ivshmem/channel/roles.pyx":234
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -8070,7 +8106,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":27
+/* "ivshmem/channel/roles.pxd":28
  * cdef class WriterEnd(ChannelEnd):
  *     cdef ivshmem_writer writer
  *     cdef readonly object type  # of the messages: what checks and converts them, or None             # <<<<<<<<<<<<<<
@@ -8137,7 +8173,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":30
+/* "ivshmem/channel/roles.pxd":31
  *     cdef bint times
  *     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
  *     cdef readonly uint64_t missed             # <<<<<<<<<<<<<<
@@ -8176,7 +8212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(st
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->missed); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 30, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->missed); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 31, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8425,7 +8461,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":246
+/* "ivshmem/channel/roles.pyx":247
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8461,44 +8497,44 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 246, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 247, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  7:
         values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 246, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 247, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":252
+      /* "ivshmem/channel/roles.pyx":253
  *         unsigned index,
  *         str name,
  *         message_type=None,             # <<<<<<<<<<<<<<
@@ -8507,31 +8543,31 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
 */
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 246, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 247, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  7:
         values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 247, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 247, __pyx_L3_error)
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 247, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 247, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 246, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 247, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8539,23 +8575,23 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 250, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 251, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
     __pyx_v_message_type = values[4];
     if (values[5]) {
-      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 253, __pyx_L3_error)
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L3_error)
     } else {
       __pyx_v_overflow = ((uint32_t)0);
     }
     if (values[6]) {
-      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 254, __pyx_L3_error)
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L3_error)
     } else {
       __pyx_v_history = ((uint32_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 246, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 247, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8566,11 +8602,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 249, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 251, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 250, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 252, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":246
+  /* "ivshmem/channel/roles.pyx":247
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8620,17 +8656,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":258
+  /* "ivshmem/channel/roles.pyx":259
  *         cdef ivshmem_geometry *g
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":259
+  /* "ivshmem/channel/roles.pyx":260
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -8642,7 +8678,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":260
+  /* "ivshmem/channel/roles.pyx":261
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -8651,7 +8687,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":261
+  /* "ivshmem/channel/roles.pyx":262
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2             # <<<<<<<<<<<<<<
@@ -8660,7 +8696,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->holds = (__pyx_v_g->views + 2);
 
-  /* "ivshmem/channel/roles.pyx":262
+  /* "ivshmem/channel/roles.pyx":263
  *         g = &self.channel.record.geometry
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -8669,7 +8705,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc((__pyx_v_self->holds * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-  /* "ivshmem/channel/roles.pyx":263
+  /* "ivshmem/channel/roles.pyx":264
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8681,16 +8717,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":264
+    /* "ivshmem/channel/roles.pyx":265
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 264, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 265, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":263
+    /* "ivshmem/channel/roles.pyx":264
  *         self.holds = g.views + 2
  *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
@@ -8699,7 +8735,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":265
+  /* "ivshmem/channel/roles.pyx":266
  *         if self.held == NULL:
  *             raise MemoryError
  *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8708,7 +8744,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":266
+  /* "ivshmem/channel/roles.pyx":267
  *             raise MemoryError
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
@@ -8717,7 +8753,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":267
+  /* "ivshmem/channel/roles.pyx":268
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
@@ -8726,7 +8762,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
 
-  /* "ivshmem/channel/roles.pyx":268
+  /* "ivshmem/channel/roles.pyx":269
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
@@ -8735,7 +8771,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":269
+  /* "ivshmem/channel/roles.pyx":270
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8747,7 +8783,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":270
+    /* "ivshmem/channel/roles.pyx":271
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8755,35 +8791,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *             )
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/roles.pyx":271
+    /* "ivshmem/channel/roles.pyx":272
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 271, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 272, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 271, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 272, __pyx_L1_error);
     __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8800,7 +8836,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 271, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8822,14 +8858,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 270, __pyx_L1_error)
+    __PYX_ERR(0, 271, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":269
+    /* "ivshmem/channel/roles.pyx":270
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8838,7 +8874,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":273
+  /* "ivshmem/channel/roles.pyx":274
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -8850,20 +8886,20 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":274
+    /* "ivshmem/channel/roles.pyx":275
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 275, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 274, __pyx_L1_error)
+    __PYX_ERR(0, 275, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":273
+    /* "ivshmem/channel/roles.pyx":274
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -8872,17 +8908,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":275
+  /* "ivshmem/channel/roles.pyx":276
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":246
+  /* "ivshmem/channel/roles.pyx":247
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8911,7 +8947,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":277
+/* "ivshmem/channel/roles.pyx":278
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8934,7 +8970,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":278
+  /* "ivshmem/channel/roles.pyx":279
  * 
  *     def __dealloc__(self):
  *         free(self.held)             # <<<<<<<<<<<<<<
@@ -8943,7 +8979,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->held);
 
-  /* "ivshmem/channel/roles.pyx":277
+  /* "ivshmem/channel/roles.pyx":278
  *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -8955,7 +8991,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":280
+/* "ivshmem/channel/roles.pyx":281
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -8966,7 +9002,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":281
+  /* "ivshmem/channel/roles.pyx":282
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
@@ -8975,7 +9011,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
 */
   ivshmem_reader_close((&__pyx_v_self->reader));
 
-  /* "ivshmem/channel/roles.pyx":282
+  /* "ivshmem/channel/roles.pyx":283
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8988,7 +9024,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":280
+  /* "ivshmem/channel/roles.pyx":281
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9002,7 +9038,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":284
+/* "ivshmem/channel/roles.pyx":285
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9070,7 +9106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/roles.pyx":290
+  /* "ivshmem/channel/roles.pyx":291
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9102,7 +9138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":291
+    /* "ivshmem/channel/roles.pyx":292
  *         """
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
@@ -9111,9 +9147,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
     __pyx_t_4 = NULL;
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 292, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 292, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9133,13 +9169,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 292, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9 = 1;
@@ -9148,14 +9184,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 291, __pyx_L1_error)
+    __PYX_ERR(0, 292, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":290
+    /* "ivshmem/channel/roles.pyx":291
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
  *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -9164,26 +9200,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":292
+  /* "ivshmem/channel/roles.pyx":293
  *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:
 */
-  __pyx_t_5 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  __pyx_t_5 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   __Pyx_INCREF(__pyx_t_5);
   __pyx_t_9 = 0;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 292, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/roles.pyx":284
+  /* "ivshmem/channel/roles.pyx":285
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9209,7 +9245,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":294
+/* "ivshmem/channel/roles.pyx":295
  *         ChannelEnd.close(self)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9227,7 +9263,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":297
+  /* "ivshmem/channel/roles.pyx":298
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9239,7 +9275,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":298
+    /* "ivshmem/channel/roles.pyx":299
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -9248,7 +9284,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":299
+    /* "ivshmem/channel/roles.pyx":300
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9260,16 +9296,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":300
+      /* "ivshmem/channel/roles.pyx":301
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 300, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 301, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":299
+      /* "ivshmem/channel/roles.pyx":300
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9278,7 +9314,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":301
+    /* "ivshmem/channel/roles.pyx":302
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
@@ -9287,7 +9323,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":302
+    /* "ivshmem/channel/roles.pyx":303
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
@@ -9296,7 +9332,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":297
+    /* "ivshmem/channel/roles.pyx":298
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9305,7 +9341,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":303
+  /* "ivshmem/channel/roles.pyx":304
  *             self.held = grown
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
@@ -9316,7 +9352,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":304
+  /* "ivshmem/channel/roles.pyx":305
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
@@ -9327,7 +9363,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":305
+  /* "ivshmem/channel/roles.pyx":306
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -9336,7 +9372,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":306
+  /* "ivshmem/channel/roles.pyx":307
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -9349,7 +9385,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":294
+  /* "ivshmem/channel/roles.pyx":295
  *         ChannelEnd.close(self)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
@@ -9367,7 +9403,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":308
+/* "ivshmem/channel/roles.pyx":309
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9384,7 +9420,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":311
+  /* "ivshmem/channel/roles.pyx":312
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9398,7 +9434,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":312
+    /* "ivshmem/channel/roles.pyx":313
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9424,7 +9460,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":313
+      /* "ivshmem/channel/roles.pyx":314
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -9433,7 +9469,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":314
+      /* "ivshmem/channel/roles.pyx":315
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -9442,7 +9478,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":315
+      /* "ivshmem/channel/roles.pyx":316
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -9451,7 +9487,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":312
+      /* "ivshmem/channel/roles.pyx":313
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9463,7 +9499,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":316
+  /* "ivshmem/channel/roles.pyx":317
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -9476,7 +9512,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":308
+  /* "ivshmem/channel/roles.pyx":309
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9491,7 +9527,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":318
+/* "ivshmem/channel/roles.pyx":319
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9514,7 +9550,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":320
+  /* "ivshmem/channel/roles.pyx":321
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -9525,17 +9561,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":322
+  /* "ivshmem/channel/roles.pyx":323
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":323
+  /* "ivshmem/channel/roles.pyx":324
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9549,7 +9585,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":324
+    /* "ivshmem/channel/roles.pyx":325
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9567,7 +9603,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":325
+    /* "ivshmem/channel/roles.pyx":326
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -9581,7 +9617,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":324
+    /* "ivshmem/channel/roles.pyx":325
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9591,7 +9627,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":327
+      /* "ivshmem/channel/roles.pyx":328
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
@@ -9602,7 +9638,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":324
+      /* "ivshmem/channel/roles.pyx":325
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9613,19 +9649,19 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":328
+  /* "ivshmem/channel/roles.pyx":329
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":329
+    /* "ivshmem/channel/roles.pyx":330
  *                 oldest = self.held[i].position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
@@ -9634,7 +9670,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":330
+    /* "ivshmem/channel/roles.pyx":331
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9646,17 +9682,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":331
+      /* "ivshmem/channel/roles.pyx":332
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":330
+      /* "ivshmem/channel/roles.pyx":331
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9665,7 +9701,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":328
+    /* "ivshmem/channel/roles.pyx":329
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9674,7 +9710,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":332
+  /* "ivshmem/channel/roles.pyx":333
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9687,7 +9723,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":318
+  /* "ivshmem/channel/roles.pyx":319
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9706,7 +9742,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":334
+/* "ivshmem/channel/roles.pyx":335
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9732,7 +9768,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":335
+  /* "ivshmem/channel/roles.pyx":336
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -9740,19 +9776,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 335, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":336
+  /* "ivshmem/channel/roles.pyx":337
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -9768,7 +9804,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9790,7 +9826,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 335, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9804,7 +9840,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":334
+  /* "ivshmem/channel/roles.pyx":335
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9828,7 +9864,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":340
+/* "ivshmem/channel/roles.pyx":341
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -9859,7 +9895,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":342
+  /* "ivshmem/channel/roles.pyx":343
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -9868,7 +9904,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":344
+  /* "ivshmem/channel/roles.pyx":345
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9894,7 +9930,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":345
+    /* "ivshmem/channel/roles.pyx":346
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -9903,7 +9939,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":346
+    /* "ivshmem/channel/roles.pyx":347
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -9912,7 +9948,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":347
+    /* "ivshmem/channel/roles.pyx":348
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -9921,7 +9957,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":350
+    /* "ivshmem/channel/roles.pyx":351
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9933,17 +9969,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":351
+      /* "ivshmem/channel/roles.pyx":352
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":350
+      /* "ivshmem/channel/roles.pyx":351
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9952,7 +9988,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":344
+    /* "ivshmem/channel/roles.pyx":345
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9962,7 +9998,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":353
+  /* "ivshmem/channel/roles.pyx":354
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -9970,20 +10006,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":354
+    /* "ivshmem/channel/roles.pyx":355
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":355
+    /* "ivshmem/channel/roles.pyx":356
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -9992,7 +10028,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":356
+      /* "ivshmem/channel/roles.pyx":357
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10005,7 +10041,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":357
+            /* "ivshmem/channel/roles.pyx":358
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10015,7 +10051,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":356
+          /* "ivshmem/channel/roles.pyx":357
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10032,17 +10068,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":358
+      /* "ivshmem/channel/roles.pyx":359
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":359
+      /* "ivshmem/channel/roles.pyx":360
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10052,7 +10088,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":361
+    /* "ivshmem/channel/roles.pyx":362
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -10061,10 +10097,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":362
+        /* "ivshmem/channel/roles.pyx":363
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10090,17 +10126,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":361
+          /* "ivshmem/channel/roles.pyx":362
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":362
+          /* "ivshmem/channel/roles.pyx":363
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10136,7 +10172,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":363
+  /* "ivshmem/channel/roles.pyx":364
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10148,7 +10184,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":364
+    /* "ivshmem/channel/roles.pyx":365
  *                 self.membership.mapping.unpin()
  *         if code:
  *             self.reader.sources[message.writer].lost += 1             # <<<<<<<<<<<<<<
@@ -10158,7 +10194,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     __pyx_t_13 = __pyx_v_message->writer;
     (__pyx_v_self->reader.sources[__pyx_t_13]).lost = ((__pyx_v_self->reader.sources[__pyx_t_13]).lost + 1);
 
-    /* "ivshmem/channel/roles.pyx":363
+    /* "ivshmem/channel/roles.pyx":364
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10167,7 +10203,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":365
+  /* "ivshmem/channel/roles.pyx":366
  *         if code:
  *             self.reader.sources[message.writer].lost += 1
  *         return code             # <<<<<<<<<<<<<<
@@ -10178,7 +10214,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":340
+  /* "ivshmem/channel/roles.pyx":341
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -10198,7 +10234,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":48
+/* "ivshmem/channel/roles.pxd":49
  * cdef class ReaderEnd(ChannelEnd):
  *     cdef ivshmem_reader reader
  *     cdef readonly object type             # <<<<<<<<<<<<<<
@@ -10265,7 +10301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":51
+/* "ivshmem/channel/roles.pxd":52
  *     cdef Held *held
  *     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
  *     cdef readonly uint32_t views  # Views that are alive             # <<<<<<<<<<<<<<
@@ -10304,7 +10340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(str
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 51, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 52, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10557,7 +10593,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd __pyx_vtable_7
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, PyObject *a, PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = ((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
   p->type = Py_None; Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(o, a, k);
@@ -10571,10 +10607,10 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_WriterEnd
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -10605,13 +10641,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd(PyObject *o) {
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -10622,8 +10658,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, vis
   struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -10763,7 +10799,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_vtable_7
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, PyObject *a, PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
   p->type = Py_None; Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(o, a, k);
@@ -10777,10 +10813,10 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_ReaderEnd
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -10811,13 +10847,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o) {
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -10828,8 +10864,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, vis
   struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -11015,7 +11051,7 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_export_name = __pyx_export_signature + 183;
+    const char * __pyx_export_name = __pyx_export_signature + 176;
     void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (*)(void)) NULL};
     void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
     const char *__pyx_export_current_signature = __pyx_export_signature;
@@ -11046,12 +11082,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5roles_WriterEnd ---*/
   __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd = &__pyx_vtable_7ivshmem_7channel_5roles_WriterEnd;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.blocked = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.too_long = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long;
@@ -11063,19 +11099,19 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.send = (uint64_t (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.at = (char *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 56, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = &__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
@@ -11085,12 +11121,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11109,27 +11145,27 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd ---*/
   __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd;
-  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.hold = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.forget = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.let_go = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 243, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -11139,12 +11175,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11226,73 +11262,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 20, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 31, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 35, __pyx_L1_error)
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 39, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11302,8 +11272,74 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(7, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(7, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(5, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(5, 30, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 23, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(6, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(6, 23, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 6, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(7, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(7, 6, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(7, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(7, 33, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(7, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(7, 37, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(7, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(7, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -11318,18 +11354,18 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 20, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(9, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -11338,8 +11374,21 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 26, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 11, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(10, 11, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(10, 11, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -11643,18 +11692,18 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
-  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.membership", "ChannelEnd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11664,8 +11713,8 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/roles.pyx":23
- * from .membership cimport ChannelEnd, Membership
+  /* "ivshmem/channel/roles.pyx":24
+ * from .membership cimport Membership
  * 
  * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
  * from ..text import counted
@@ -11673,37 +11722,13 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
     for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/roles.pyx":24
- * 
- * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * cdef extern from "<time.h>" nogil:
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
@@ -11712,19 +11737,43 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":95
+  /* "ivshmem/channel/roles.pyx":25
+ * 
+ * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * cdef extern from "<time.h>" nogil:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/roles.pyx":96
  *         self.enlist()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free the slot; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 95, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11754,19 +11803,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":284
+  /* "ivshmem/channel/roles.pyx":285
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free the slot; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11863,7 +11912,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/roles.pyx":47
+  /* "ivshmem/channel/roles.pyx":48
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -11872,7 +11921,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 47, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -11914,30 +11963,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{9},{58},{44},{25},{8},{36},{58},{32},{56},{2},{12},{15},{1},{2},{15},{10},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{8},{18},{5},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{208},{9},{57},{66}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{201},{9},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (929 bytes) */
-static const char cstring[] = "x\332\225U\315n\333F\020\226\200\240H\n\037\3524@\200\236\266@P\307\215\243\264\200\320\024\272\024\205\343\002E\376\354 @\332\323b\265;\224\326^\356\262;KR\354)G\037}\324\321G\035u\3141\217\341\307\310#tvI\321B\234K\005\220\034\356\374~\337\314PLx`\256\000\3136\302\001s\236\325\336\005`9 \212\031 \013s\021\230`\036\204\002\317\346\002Y\003\201\005\227N\030\351\234\225p\300\352\271\226\363\024H\030\323:\351\300j2\317\311\221e\024x\332\004\300\003&\254\"\0252\243s\262\320\310\342\225\225\344\325=\047\327\351\202sg\314\2720\327v\226b\\\327\245m4s5\253!V_\201\257\275\016\201\320P)\006\250\004hZ\235t\205\006\305\\\326;O(\276\001\201\311*g\231\366\030\"t\341\275h0Z\032\047,&8\224\247D\370\242\307C\005f\237aB\351!\247\032\324\303\340\201\320z1\313\301\206\375\321\204E4]\336\030x\222\370\211\370\047\351\036\213&\240\021\272\300(\021u\226n\032;\016&\354\267W\261!\211\322\303&\314\235\215\326\224ZO\301\213\000\246a\030\274\226\275\363\361\321\361\343\361\257\343D\264\207S\220\224\006\313\2514\002\021\022\272i\251M `\241)\000G\354\317\2145\256d\026\210%jlAv\333\016\204\3302\214M\237\003\333\023\226\372!\202v\226\223;\365e\217)\355)\211\256 z\377!\014\302H(\305\311\016$\025d\301\220\t\212\251\001\260\361>\223\032[I\351\n\3479\344#\360\336y\334\274\005X\204N~\322Ex\342\235\241Z\213fa\035\201\317Di\002\343\334\203*%p\316T\231\262[g\037\023\031\225\026\206\264R[\0358?lC\034\305\034\207\306!\250$\276l\273\362\326\271\027\316\316^\323\004\005q\006\366M\242\375\310\252^\030\365yd\342\237\363m\0251\203D\310\227\2242&{\227:L\257\275p3\336\266\352F\274ke\212\307\371q\263\240\353\031\265\234\277\"\246\336@\306y\327\026\322r\236\225V\306\347l\023\211~\271\3206=\235*M:\261\"OO\242\224KQ\350\215\334\271D\261\n\261IQ\361O)\314\306a\303\371\r\024\375\001,\342\013\001\351\223\340V)7\000rN\037\006\352\023\327\310\245\363\256\244\331\244]k\254\324n\324\037`7\t(\r\275q\202\023\274\2200\025\362,\361\"]i\003(E\202\202v\236f\264F\301\371F[\005\013\"1\357\047\254\2135JS\025\227\235\016i\235p\256""\013\222\310\245\322Pwk\033\347\034\"\220\370\221\311\214\253\013W\264\273\351\2410T\002\202\311\010T7\225qx+aJ\300\030\243\335om\351kA[Z\3128\264\221Z7=\345O\273j\370\323\256\034\376\363O\327u\364cKk\374\343\001;n^O\343.G\371\377Fz\331\213\321\273\264\250g\226v\235\252\332\216\273?(\351\344\2271\247Z+\247\325\376 \376\047\360.\342 \327\322\047\232\255\302\367\303\253[_\237?\2728y\377\373\247\235\301\235\235\363\361yu\361vyo\371\356\362\331\352\326\352\371\272\376 \256v\356^<Z\236,\247\227\303\313\373\253\341\352\336\352\257\365\311\325\355\273\027?,\207\313\335\317\035\377\276T\253\007\253\263\017\367?\016;\307\253o\276[~\277\034/\377]\355\256\366\326\273\353\007\353\323\217\303O_\r\356|\333F\370\017@\221\217\003";
-    PyObject *data = __Pyx_DecompressString(cstring, 929, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (933 bytes) */
+static const char cstring[] = "x\332\215U\315n\333F\020\226\200\240H\n\037\3524@\200\236\266@P\307\215\243\264\200\320\024\272\024\205\343\002E\376\354 @\332\323b\265;\224\326^\356\262;KR\354)G\037}\324\321G\035u\3141\217\341\307\310#tvI\321B\234C\005\220\034\356\374~\337\314PLx`\256\000\3136\302\001s\236\325\336\005`9 \212\031 \013s\021\230`\036\204\002\317\346\002Y\003\201\005\227N\030\351\234\225p\300\352\271\226\363\024H\030\323:\351\300j2\317\311\221e\024x\332\004\300\003&\254\"\0252\243s\262\320\310\342\225\225\344\325=\047\327\351\202sg\314\2720\327v\226b\\\327\245m4s5\253!V_\201\257\275\016\201\320P)\006\250\004hZ\235t\205\006\305\\\326;O(\276\001\201\311*g\231\366\030\"t\341\275h0Z\032\047,&8\224\247D\370\242\307C\005f\237aB\351!\247\032\324\303\340\201\320z1\313\301\206\375\321\204E4]\336\030x\222\370\211\370\047\351\036\213&\240\021\272\300(\021u\226n\032;\016&\354\267W\261!\211\322\303&\314\235\215\326\224ZO\301\213\000\246a\030\274\226\275\363\361\321\361\343\361\257\343D\264\207S\220\224\006\313\2514\002\021\022\272i\251M `\241)\000G\354\317\2145\256d\026\210%jlAv\333\016\204\3302\214M\237\003\333\023\226\372!\202v\226\223;\365e\217)\355)\211\256 z\377!\014\302H(\305\311\016$\025d\301\220\t\212\251\001\260\361>\223\032[I\351\n\3479\344#\360\336y\334\274\005X\204N~\322Ex\342\235\241Z\213fa\035\201\317Di\002\343\334\203*%p\316T\231\262[g\037\023\031\225\026\206\264R[\0358?lC\034\305\034\207\306!\250$\276l\273\362\326\271\027\316\316^\323\004\005q\006\366M\242\375\310\252^\030\365yd\342\237\363m\0251\203D\310\227\2242&{\227:L\257\275p3\336\266\352F\274ke\212\307\371q\263\240\353\031\265\234\277\"\246\336@\306y\327\026\322r\236\225V\306\347l\023\211~\271\3206=\235*M:\261\"OO\242\224KQ\350\215\334\271D\261\n\261IQ\361O)\314\306a\303\371\r\024\375\001,\342\013\001\351\223\340V)7\000rN\037\006\352\023\327\310\245\363\256\244\331\244]k\254\324n\324\037`7\t(\r\275q\202\023\274\2200\025\362,\361\"]i\003(E\202\202v\236f\264F\301\371F[\005\013\"1\357\047\254\2135JS\025\227\235\016i\235p\256""\013\222\310\245\322Pwk\033\347\034\"\220\370\221\311\214\253\013W\264\273\351\2410T\002\202\311\010T7\225qx+aJ\300\030\243\335om\351kA[Z\3128\264\221Z7=\345O\273j\370\323\256\034>\006\253\260\237W\332\337\037\017\330q\363z\032\2278\312\377#\304\317?]C\341/{1z\227\026\365\314\322\222S9\333q\367\007%\235\3742\346Td\345\264\332\037\304?\003\336E\034\344Z\372\304/\325\366~xu\353\353\363G\027\047\357\177\377\2643\270\263s>>\257.\336.\357-\337]>[\335Z=_\327\037\304\325\316\335\213G\313\223\345\364rxy\1775\\\335[\375\265>\271\272}\367\342\207\345p\271\373\271\343\337\227j\365`u\366\341\376\307a\347x\365\315w\313\357\227\343\345\277\253\335\325\336zw\375`}\372q\370\351\253\301\235o\333\010\377\001=\241\214T";
+    PyObject *data = __Pyx_DecompressString(cstring, 933, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1228 bytes) */
-static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\375t\367\001arrays>&\001loans\234\"e\000\367use\035\022(del\367) s\341\002remo\377ved(tree\377 fragmen\037t).: \312\001\306$\177\001\010\332\000\346\001\375\000:\201\"\261\001\325 \377\001\047ast\337 \355 n\362 \225 \236\355#: ?N\215A\203BC\237ython\255!x\000i\377berately\277 stric4\006P\277EP-484\344\"r\357ejec\352 sub\277classe\331\002b\357uilt\276 typ\377es. If y\237ou ne\243 \326@pZ%\000 &\010th\240`s\361A\277he \047an\215@a\237tion_<\000\225@\047o dirb\000iv\362 \377o False.\357add_\265@ech\366-\000el \000sabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\357/rol\251\000pyx\377no defau\377lt __red\377uce__ du\336y\002non-\212 vi\373al\033\000cinit\327__C\177\003E`\001Cl\257osed\006\002M\335\204\003T\177ooLongO\277`\277takenR\345\204\002E\253nd\000\006._\006c\373\"_Y_\017\t\227 st\205@_\013\017\035ci\001Wri\325@M\000\000\006\340>\017\017\t?\016.\007K\002__Pkyx\001\000D\360@_N\247 \237Ref__\220D\210 _\377_func___\317_get\224\003\n\000ma\373in\020\001modul\316!\002nam)\002\320 _c\207api.\001\010\001,\004\023\001vyt\261AG\001qual)\005\230\354%\205.\206Fex{\001\260`_\362]\005s\200\010\240.__te\375s\245@_is_co\377routinea\177syncio.\010\006]s\305dscl\034\000_\314\000\377tracebac\375k\343\"counte\177ddecode\312c\377ghistory_index\203@m\331f\362\221\204\004.\321b\351\206\001memb\377ershipme=m0\000view\375\210\004\344\204\001\375e\252!overfl\337owpop\211\211\003re\373pl\200\000selfs\363et\217\204\004\271\204\001valu\363es@\001\332\206\003int ?(struc\261\204\001\356!\337obj_7\367\204\004_7\316\240\205\004_10~\007\256\204\006nd\377 *, PyOb\310\310""\206\001\010\001\032-M\324\006F\001un\177signed \223\000\356L\t)\000u\245\00064_~\251\000void)\000\231\213\001\375_\274\206\004\000micro\375s\333 nds\200\001\330\377\004\n\210+\220Q\200A\377\360\014\000\t\014\2104\210\377v\220T\230\024\230W\240\377D\250\004\250K\260w\270\377a\330\014\022\220+\230Q\377\230b\240\001\240\027\250\001\377\250\024\250X\260Q\330\010\177\022\220&\230\001\230\021)\r\377Y\240d\250$\250k\270\367\027\300\0012\004\330\020\032\230\377!\2304\230z\250\021\250\377\047\260\021\260$\260j\300?\001\360\006\000\t\023<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1228, 1727);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1234 bytes) */
+static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\375t\367\001arrays>&\001loans\234\"e\000\367use\035\022(del\367) s\341\002remo\377ved(tree\377 fragmen\037t).: \312\001\306$\177\001\010\332\000\346\001\375\000:\201\"\261\001\325 \377\001\047ast\337 \355 n\362 \225 \236\355#: ?N\215A\203BC\237ython\255!x\000i\377berately\277 stric4\006P\277EP-484\344\"r\357ejec\352 sub\277classe\331\002b\357uilt\276 typ\377es. If y\237ou ne\243 \326@pZ%\000 &\010th\240`s\361A\277he \047an\215@a\237tion_<\000\225@\047o dirb\000iv\362 \377o False.\357add_\265@ech\366-\000el \000sabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\357/rol\251\000pyx\377no defau\377lt __red\377uce__ du\336y\002non-\212 vi\373al\033\000cinit\327__C\177\003E`\001Cl\257osed\006\002M\335\204\003T\177ooLongO\277`\277takenR\345\204\002E\253nd\000\006._\006c\373\"_Y_\017\t\227 st\205@_\013\017\035ci\001Wri\325@M\000\000\006\340>\017\017\t?\016.\007K\002__Pkyx\001\000D\360@_N\247 \237Ref__\220D\210 _\377_func___\317_get\224\003\n\000ma\373in\020\001modul\316!\002nam)\002\320 _c\207api.\001\010\001,\004\023\001vyt\261AG\001qual)\005\230\354%\205.\206Fex{\001\260`_\362]\005s\200\010\240.__te\375s\245@_is_co\377routinea\177syncio.\010\006]s\305dscl\034\000_\314\000\377tracebac\375k\343\"counte\177ddecode\312c\377ghistory_index\203@m\331f\362\221\204\004.\321b\351\206\001memb\377ershipme=m0\000view\375\210\004\344\204\001\375e\252!overfl\337owpop\211\211\003re\373pl\200\000selfs\363et\217\204\004\271\204\001valu\363es@\001\332\206\003int ?(struc\261\204\001\356!\337obj_7\367\204\004_7~\240\205\004_4ends\247\204\006\377nd *, PycOb\301\206\001""\010\001  10\301\007\363_M\315\006F\001unsi\237gned \214\000L\t)\273\000u\236\00064_\242\000v_oid)\000\222\213\001_\265\206\004\177\000micros\324 \376\231\000\200\001\330\004\n\210+\377\220Q\200A\360\014\000\t\377\014\2104\210v\220T\230\377\024\230W\240D\250\004\250\377K\260w\270a\330\014\022\377\220+\230Q\230b\240\001\377\240\027\250\001\250\024\250X\377\260Q\330\010\022\220&\230\367\001\230\021)\rY\240d\250\177$\250k\270\027\300\0012\004\377\330\020\032\230!\2304\230\377z\250\021\250\047\260\021\260\377$\260j\300\001\360\006\000\003\t\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1234, 1720);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1727 bytes) */
-static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\014\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\014\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360""\006\000\t\023\220&\230\001\230\021";
+    #else /* compression: none (1720 bytes) */
+static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\014\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\014\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000""\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12029,7 +12078,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 95};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 96};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -12044,7 +12093,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }

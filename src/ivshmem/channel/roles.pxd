@@ -3,7 +3,8 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from .header cimport ivshmem_message, ivshmem_reader, ivshmem_writer
-from .membership cimport ChannelEnd, Membership
+from .ends cimport ChannelEnd
+from .membership cimport Membership
 
 cdef enum:
     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.

@@ -2,7 +2,8 @@ from typing import Any
 
 from typing_extensions import Self, disjoint_base
 
-from .membership import ChannelEnd, Membership
+from .ends import ChannelEnd
+from .membership import Membership
 
 @disjoint_base
 class WriterEnd(ChannelEnd):

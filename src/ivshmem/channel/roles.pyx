@@ -18,7 +18,8 @@ from libc.string cimport memcpy
 
 from ..native.syscalls cimport clock_gettime, timespec
 from .header cimport *
-from .membership cimport ChannelEnd, Membership
+from .ends cimport ChannelEnd
+from .membership cimport Membership
 
 from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
 from ..text import counted

@@ -1826,6 +1826,7 @@ static const char* const __pyx_f[] = {
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
   "ivshmem/channel/membership.pxd",
+  "ivshmem/channel/ends.pxd",
   "ivshmem/channel/roles.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
@@ -2016,9 +2017,10 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent;
 struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener;
@@ -2084,7 +2086,7 @@ struct __pyx_t_7ivshmem_6native_4spin_Turn {
 */
 typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
 
-/* "descriptors.pxd":10
+/* "native/descriptors.pxd":10
  * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2179,7 +2181,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 };
 struct __pyx_t_7ivshmem_7channel_10membership_Rings;
 
-/* "membership.pxd":12
+/* "membership.pxd":11
  * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2190,7 +2192,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
 };
 
-/* "membership.pxd":16
+/* "membership.pxd":15
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2203,8 +2205,8 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
-/* "roles.pxd":8
- * from .membership cimport ChannelEnd, Membership
+/* "roles.pxd":9
+ * from .membership cimport Membership
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
@@ -2212,7 +2214,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held;
 */
 enum  {
 
-  /* "roles.pxd":10
+  /* "roles.pxd":11
  * cdef enum:
  *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
  *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
@@ -2223,7 +2225,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
 };
 
-/* "roles.pxd":20
+/* "roles.pxd":21
  * 
  * 
  * cdef struct Held:             # <<<<<<<<<<<<<<
@@ -2236,7 +2238,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
 };
 struct __pyx_t_7ivshmem_7channel_7streams_Probed;
 
-/* "ivshmem/channel/streams.pyx":28
+/* "ivshmem/channel/streams.pyx":29
  * from . import asynchronous, stream_files
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2248,7 +2250,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1
 };
 
-/* "ivshmem/channel/streams.pyx":144
+/* "ivshmem/channel/streams.pyx":145
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2274,7 +2276,7 @@ struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
 };
 
 
-/* "descriptors.pxd":86
+/* "native/descriptors.pxd":86
  * 
  * 
  * cdef class Fd:             # <<<<<<<<<<<<<<
@@ -2287,7 +2289,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
 };
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2306,7 +2308,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
 };
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2323,7 +2325,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
 };
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2338,7 +2340,7 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
 };
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2390,7 +2392,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2406,7 +2408,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2418,7 +2420,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2430,7 +2432,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2485,7 +2487,21 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":25
+/* "membership.pxd":20
+ * 
+ * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtab;
+  PyObject *__weakref__;
+};
+
+
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2520,16 +2536,16 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "membership.pxd":21
+/* "ends.pxd":11
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup {
   PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
@@ -2537,32 +2553,30 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
 };
 
 
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+/* "ends.pxd":21
  * 
  * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
 */
-struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_Dependent __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   PyObject *channels;
   PyObject *name;
   struct ivshmem_channel channel;
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
   int copying;
-  PyObject *__weakref__;
 };
 
 
-/* "roles.pxd":25
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2570,7 +2584,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
  *     cdef readonly object type  # of the messages: what checks and converts them, or None
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_writer writer;
   PyObject *type;
   int times;
@@ -2581,7 +2595,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
 };
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2589,7 +2603,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
  *     cdef readonly object type
 */
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_reader reader;
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
@@ -2599,7 +2613,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "ivshmem/channel/streams.pyx":33
+/* "ivshmem/channel/streams.pyx":34
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2607,12 +2621,12 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
  * cdef class StreamListener(ChannelEnd):
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_listener listener;
 };
 
 
-/* "ivshmem/channel/streams.pyx":173
+/* "ivshmem/channel/streams.pyx":174
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2620,13 +2634,13 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
  * cdef class Half(ChannelEnd):
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_Half {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *stream;
   struct __pyx_t_7ivshmem_7channel_7streams_Probed probed;
 };
 
 
-/* "ivshmem/channel/streams.pyx":205
+/* "ivshmem/channel/streams.pyx":206
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2634,13 +2648,13 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
  * cdef class Stream(ChannelEnd):
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   struct ivshmem_stream stream;
   PyObject *timeout;
 };
 
 
-/* "ivshmem/channel/streams.pyx":418
+/* "ivshmem/channel/streams.pyx":419
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2676,7 +2690,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
-/* "descriptors.pxd":93
+/* "native/descriptors.pxd":93
  * 
  * 
  * cdef class FdArray:             # <<<<<<<<<<<<<<
@@ -2693,7 +2707,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
 
 
-/* "descriptors.pxd":117
+/* "native/descriptors.pxd":117
  * 
  * 
  * cdef class Signaller:             # <<<<<<<<<<<<<<
@@ -2708,7 +2722,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
 
 
-/* "descriptors.pxd":127
+/* "native/descriptors.pxd":127
  * 
  * 
  * cdef class Relay:             # <<<<<<<<<<<<<<
@@ -2722,7 +2736,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
 
 
-/* "descriptors.pxd":134
+/* "native/descriptors.pxd":134
  * 
  * 
  * cdef class Epoll:             # <<<<<<<<<<<<<<
@@ -2762,6 +2776,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7i
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2769,7 +2785,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "native/mapping.pxd":20
+/* "native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2786,7 +2802,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "native/mapping.pxd":31
+/* "native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2800,7 +2816,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "native/mapping.pxd":35
+/* "native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2814,7 +2830,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "native/mapping.pxd":39
+/* "native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2870,51 +2886,21 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":20
  * 
  * 
- * cdef class Wakeup             # <<<<<<<<<<<<<<
- * cdef class ChannelEnd
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
-  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
-
-
-/* "membership.pxd":22
- * 
- * cdef class Wakeup
- * cdef class ChannelEnd             # <<<<<<<<<<<<<<
- * 
+ * cdef class Dependent:             # <<<<<<<<<<<<<<
+ *     cdef object __weakref__
  * 
 */
 
-struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
-  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
-  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
-  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
+  int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
-static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":25
+/* "membership.pxd":26
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2930,6 +2916,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2940,13 +2927,57 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
-  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "roles.pxd":25
+/* "ends.pxd":11
+ * 
+ * 
+ * cdef class Wakeup:             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Epoll epoll
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
+
+
+/* "ends.pxd":21
+ * 
+ * 
+ * cdef class ChannelEnd(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef readonly object channels  # keeps the membership from being collected
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent __pyx_base;
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+
+
+/* "roles.pxd":26
  * 
  * 
  * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2955,7 +2986,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
@@ -2970,7 +3001,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":46
+/* "roles.pxd":47
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2979,7 +3010,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
   int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
   int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
@@ -2989,7 +3020,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/streams.pyx":33
+/* "ivshmem/channel/streams.pyx":34
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2998,12 +3029,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "ivshmem/channel/streams.pyx":173
+/* "ivshmem/channel/streams.pyx":174
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3012,12 +3043,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
 
 
-/* "ivshmem/channel/streams.pyx":205
+/* "ivshmem/channel/streams.pyx":206
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3026,7 +3057,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7i
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
-  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*take_over)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *);
   int (*begin)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
   struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
@@ -4279,7 +4310,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
@@ -4337,8 +4368,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.membership" */
 
+/* Module declarations from "ivshmem.channel.ends" */
+
 /* Module declarations from "ivshmem.channel.roles" */
-static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
+static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.streams" */
 static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *, int); /*proto*/
@@ -4447,9 +4480,10 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
     PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
     PyObject *__pyx_type_7ivshmem_7channel_7streams_StreamListener;
@@ -4733,9 +4767,10 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -4793,9 +4828,10 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -4830,7 +4866,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "descriptors.pxd":28
+/* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4842,7 +4878,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   struct timespec __pyx_v_t;
   int64_t __pyx_r;
 
-  /* "descriptors.pxd":30
+  /* "native/descriptors.pxd":30
  * cdef inline int64_t now() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
@@ -4851,7 +4887,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
 */
   (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
 
-  /* "descriptors.pxd":31
+  /* "native/descriptors.pxd":31
  *     cdef timespec t
  *     clock_gettime(CLOCK_MONOTONIC, &t)
  *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
@@ -4864,7 +4900,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":28
+  /* "native/descriptors.pxd":28
  * 
  * 
  * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4878,7 +4914,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
   return __pyx_r;
 }
 
-/* "descriptors.pxd":34
+/* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4895,7 +4931,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   int64_t __pyx_t_5;
   int __pyx_t_6;
 
-  /* "descriptors.pxd":36
+  /* "native/descriptors.pxd":36
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
  *     """When they will be over; less than 0: never."""
  *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
@@ -4932,7 +4968,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":34
+  /* "native/descriptors.pxd":34
  * 
  * 
  * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4945,7 +4981,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(
   return __pyx_r;
 }
 
-/* "descriptors.pxd":39
+/* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -4961,7 +4997,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   int64_t __pyx_t_3;
   int64_t __pyx_t_4;
 
-  /* "descriptors.pxd":42
+  /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4973,7 +5009,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":43
+    /* "native/descriptors.pxd":43
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -4986,7 +5022,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":42
+    /* "native/descriptors.pxd":42
  *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
  *     cdef int64_t nanoseconds
  *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
@@ -4995,7 +5031,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   }
 
-  /* "descriptors.pxd":44
+  /* "native/descriptors.pxd":44
  *     if deadline == INT64_MAX:
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -5019,7 +5055,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   __pyx_v_nanoseconds = __pyx_t_4;
 
 
-  /* "descriptors.pxd":45
+  /* "native/descriptors.pxd":45
  *         return NULL
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
@@ -5028,7 +5064,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":46
+  /* "native/descriptors.pxd":46
  *     nanoseconds = max(deadline - now(), <int64_t>0)
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
@@ -5037,7 +5073,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
 */
   __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
 
-  /* "descriptors.pxd":47
+  /* "native/descriptors.pxd":47
  *     left.tv_sec = nanoseconds // 1000000000
  *     left.tv_nsec = nanoseconds % 1000000000
  *     return left             # <<<<<<<<<<<<<<
@@ -5050,7 +5086,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":39
+  /* "native/descriptors.pxd":39
  * 
  * 
  * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5064,7 +5100,7 @@ static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_tim
   return __pyx_r;
 }
 
-/* "descriptors.pxd":50
+/* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5079,7 +5115,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   uint64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "descriptors.pxd":52
+  /* "native/descriptors.pxd":52
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
  *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
  *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
@@ -5107,7 +5143,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
   goto __pyx_L0;
 
-  /* "descriptors.pxd":50
+  /* "native/descriptors.pxd":50
  * 
  * 
  * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5120,7 +5156,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
   return __pyx_r;
 }
 
-/* "descriptors.pxd":55
+/* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5135,7 +5171,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   int64_t __pyx_r;
   int __pyx_t_1;
 
-  /* "descriptors.pxd":61
+  /* "native/descriptors.pxd":61
  *     it since Linux 5.8, which is why that is the oldest kernel supported.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5144,7 +5180,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_count = 0;
 
-  /* "descriptors.pxd":64
+  /* "native/descriptors.pxd":64
  *     cdef iovec iov
  *     cdef ssize_t n
  *     iov.iov_base = &count             # <<<<<<<<<<<<<<
@@ -5153,7 +5189,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_base = (&__pyx_v_count);
 
-  /* "descriptors.pxd":65
+  /* "native/descriptors.pxd":65
  *     cdef ssize_t n
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
@@ -5162,7 +5198,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
 
-  /* "descriptors.pxd":66
+  /* "native/descriptors.pxd":66
  *     iov.iov_base = &count
  *     iov.iov_len = sizeof(count)
  *     while True:             # <<<<<<<<<<<<<<
@@ -5171,7 +5207,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
   while (1) {
 
-    /* "descriptors.pxd":67
+    /* "native/descriptors.pxd":67
  *     iov.iov_len = sizeof(count)
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
@@ -5180,7 +5216,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
 
-    /* "descriptors.pxd":68
+    /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5192,7 +5228,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":69
+      /* "native/descriptors.pxd":69
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):
  *             return count_of(count)             # <<<<<<<<<<<<<<
@@ -5205,7 +5241,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":68
+      /* "native/descriptors.pxd":68
  *     while True:
  *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
  *         if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5214,7 +5250,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":70
+    /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5226,7 +5262,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":71
+      /* "native/descriptors.pxd":71
  *             return count_of(count)
  *         if n >= 0:
  *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
@@ -5239,7 +5275,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":70
+      /* "native/descriptors.pxd":70
  *         if n == sizeof(count):
  *             return count_of(count)
  *         if n >= 0:             # <<<<<<<<<<<<<<
@@ -5248,7 +5284,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":72
+    /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5260,7 +5296,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":73
+      /* "native/descriptors.pxd":73
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:
  *             return 0             # <<<<<<<<<<<<<<
@@ -5273,7 +5309,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":72
+      /* "native/descriptors.pxd":72
  *         if n >= 0:
  *             return -EINVAL  # no eventfd
  *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5282,7 +5318,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
 */
     }
 
-    /* "descriptors.pxd":74
+    /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5294,7 +5330,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     if (__pyx_t_1) {
 
 
-      /* "descriptors.pxd":75
+      /* "native/descriptors.pxd":75
  *             return 0
  *         if errno != EINTR:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -5307,7 +5343,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
       }
       goto __pyx_L0;
 
-      /* "descriptors.pxd":74
+      /* "native/descriptors.pxd":74
  *         if errno == EAGAIN:
  *             return 0
  *         if errno != EINTR:             # <<<<<<<<<<<<<<
@@ -5317,7 +5353,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
     }
   }
 
-  /* "descriptors.pxd":55
+  /* "native/descriptors.pxd":55
  * 
  * 
  * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5334,7 +5370,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __p
   return __pyx_r;
 }
 
-/* "descriptors.pxd":78
+/* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5348,7 +5384,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "descriptors.pxd":80
+  /* "native/descriptors.pxd":80
  * cdef inline int add_one(int fd) noexcept nogil:
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
@@ -5357,7 +5393,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   __pyx_v_one = 1;
 
-  /* "descriptors.pxd":81
+  /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5383,7 +5419,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   if (__pyx_t_1) {
 
 
-    /* "descriptors.pxd":82
+    /* "native/descriptors.pxd":82
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0             # <<<<<<<<<<<<<<
@@ -5396,7 +5432,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
     }
     goto __pyx_L0;
 
-    /* "descriptors.pxd":81
+    /* "native/descriptors.pxd":81
  *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
  *     cdef uint64_t one = 1
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
@@ -5405,7 +5441,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 */
   }
 
-  /* "descriptors.pxd":83
+  /* "native/descriptors.pxd":83
  *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
  *         return 0
  *     return errno             # <<<<<<<<<<<<<<
@@ -5418,7 +5454,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":78
+  /* "native/descriptors.pxd":78
  * 
  * 
  * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5432,7 +5468,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
   return __pyx_r;
 }
 
-/* "descriptors.pxd":107
+/* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5443,7 +5479,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __py
 static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
   Py_ssize_t __pyx_r;
 
-  /* "descriptors.pxd":109
+  /* "native/descriptors.pxd":109
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
  *     """How many descriptors there are, also while another thread adds one."""
  *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
@@ -5456,7 +5492,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":107
+  /* "native/descriptors.pxd":107
  * 
  * 
  * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5469,7 +5505,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
   return __pyx_r;
 }
 
-/* "descriptors.pxd":112
+/* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5480,7 +5516,7 @@ static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of
 static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
   int *__pyx_r;
 
-  /* "descriptors.pxd":114
+  /* "native/descriptors.pxd":114
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
  *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
  *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
@@ -5493,7 +5529,7 @@ static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct
   }
   goto __pyx_L0;
 
-  /* "descriptors.pxd":112
+  /* "native/descriptors.pxd":112
  * 
  * 
  * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5563,7 +5599,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/streams.pyx":40
+/* "ivshmem/channel/streams.pyx":41
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5596,53 +5632,53 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 40, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 41, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 41, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 40, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 41, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 40, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 41, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 40, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 41, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 40, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 41, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5653,8 +5689,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 40, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 41, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -5698,17 +5734,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/streams.pyx":42
+  /* "ivshmem/channel/streams.pyx":43
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":43
+  /* "ivshmem/channel/streams.pyx":44
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5717,7 +5753,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":44
+  /* "ivshmem/channel/streams.pyx":45
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5726,7 +5762,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":45
+  /* "ivshmem/channel/streams.pyx":46
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)             # <<<<<<<<<<<<<<
@@ -5735,7 +5771,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_code = ivshmem_listen((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":46
+  /* "ivshmem/channel/streams.pyx":47
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5747,7 +5783,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":47
+    /* "ivshmem/channel/streams.pyx":48
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
@@ -5758,7 +5794,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 
     __pyx_v_most = __pyx_t_3;
 
-    /* "ivshmem/channel/streams.pyx":48
+    /* "ivshmem/channel/streams.pyx":49
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")             # <<<<<<<<<<<<<<
@@ -5766,27 +5802,27 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *             raise self.fail(code)
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 48, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 49, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_listener);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_listener);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 48, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 49, __pyx_L1_error);
     __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5803,7 +5839,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -5825,14 +5861,14 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":46
+    /* "ivshmem/channel/streams.pyx":47
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5841,7 +5877,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":49
+  /* "ivshmem/channel/streams.pyx":50
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:             # <<<<<<<<<<<<<<
@@ -5853,20 +5889,20 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":50
+    /* "ivshmem/channel/streams.pyx":51
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 50, __pyx_L1_error)
+    __PYX_ERR(0, 51, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":49
+    /* "ivshmem/channel/streams.pyx":50
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:             # <<<<<<<<<<<<<<
@@ -5875,17 +5911,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":51
+  /* "ivshmem/channel/streams.pyx":52
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef int attempt(self) except -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 52, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":40
+  /* "ivshmem/channel/streams.pyx":41
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5914,7 +5950,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":53
+/* "ivshmem/channel/streams.pyx":54
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5927,7 +5963,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":54
+  /* "ivshmem/channel/streams.pyx":55
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -5949,7 +5985,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":53
+  /* "ivshmem/channel/streams.pyx":54
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5963,7 +5999,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":56
+/* "ivshmem/channel/streams.pyx":57
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5978,7 +6014,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":57
+  /* "ivshmem/channel/streams.pyx":58
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -5987,20 +6023,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":58
+  /* "ivshmem/channel/streams.pyx":59
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 58, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 59, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":56
+  /* "ivshmem/channel/streams.pyx":57
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6017,7 +6053,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":60
+/* "ivshmem/channel/streams.pyx":61
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6027,7 +6063,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":61
+  /* "ivshmem/channel/streams.pyx":62
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6036,7 +6072,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":60
+  /* "ivshmem/channel/streams.pyx":61
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6048,7 +6084,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":63
+/* "ivshmem/channel/streams.pyx":64
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6065,7 +6101,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":64
+  /* "ivshmem/channel/streams.pyx":65
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6082,7 +6118,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 65, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6093,17 +6129,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":65
+    /* "ivshmem/channel/streams.pyx":66
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":64
+    /* "ivshmem/channel/streams.pyx":65
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6112,7 +6148,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":66
+  /* "ivshmem/channel/streams.pyx":67
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6125,7 +6161,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":63
+  /* "ivshmem/channel/streams.pyx":64
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6142,7 +6178,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":68
+/* "ivshmem/channel/streams.pyx":69
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6153,7 +6189,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":69
+  /* "ivshmem/channel/streams.pyx":70
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6162,7 +6198,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":70
+  /* "ivshmem/channel/streams.pyx":71
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6175,7 +6211,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":68
+  /* "ivshmem/channel/streams.pyx":69
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6189,7 +6225,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":72
+/* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6238,25 +6274,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 72, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 73, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 73, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 72, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 73, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 73, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6269,7 +6305,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 72, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 73, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6311,29 +6347,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept", 0);
 
-  /* "ivshmem/channel/streams.pyx":85
+  /* "ivshmem/channel/streams.pyx":86
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":87
+  /* "ivshmem/channel/streams.pyx":88
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
  *         while True:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":88
+  /* "ivshmem/channel/streams.pyx":89
  *         cdef int code
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -6341,7 +6377,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
  *             self.enter()
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 89, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -6360,13 +6396,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 88, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":89
+  /* "ivshmem/channel/streams.pyx":90
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -6375,17 +6411,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":90
+    /* "ivshmem/channel/streams.pyx":91
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":91
+    /* "ivshmem/channel/streams.pyx":92
  *         while True:
  *             self.enter()
  *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -6394,7 +6430,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-    /* "ivshmem/channel/streams.pyx":92
+    /* "ivshmem/channel/streams.pyx":93
  *             self.enter()
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
@@ -6403,7 +6439,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
 
-    /* "ivshmem/channel/streams.pyx":93
+    /* "ivshmem/channel/streams.pyx":94
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6415,17 +6451,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":94
+      /* "ivshmem/channel/streams.pyx":95
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":95
+      /* "ivshmem/channel/streams.pyx":96
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -6443,7 +6479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":93
+      /* "ivshmem/channel/streams.pyx":94
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6452,7 +6488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":96
+    /* "ivshmem/channel/streams.pyx":97
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6464,20 +6500,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":97
+      /* "ivshmem/channel/streams.pyx":98
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 97, __pyx_L1_error)
+      __PYX_ERR(0, 98, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":96
+      /* "ivshmem/channel/streams.pyx":97
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6486,7 +6522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":98
+    /* "ivshmem/channel/streams.pyx":99
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -6501,7 +6537,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 
       __pyx_t_7 = 0;
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 99, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -6520,18 +6556,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 98, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 99, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_8 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_4); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_4); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 99, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 99, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_9 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_8, Py_GT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 98, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_8, Py_GT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 99, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       if (__pyx_t_9) {
-        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 98, __pyx_L1_error)
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 99, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
         __pyx_t_4 = __pyx_t_3;
         __pyx_t_3 = 0;
@@ -6549,21 +6585,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":99
+    /* "ivshmem/channel/streams.pyx":100
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return None
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 99, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 100, __pyx_L1_error)
     __pyx_t_6 = (__pyx_t_2 == IVSHMEM_AGAIN);
 
 
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":100
+      /* "ivshmem/channel/streams.pyx":101
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -6580,7 +6616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":99
+      /* "ivshmem/channel/streams.pyx":100
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6590,7 +6626,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6618,7 +6654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":102
+/* "ivshmem/channel/streams.pyx":103
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6666,24 +6702,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6694,7 +6730,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6728,7 +6764,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":104
+  /* "ivshmem/channel/streams.pyx":105
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.accept, timeout)             # <<<<<<<<<<<<<<
@@ -6736,12 +6772,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 105, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -6761,7 +6797,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6775,7 +6811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":102
+  /* "ivshmem/channel/streams.pyx":103
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6797,7 +6833,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":106
+/* "ivshmem/channel/streams.pyx":107
  *         return asynchronous.until_something(self, self.accept, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6825,7 +6861,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":107
+  /* "ivshmem/channel/streams.pyx":108
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -6843,7 +6879,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":106
+  /* "ivshmem/channel/streams.pyx":107
  *         return asynchronous.until_something(self, self.accept, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6858,7 +6894,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":109
+/* "ivshmem/channel/streams.pyx":110
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6892,7 +6928,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":110
+  /* "ivshmem/channel/streams.pyx":111
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -6906,7 +6942,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 110, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6920,7 +6956,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":110
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6940,7 +6976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":112
+/* "ivshmem/channel/streams.pyx":113
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -6968,7 +7004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":113
+  /* "ivshmem/channel/streams.pyx":114
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -6986,7 +7022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":112
+  /* "ivshmem/channel/streams.pyx":113
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7001,7 +7037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":115
+/* "ivshmem/channel/streams.pyx":116
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7035,7 +7071,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":116
+  /* "ivshmem/channel/streams.pyx":117
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7049,7 +7085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7063,7 +7099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":115
+  /* "ivshmem/channel/streams.pyx":116
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7289,7 +7325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":119
+/* "ivshmem/channel/streams.pyx":120
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7340,53 +7376,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 119, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 120, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 120, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 119, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 120, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 120, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 120, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 120, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 119, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 120, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 119, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 120, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 119, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 120, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7397,8 +7433,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 119, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 120, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 120, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -7444,29 +7480,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":126
+  /* "ivshmem/channel/streams.pyx":127
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":128
+  /* "ivshmem/channel/streams.pyx":129
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":129
+  /* "ivshmem/channel/streams.pyx":130
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -7475,7 +7511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":130
+  /* "ivshmem/channel/streams.pyx":131
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -7484,7 +7520,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":131
+  /* "ivshmem/channel/streams.pyx":132
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -7493,7 +7529,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":132
+  /* "ivshmem/channel/streams.pyx":133
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7505,7 +7541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":133
+    /* "ivshmem/channel/streams.pyx":134
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -7513,7 +7549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7527,7 +7563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -7536,14 +7572,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 134, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 133, __pyx_L1_error)
+    __PYX_ERR(0, 134, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":132
+    /* "ivshmem/channel/streams.pyx":133
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7552,7 +7588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":134
+  /* "ivshmem/channel/streams.pyx":135
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7564,7 +7600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":135
+    /* "ivshmem/channel/streams.pyx":136
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -7575,7 +7611,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":136
+    /* "ivshmem/channel/streams.pyx":137
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")             # <<<<<<<<<<<<<<
@@ -7583,27 +7619,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         raise stream.fail(code)
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 136, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 137, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 136, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 137, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 136, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7620,7 +7656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -7642,14 +7678,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 137, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 136, __pyx_L1_error)
+    __PYX_ERR(0, 137, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":134
+    /* "ivshmem/channel/streams.pyx":135
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7658,7 +7694,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":137
+  /* "ivshmem/channel/streams.pyx":138
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:             # <<<<<<<<<<<<<<
@@ -7670,20 +7706,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":138
+    /* "ivshmem/channel/streams.pyx":139
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 138, __pyx_L1_error)
+    __PYX_ERR(0, 139, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":137
+    /* "ivshmem/channel/streams.pyx":138
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:             # <<<<<<<<<<<<<<
@@ -7692,27 +7728,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":139
+  /* "ivshmem/channel/streams.pyx":140
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":140
+  /* "ivshmem/channel/streams.pyx":141
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 141, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":141
+  /* "ivshmem/channel/streams.pyx":142
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -7730,7 +7766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":119
+  /* "ivshmem/channel/streams.pyx":120
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7758,7 +7794,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":149
+/* "ivshmem/channel/streams.pyx":150
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7773,7 +7809,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":152
+  /* "ivshmem/channel/streams.pyx":153
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
@@ -7782,7 +7818,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":153
+  /* "ivshmem/channel/streams.pyx":154
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7794,7 +7830,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":154
+    /* "ivshmem/channel/streams.pyx":155
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
@@ -7807,7 +7843,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":153
+    /* "ivshmem/channel/streams.pyx":154
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7816,7 +7852,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":155
+  /* "ivshmem/channel/streams.pyx":156
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7828,7 +7864,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":156
+    /* "ivshmem/channel/streams.pyx":157
  *         return code
  *     if other.closed:
  *         return 0             # <<<<<<<<<<<<<<
@@ -7841,7 +7877,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":155
+    /* "ivshmem/channel/streams.pyx":156
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7850,7 +7886,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":157
+  /* "ivshmem/channel/streams.pyx":158
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -7862,7 +7898,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":158
+    /* "ivshmem/channel/streams.pyx":159
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -7888,7 +7924,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":159
+      /* "ivshmem/channel/streams.pyx":160
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7901,7 +7937,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":158
+      /* "ivshmem/channel/streams.pyx":159
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -7910,7 +7946,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":160
+    /* "ivshmem/channel/streams.pyx":161
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -7922,7 +7958,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":161
+      /* "ivshmem/channel/streams.pyx":162
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7935,7 +7971,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":160
+      /* "ivshmem/channel/streams.pyx":161
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -7944,7 +7980,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":162
+    /* "ivshmem/channel/streams.pyx":163
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -7957,7 +7993,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":157
+    /* "ivshmem/channel/streams.pyx":158
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -7966,7 +8002,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":163
+  /* "ivshmem/channel/streams.pyx":164
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8002,7 +8038,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":164
+    /* "ivshmem/channel/streams.pyx":165
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0             # <<<<<<<<<<<<<<
@@ -8015,7 +8051,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":163
+    /* "ivshmem/channel/streams.pyx":164
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8024,7 +8060,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":165
+  /* "ivshmem/channel/streams.pyx":166
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0
  *     return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8037,7 +8073,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":149
+  /* "ivshmem/channel/streams.pyx":150
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8052,7 +8088,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":168
+/* "ivshmem/channel/streams.pyx":169
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8064,7 +8100,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":169
+  /* "ivshmem/channel/streams.pyx":170
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -8073,7 +8109,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":170
+  /* "ivshmem/channel/streams.pyx":171
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8086,7 +8122,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":168
+  /* "ivshmem/channel/streams.pyx":169
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8100,7 +8136,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":181
+/* "ivshmem/channel/streams.pyx":182
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8111,7 +8147,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":182
+  /* "ivshmem/channel/streams.pyx":183
  * 
  *     cdef int attempt(self) except -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
@@ -8124,7 +8160,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":181
+  /* "ivshmem/channel/streams.pyx":182
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8138,7 +8174,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":184
+/* "ivshmem/channel/streams.pyx":185
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8159,7 +8195,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/streams.pyx":185
+  /* "ivshmem/channel/streams.pyx":186
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8170,7 +8206,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":186
+    /* "ivshmem/channel/streams.pyx":187
  *     cdef int enter(self) except -1:
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")             # <<<<<<<<<<<<<<
@@ -8183,14 +8219,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_Half_is_made_by_its_Stream};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 186, __pyx_L1_error)
+    __PYX_ERR(0, 187, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":185
+    /* "ivshmem/channel/streams.pyx":186
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8199,20 +8235,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":187
+  /* "ivshmem/channel/streams.pyx":188
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")
  *         return self.stream.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd sleeper(self):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_5;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":184
+  /* "ivshmem/channel/streams.pyx":185
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8232,7 +8268,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":189
+/* "ivshmem/channel/streams.pyx":190
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8240,12 +8276,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
  * 
 */
 
-static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_r = NULL;
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":190
+  /* "ivshmem/channel/streams.pyx":191
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -8253,17 +8289,17 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
  *     cdef int begin_sleep(self) except -2:
 */
   {
-    struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_temp;
+    struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
       __Pyx_INCREF((PyObject *)__pyx_v_self->stream);
-      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->stream);
+      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream);
     }
     __Pyx_XDECREF((PyObject *)__pyx_temp);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":189
+  /* "ivshmem/channel/streams.pyx":190
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8278,7 +8314,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":192
+/* "ivshmem/channel/streams.pyx":193
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8293,7 +8329,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":193
+  /* "ivshmem/channel/streams.pyx":194
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -8302,20 +8338,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":194
+  /* "ivshmem/channel/streams.pyx":195
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 195, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":192
+  /* "ivshmem/channel/streams.pyx":193
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8332,7 +8368,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":196
+/* "ivshmem/channel/streams.pyx":197
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8342,7 +8378,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":197
+  /* "ivshmem/channel/streams.pyx":198
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
@@ -8351,7 +8387,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":196
+  /* "ivshmem/channel/streams.pyx":197
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8363,7 +8399,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":199
+/* "ivshmem/channel/streams.pyx":200
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8374,7 +8410,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":200
+  /* "ivshmem/channel/streams.pyx":201
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8383,7 +8419,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":201
+  /* "ivshmem/channel/streams.pyx":202
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8392,7 +8428,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":202
+  /* "ivshmem/channel/streams.pyx":203
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8405,7 +8441,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":199
+  /* "ivshmem/channel/streams.pyx":200
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8625,7 +8661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":216
+/* "ivshmem/channel/streams.pyx":217
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8640,7 +8676,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":217
+  /* "ivshmem/channel/streams.pyx":218
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -8654,7 +8690,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":218
+  /* "ivshmem/channel/streams.pyx":219
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -8668,7 +8704,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":219
+  /* "ivshmem/channel/streams.pyx":220
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -8682,7 +8718,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":220
+  /* "ivshmem/channel/streams.pyx":221
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -8693,7 +8729,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":221
+  /* "ivshmem/channel/streams.pyx":222
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -8706,7 +8742,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":216
+  /* "ivshmem/channel/streams.pyx":217
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8721,7 +8757,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":223
+/* "ivshmem/channel/streams.pyx":224
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8736,7 +8772,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":224
+  /* "ivshmem/channel/streams.pyx":225
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8745,20 +8781,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":225
+  /* "ivshmem/channel/streams.pyx":226
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef Half half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":223
+  /* "ivshmem/channel/streams.pyx":224
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8775,7 +8811,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":227
+/* "ivshmem/channel/streams.pyx":228
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -8793,19 +8829,19 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":228
+  /* "ivshmem/channel/streams.pyx":229
  * 
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 229, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":230
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
@@ -8817,7 +8853,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":230
+  /* "ivshmem/channel/streams.pyx":231
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -8831,7 +8867,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":232
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -8845,7 +8881,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":233
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -8854,7 +8890,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":233
+  /* "ivshmem/channel/streams.pyx":234
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -8863,7 +8899,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":234
+  /* "ivshmem/channel/streams.pyx":235
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -8881,7 +8917,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":227
+  /* "ivshmem/channel/streams.pyx":228
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -8901,7 +8937,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":236
+/* "ivshmem/channel/streams.pyx":237
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8912,7 +8948,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":237
+  /* "ivshmem/channel/streams.pyx":238
  * 
  *     cdef int attempt(self) except -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -8925,7 +8961,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":236
+  /* "ivshmem/channel/streams.pyx":237
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8939,7 +8975,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":239
+/* "ivshmem/channel/streams.pyx":240
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8950,7 +8986,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":240
+  /* "ivshmem/channel/streams.pyx":241
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -8959,7 +8995,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":241
+  /* "ivshmem/channel/streams.pyx":242
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -8972,7 +9008,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":239
+  /* "ivshmem/channel/streams.pyx":240
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8986,7 +9022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":243
+/* "ivshmem/channel/streams.pyx":244
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8996,7 +9032,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":244
+  /* "ivshmem/channel/streams.pyx":245
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9005,7 +9041,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":243
+  /* "ivshmem/channel/streams.pyx":244
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9017,7 +9053,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":246
+/* "ivshmem/channel/streams.pyx":247
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9034,7 +9070,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":248
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9052,7 +9088,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":249
  *     cdef int restore(self) except -1:
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9070,7 +9106,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":249
+  /* "ivshmem/channel/streams.pyx":250
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9084,7 +9120,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":248
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9094,17 +9130,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":251
+    /* "ivshmem/channel/streams.pyx":252
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":247
+    /* "ivshmem/channel/streams.pyx":248
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9113,7 +9149,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":253
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9126,7 +9162,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":246
+  /* "ivshmem/channel/streams.pyx":247
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9143,7 +9179,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":254
+/* "ivshmem/channel/streams.pyx":255
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9154,7 +9190,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":255
+  /* "ivshmem/channel/streams.pyx":256
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9163,7 +9199,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   ivshmem_stream_close((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":257
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9176,7 +9212,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":255
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9190,7 +9226,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":260
+/* "ivshmem/channel/streams.pyx":261
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9238,32 +9274,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 260, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 261, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 261, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 261, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 260, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 261, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 260, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 261, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 260, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 261, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9302,7 +9338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":263
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9319,7 +9355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9338,10 +9374,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 262, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9350,7 +9386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":263
+    /* "ivshmem/channel/streams.pyx":264
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9358,7 +9394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 263, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -9372,7 +9408,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 263, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -9381,14 +9417,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 264, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 263, __pyx_L1_error)
+    __PYX_ERR(0, 264, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":262
+    /* "ivshmem/channel/streams.pyx":263
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9397,7 +9433,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":264
+  /* "ivshmem/channel/streams.pyx":265
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -9409,7 +9445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":261
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9433,7 +9469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":266
+/* "ivshmem/channel/streams.pyx":267
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9489,7 +9525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":269
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -9507,7 +9543,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":267
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9522,7 +9558,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":270
+/* "ivshmem/channel/streams.pyx":271
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9570,32 +9606,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 270, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 270, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 270, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 270, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 270, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9626,14 +9662,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":272
+  /* "ivshmem/channel/streams.pyx":273
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 273, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -9647,7 +9683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":271
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9668,7 +9704,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":274
+/* "ivshmem/channel/streams.pyx":275
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -9700,7 +9736,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":278
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -9716,7 +9752,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 278, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -9724,7 +9760,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":278
+    /* "ivshmem/channel/streams.pyx":279
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -9733,17 +9769,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":279
+      /* "ivshmem/channel/streams.pyx":280
  *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 279, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 280, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":278
+      /* "ivshmem/channel/streams.pyx":279
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -9752,7 +9788,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":280
+    /* "ivshmem/channel/streams.pyx":281
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -9760,7 +9796,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 280, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 281, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -9774,7 +9810,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 280, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -9783,14 +9819,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 280, __pyx_L1_error)
+    __PYX_ERR(0, 281, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":277
+    /* "ivshmem/channel/streams.pyx":278
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -9799,7 +9835,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":281
+  /* "ivshmem/channel/streams.pyx":282
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -9814,7 +9850,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 281, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9833,18 +9869,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 282, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 282, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 281, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 282, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9862,29 +9898,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":283
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":283
+  /* "ivshmem/channel/streams.pyx":284
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 284, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":284
+  /* "ivshmem/channel/streams.pyx":285
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9896,7 +9932,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":285
+    /* "ivshmem/channel/streams.pyx":286
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -9904,9 +9940,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 285, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -9922,7 +9958,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 285, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9932,14 +9968,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 285, __pyx_L1_error)
+    __PYX_ERR(0, 286, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":284
+    /* "ivshmem/channel/streams.pyx":285
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9948,7 +9984,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":286
+  /* "ivshmem/channel/streams.pyx":287
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -9960,20 +9996,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":287
+    /* "ivshmem/channel/streams.pyx":288
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 287, __pyx_L1_error)
+    __PYX_ERR(0, 288, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":286
+    /* "ivshmem/channel/streams.pyx":287
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -9982,7 +10018,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":288
+  /* "ivshmem/channel/streams.pyx":289
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9995,7 +10031,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":274
+  /* "ivshmem/channel/streams.pyx":275
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10021,7 +10057,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":290
+/* "ivshmem/channel/streams.pyx":291
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10069,32 +10105,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 290, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 291, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 291, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 290, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 291, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 290, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 291, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 291, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 290, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 291, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10147,17 +10183,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":301
+        /* "ivshmem/channel/streams.pyx":302
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":302
+        /* "ivshmem/channel/streams.pyx":303
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10166,7 +10202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":303
+          /* "ivshmem/channel/streams.pyx":304
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10178,7 +10214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":304
+            /* "ivshmem/channel/streams.pyx":305
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10197,7 +10233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":303
+            /* "ivshmem/channel/streams.pyx":304
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10206,7 +10242,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":305
+          /* "ivshmem/channel/streams.pyx":306
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10218,7 +10254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":306
+          /* "ivshmem/channel/streams.pyx":307
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10226,7 +10262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 306, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 307, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10245,12 +10281,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 306, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 307, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10266,7 +10302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":308
+        /* "ivshmem/channel/streams.pyx":309
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10317,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":290
+      /* "ivshmem/channel/streams.pyx":291
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10359,7 +10395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":310
+/* "ivshmem/channel/streams.pyx":311
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10385,7 +10421,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":314
+  /* "ivshmem/channel/streams.pyx":315
  *     ) except -1:
  *         cdef int64_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -10394,17 +10430,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":315
+    /* "ivshmem/channel/streams.pyx":316
  *         cdef int64_t n
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":316
+    /* "ivshmem/channel/streams.pyx":317
  *         while True:
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)             # <<<<<<<<<<<<<<
@@ -10413,7 +10449,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), __pyx_v_data, __pyx_v_size);
 
-    /* "ivshmem/channel/streams.pyx":317
+    /* "ivshmem/channel/streams.pyx":318
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10425,17 +10461,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":318
+      /* "ivshmem/channel/streams.pyx":319
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 318, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 319, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":317
+      /* "ivshmem/channel/streams.pyx":318
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10444,7 +10480,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":319
+    /* "ivshmem/channel/streams.pyx":320
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10456,7 +10492,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":320
+      /* "ivshmem/channel/streams.pyx":321
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -10469,7 +10505,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":319
+      /* "ivshmem/channel/streams.pyx":320
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10478,7 +10514,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":321
+    /* "ivshmem/channel/streams.pyx":322
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10490,7 +10526,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":322
+      /* "ivshmem/channel/streams.pyx":323
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -10499,14 +10535,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_t_4 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":323
+      /* "ivshmem/channel/streams.pyx":324
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(
  *                     32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_6[1] = __pyx_t_5;
@@ -10520,7 +10556,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
       #endif
       __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_9 = 1;
@@ -10529,14 +10565,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 322, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 323, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 322, __pyx_L1_error)
+      __PYX_ERR(0, 323, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":321
+      /* "ivshmem/channel/streams.pyx":322
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10545,7 +10581,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":325
+    /* "ivshmem/channel/streams.pyx":326
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10557,20 +10593,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":326
+      /* "ivshmem/channel/streams.pyx":327
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 326, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 327, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 326, __pyx_L1_error)
+      __PYX_ERR(0, 327, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":325
+      /* "ivshmem/channel/streams.pyx":326
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10579,18 +10615,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":328
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":310
+  /* "ivshmem/channel/streams.pyx":311
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10615,7 +10651,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":329
+/* "ivshmem/channel/streams.pyx":330
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10663,32 +10699,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 329, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 330, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 329, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 330, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 329, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 330, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 329, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 330, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10743,7 +10779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":336
+        /* "ivshmem/channel/streams.pyx":337
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -10752,17 +10788,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":337
+        /* "ivshmem/channel/streams.pyx":338
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":338
+        /* "ivshmem/channel/streams.pyx":339
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10771,7 +10807,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":339
+          /* "ivshmem/channel/streams.pyx":340
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10783,7 +10819,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":340
+          /* "ivshmem/channel/streams.pyx":341
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -10791,7 +10827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 341, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10810,13 +10846,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 340, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 341, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":341
+          /* "ivshmem/channel/streams.pyx":342
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -10829,20 +10865,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":342
+            /* "ivshmem/channel/streams.pyx":343
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 342, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 343, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":346
+        /* "ivshmem/channel/streams.pyx":347
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10890,7 +10926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":329
+      /* "ivshmem/channel/streams.pyx":330
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10931,7 +10967,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":348
+/* "ivshmem/channel/streams.pyx":349
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -10958,7 +10994,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":350
+  /* "ivshmem/channel/streams.pyx":351
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -10966,7 +11002,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 350, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -10985,13 +11021,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":351
+  /* "ivshmem/channel/streams.pyx":352
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -11000,17 +11036,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":352
+    /* "ivshmem/channel/streams.pyx":353
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":353
+    /* "ivshmem/channel/streams.pyx":354
  *         while True:
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)             # <<<<<<<<<<<<<<
@@ -11019,7 +11055,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), __pyx_v_into, __pyx_v_room);
 
-    /* "ivshmem/channel/streams.pyx":354
+    /* "ivshmem/channel/streams.pyx":355
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11031,17 +11067,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":355
+      /* "ivshmem/channel/streams.pyx":356
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":354
+      /* "ivshmem/channel/streams.pyx":355
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11050,7 +11086,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":356
+    /* "ivshmem/channel/streams.pyx":357
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11062,7 +11098,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":357
+      /* "ivshmem/channel/streams.pyx":358
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -11075,7 +11111,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":356
+      /* "ivshmem/channel/streams.pyx":357
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11084,7 +11120,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":358
+    /* "ivshmem/channel/streams.pyx":359
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11096,7 +11132,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":359
+      /* "ivshmem/channel/streams.pyx":360
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(             # <<<<<<<<<<<<<<
@@ -11105,14 +11141,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_t_3 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":360
+      /* "ivshmem/channel/streams.pyx":361
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(
  *                     104, f"connection of {self.name!r}: the other end is gone"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 361, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_7[1] = __pyx_t_2;
@@ -11126,7 +11162,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_5);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 360, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 361, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_4 = 1;
@@ -11135,14 +11171,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 359, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 359, __pyx_L1_error)
+      __PYX_ERR(0, 360, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":358
+      /* "ivshmem/channel/streams.pyx":359
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11151,7 +11187,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":362
+    /* "ivshmem/channel/streams.pyx":363
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11163,20 +11199,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":363
+      /* "ivshmem/channel/streams.pyx":364
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 363, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 364, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 363, __pyx_L1_error)
+      __PYX_ERR(0, 364, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":362
+      /* "ivshmem/channel/streams.pyx":363
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11185,18 +11221,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":364
+    /* "ivshmem/channel/streams.pyx":365
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 364, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":348
+  /* "ivshmem/channel/streams.pyx":349
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11222,7 +11258,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":366
+/* "ivshmem/channel/streams.pyx":367
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11270,32 +11306,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 366, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 367, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 366, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 367, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 366, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 367, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 366, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 367, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 366, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 367, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 368, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 366, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 367, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11335,7 +11371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":374
+        /* "ivshmem/channel/streams.pyx":375
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -11344,7 +11380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 374, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 375, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -11360,7 +11396,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":366
+      /* "ivshmem/channel/streams.pyx":367
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11399,7 +11435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":376
+/* "ivshmem/channel/streams.pyx":377
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11430,7 +11466,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":379
+  /* "ivshmem/channel/streams.pyx":380
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11442,7 +11478,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":380
+    /* "ivshmem/channel/streams.pyx":381
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -11450,7 +11486,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11461,7 +11497,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 380, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11470,14 +11506,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 381, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 380, __pyx_L1_error)
+    __PYX_ERR(0, 381, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":379
+    /* "ivshmem/channel/streams.pyx":380
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11486,7 +11522,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":381
+  /* "ivshmem/channel/streams.pyx":382
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -11510,7 +11546,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":382
+  /* "ivshmem/channel/streams.pyx":383
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11522,7 +11558,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":383
+    /* "ivshmem/channel/streams.pyx":384
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -11540,7 +11576,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":382
+    /* "ivshmem/channel/streams.pyx":383
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11549,29 +11585,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":384
+  /* "ivshmem/channel/streams.pyx":385
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 384, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":385
+  /* "ivshmem/channel/streams.pyx":386
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 386, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":386
+  /* "ivshmem/channel/streams.pyx":387
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -11586,9 +11622,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 386, __pyx_L1_error)
+      __PYX_ERR(0, 387, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 387, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -11605,7 +11641,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":376
+  /* "ivshmem/channel/streams.pyx":377
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11630,7 +11666,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":388
+/* "ivshmem/channel/streams.pyx":389
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11679,48 +11715,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 388, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 389, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 388, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 389, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 388, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 389, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 389, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 388, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 389, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 389, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 390, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 388, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 389, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11779,17 +11815,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":400
+        /* "ivshmem/channel/streams.pyx":401
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":401
+        /* "ivshmem/channel/streams.pyx":402
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11798,7 +11834,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":402
+          /* "ivshmem/channel/streams.pyx":403
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -11817,7 +11853,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":403
+          /* "ivshmem/channel/streams.pyx":404
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11834,7 +11870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":404
+            /* "ivshmem/channel/streams.pyx":405
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -11842,9 +11878,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 404, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 405, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 404, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 405, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -11855,7 +11891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 404, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 405, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -11865,14 +11901,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 404, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 405, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 404, __pyx_L7_error)
+            __PYX_ERR(0, 405, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":403
+            /* "ivshmem/channel/streams.pyx":404
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11881,7 +11917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":405
+          /* "ivshmem/channel/streams.pyx":406
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -11893,9 +11929,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 405, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 406, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 405, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 406, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -11918,7 +11954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":407
+        /* "ivshmem/channel/streams.pyx":408
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11971,7 +12007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":388
+      /* "ivshmem/channel/streams.pyx":389
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12015,7 +12051,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":409
+/* "ivshmem/channel/streams.pyx":410
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12064,46 +12100,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 409, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 410, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 409, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 409, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 409, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 410, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 409, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 410, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 409, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 410, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 409, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 410, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 409, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 410, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 409, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 410, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12140,7 +12176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":411
+  /* "ivshmem/channel/streams.pyx":412
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)             # <<<<<<<<<<<<<<
@@ -12148,16 +12184,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
  *     @cython.critical_section
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -12179,7 +12215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12193,7 +12229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":409
+  /* "ivshmem/channel/streams.pyx":410
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12217,7 +12253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":413
+/* "ivshmem/channel/streams.pyx":414
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12265,32 +12301,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 413, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 414, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 414, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 413, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 414, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 413, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 413, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 414, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12329,15 +12365,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":416
+        /* "ivshmem/channel/streams.pyx":417
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 416, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -12353,7 +12389,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":413
+      /* "ivshmem/channel/streams.pyx":414
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12392,7 +12428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":418
+/* "ivshmem/channel/streams.pyx":419
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12441,35 +12477,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 418, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 419, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 419, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 418, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 419, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 418, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 419, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 419, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12480,7 +12516,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 418, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 419, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12513,7 +12549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 418, __pyx_L1_error)
+    __PYX_ERR(0, 419, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12527,7 +12563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 419, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12572,17 +12608,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 418, __pyx_L1_error)
+    __PYX_ERR(0, 419, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":423
+  /* "ivshmem/channel/streams.pyx":424
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await asynchronous.until_no_wait(
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -12592,15 +12628,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 423, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":424
+  /* "ivshmem/channel/streams.pyx":425
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
@@ -12608,11 +12644,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
  *                 self.half(SEND), self._send_now, timeout, view
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 424, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 425, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":425
+    /* "ivshmem/channel/streams.pyx":426
  *         view = memoryview(data).cast("B")
  *         while view:
  *             sent = await asynchronous.until_no_wait(             # <<<<<<<<<<<<<<
@@ -12620,22 +12656,22 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
  *             )
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/streams.pyx":426
+    /* "ivshmem/channel/streams.pyx":427
  *         while view:
  *             sent = await asynchronous.until_no_wait(
  *                 self.half(SEND), self._send_now, timeout, view             # <<<<<<<<<<<<<<
  *             )
  *             view = view[sent:]
 */
-    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12656,7 +12692,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_8 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -12670,21 +12706,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 425, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 426, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_8 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 425, __pyx_L1_error)
+      __PYX_ERR(0, 426, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":428
+    /* "ivshmem/channel/streams.pyx":429
  *                 self.half(SEND), self._send_now, timeout, view
  *             )
  *             view = view[sent:]             # <<<<<<<<<<<<<<
@@ -12698,12 +12734,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
 
       __pyx_t_9 = 0;
     } else {
-      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 428, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 429, __pyx_L1_error)
       __pyx_t_9 = __pyx_t_10;
     }
 
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -12713,7 +12749,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":418
+  /* "ivshmem/channel/streams.pyx":419
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12745,7 +12781,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":430
+/* "ivshmem/channel/streams.pyx":431
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12793,32 +12829,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 430, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 431, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 430, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 431, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 430, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 431, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 430, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 431, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 430, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 431, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12866,17 +12902,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":434
+        /* "ivshmem/channel/streams.pyx":435
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":435
+        /* "ivshmem/channel/streams.pyx":436
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12885,15 +12921,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":436
+          /* "ivshmem/channel/streams.pyx":437
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 436, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 437, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -12909,7 +12945,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":438
+        /* "ivshmem/channel/streams.pyx":439
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12958,7 +12994,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":430
+      /* "ivshmem/channel/streams.pyx":431
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12997,7 +13033,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":440
+/* "ivshmem/channel/streams.pyx":441
  *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
@@ -13045,32 +13081,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 440, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 441, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 440, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 440, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 441, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 440, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 441, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 440, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 441, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 440, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 441, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13110,7 +13146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shutdown", 0);
 
-  /* "ivshmem/channel/streams.pyx":445
+  /* "ivshmem/channel/streams.pyx":446
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13127,7 +13163,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":446
+    /* "ivshmem/channel/streams.pyx":447
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -13135,7 +13171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
     __pyx_t_6[1] = __pyx_t_5;
@@ -13146,7 +13182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 446, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -13155,14 +13191,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 446, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 447, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 446, __pyx_L1_error)
+    __PYX_ERR(0, 447, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":445
+    /* "ivshmem/channel/streams.pyx":446
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13171,17 +13207,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":447
+  /* "ivshmem/channel/streams.pyx":448
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 448, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":448
+  /* "ivshmem/channel/streams.pyx":449
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -13190,17 +13226,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
   ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-  /* "ivshmem/channel/streams.pyx":449
+  /* "ivshmem/channel/streams.pyx":450
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 450, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":440
+  /* "ivshmem/channel/streams.pyx":441
  *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
@@ -13224,7 +13260,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":451
+/* "ivshmem/channel/streams.pyx":452
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13276,22 +13312,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 452, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 452, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 452, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 452, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -13301,11 +13337,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 452, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 452, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13324,7 +13360,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 452, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13358,15 +13394,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":453
+  /* "ivshmem/channel/streams.pyx":454
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13386,7 +13422,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 453, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13400,7 +13436,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":452
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13632,7 +13668,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener __pyx_v
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_StreamListener(PyObject *o, PyObject *a, PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
   {
     int cinit_result = __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(o, a, k);
     if (unlikely(cinit_result)) goto bad;
@@ -13645,10 +13681,10 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_StreamL
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_StreamListener(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -13669,13 +13705,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_StreamListener(PyObject 
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7streams_StreamListener);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -13685,8 +13721,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_StreamListener(PyObject 
   int e;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -13834,17 +13870,17 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half __pyx_vtable_7ivs
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Half(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Half *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
   p->stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)Py_None); Py_INCREF(Py_None);
   return o;
 }
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Half(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -13867,13 +13903,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_Half(PyObject *o) {
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7streams_Half);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -13884,8 +13920,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Half(PyObject *o, visitp
   struct __pyx_obj_7ivshmem_7channel_7streams_Half *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Half *)o;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -14004,17 +14040,17 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream __pyx_vtable_7i
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o);
-  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
   p->timeout = Py_None; Py_INCREF(Py_None);
   return o;
 }
 
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Stream(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
   #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
   if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
     o = NULL;
   } else
   #endif
@@ -14037,13 +14073,13 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream(PyObject *o) {
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
   #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
   #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
   #endif
   __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream);
   #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
     Py_DECREF(tp);
   }
   #endif
@@ -14054,8 +14090,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream(PyObject *o, visi
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
   #if !CYTHON_USE_MODULE_STATE
   e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
     if (traverse) { e = traverse(o, v, a); }
   } else
   #endif
@@ -14466,26 +14502,26 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamListener", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_StreamListener ---*/
   __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener = &__pyx_vtable_7ivshmem_7channel_7streams_StreamListener;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_StreamListener_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 34, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = &__pyx_type_7ivshmem_7channel_7streams_StreamListener;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -14495,12 +14531,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14519,27 +14555,27 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_Half ---*/
   __pyx_vtabptr_7ivshmem_7channel_7streams_Half = &__pyx_vtable_7ivshmem_7channel_7streams_Half;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_enter;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_attempt;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_enter;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_attempt;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 174, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
@@ -14549,12 +14585,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14573,12 +14609,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_Stream ---*/
   __pyx_vtabptr_7ivshmem_7channel_7streams_Stream = &__pyx_vtable_7ivshmem_7channel_7streams_Stream;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_attempt;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_restore;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_give_up;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_attempt;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_restore;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_give_up;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.take_over = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *))__pyx_f_7ivshmem_7channel_7streams_6Stream_take_over;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.begin = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.half = (struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_half;
@@ -14587,19 +14623,19 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 206, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -14609,12 +14645,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__weakref__);
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 205, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14632,14 +14668,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 419, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 419, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -14775,8 +14811,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -14785,8 +14821,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -14795,8 +14831,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -14805,8 +14841,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -14821,18 +14857,18 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(8, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -14841,10 +14877,23 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 26, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -14854,8 +14903,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(9, 25, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(10, 26, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(10, 26, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
@@ -14864,8 +14913,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 46, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 46, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(10, 47, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(10, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -14900,7 +14949,7 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
     #endif
-    const char * __pyx_import_name = __pyx_import_signature + 167;
+    const char * __pyx_import_name = __pyx_import_signature + 160;
     void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
@@ -15197,18 +15246,18 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
-  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.membership", "ChannelEnd",
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #else
-  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamListener(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -15220,7 +15269,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/streams.pyx":21
+  /* "ivshmem/channel/streams.pyx":22
  * from .roles cimport open_channel
  * 
  * from time import monotonic             # <<<<<<<<<<<<<<
@@ -15229,22 +15278,22 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":23
+  /* "ivshmem/channel/streams.pyx":24
  * from time import monotonic
  * 
  * from ..errors import ChannelError             # <<<<<<<<<<<<<<
@@ -15253,37 +15302,13 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":24
- * 
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
- * from ..text import counted
- * from . import asynchronous, stream_files
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
@@ -15293,21 +15318,21 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":25
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import counted             # <<<<<<<<<<<<<<
- * from . import asynchronous, stream_files
  * 
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
+ * from ..text import counted
+ * from . import asynchronous, stream_files
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -15317,21 +15342,21 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":26
+ * from ..errors import ChannelError
  * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import counted
- * from . import asynchronous, stream_files             # <<<<<<<<<<<<<<
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * from . import asynchronous, stream_files
  * 
- * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -15340,17 +15365,41 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":27
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import counted
+ * from . import asynchronous, stream_files             # <<<<<<<<<<<<<<
+ * 
+ * cdef enum:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15358,23 +15407,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":102
+  /* "ivshmem/channel/streams.pyx":103
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.accept, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 102, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15404,19 +15453,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":119
+  /* "ivshmem/channel/streams.pyx":120
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15446,202 +15495,202 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":261
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 260, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":267
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 267, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 267, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":271
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":290
+  /* "ivshmem/channel/streams.pyx":291
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":329
+  /* "ivshmem/channel/streams.pyx":330
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":366
+  /* "ivshmem/channel/streams.pyx":367
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 366, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":388
+  /* "ivshmem/channel/streams.pyx":389
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 389, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":409
+  /* "ivshmem/channel/streams.pyx":410
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 409, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":414
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 413, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":418
+  /* "ivshmem/channel/streams.pyx":419
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":430
+  /* "ivshmem/channel/streams.pyx":431
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 430, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 430, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":440
+  /* "ivshmem/channel/streams.pyx":441
  *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 440, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":452
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 451, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15649,7 +15698,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15746,7 +15795,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":73
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -15755,12 +15804,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 72, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 73, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":388
+  /* "ivshmem/channel/streams.pyx":389
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15769,12 +15818,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 389, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":452
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -15783,7 +15832,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 451, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -15825,30 +15874,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{11},{9},{6},{24},{2},{15},{1},{28},{31},{10},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{7},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{179},{9},{174},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{164},{23},{31},{5}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{172},{9},{174},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{164},{23},{31},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1701 bytes) */
-static const char cstring[] = "x\332\235V\315s\333D\024\217\007\323&mH\023\332I\231\224\302\232\206\266\320\326\324%\264!@\231\2206\264|\224\270\t\375b@\263\226V\316\266\362\256\255]\331q\31309\372\250\343\036\367\250\243\216>\372\230\243\217>\366O\310\237\300[Iv\034B\017\220\031\257v\237\336{\373{\277\367\241 \354\023D\031\n\004Af\313\353\204\241J[\022\221\255\224I\2160\252\004\256K|\304]\204\304e\351\023\202\\\037Wk\204\311O\212+\350:\342>\252q\260\027\304\346\314\021W\215\340\001gd\005m\336\373u\313zx\347j\272y\374\320\274\311d\217\037\256 \354y\210J\201V`E-\036x\016ja*W\020\343\250\356s\233\010\201<*$a\302\310\3446eU\270\252I\034\003{\005\311m\000\r\213\217\010\003\221@\325\344\326\303b\237\330\2046!\032pj`~\373\200K\002:X\242\265\266\334\346\314\030:\304\243\025\342cI\2746\022\322\247\266\004sPbh\343\356\306\265\245\345%\204\023_\317\211\r\200EP\261=,\004x\005V*\001\365$\000\222\355:\021Et\337Em\036 F\000&\360W\007\275q\003\000\306\200*\231\300\274\204\031\304\205%\345\314\002s\210\357\022r(@\226\000\331X\257cO\220\"F\367\260\347\032\2405\354\020\310NB\333&\344\002\203\300\261\300\007\261\023W\303p\221\r\330\031\361\020\244\204\031w\020\047@u\250\300\025\217\020f\326\252\275\315[\3404=9\264)\266k\244V\314,\213\3033\361}\356\213\341I\264!\037\265\242\2445by\264\0068\206o$\331\221\331\376\263\314\307g\"\201(\212\365\366\016\320\357\020\027\007\236D\226\345\023\047\260\211e!\047H\302d\234]\003\326\233\024{\360\326\246\214J\313\022\304s\213P\007\025 2\213\256BL@M\342\313\224\\\2146\322\034\362\212\311\014r\241\300\352\324~\341\001\223\211y\n\340\377\230\233\010y \321wki,w\r\r&\r\346W\034\205`\047\016,+\223Bb\005\344\363@\236&)]\217Z\215\344o\260+\202\201\335\204\374\266\206g\310\2263v\256\022\231\001\315\0045\374\202\270\324#\331\321\230\217m-,\332\314\036\027\230\036\317\316\306\365\330\026\272\363\360\351\2201\000\256x\334~\001L\035H\016C\021\333\201tx\213\245\307\237\222F&\376\341\323\233(\031{\377\006jF\032\330\266I]\376\2530ElY\033\355\035\370\335\201\256\266\036@\225>$\256ee\235\007E\010{3""v\314\306\r\214\272eU\207w\302_\rS\226<\271\023x\211\204\341Z\362\204\252\26625\263mJ\323G\346E#\300\336PiX\352G\002\035\t\310\2169@\230#\307b\354\372#\341[\026\314f\203\226\n\313\346>\360M\031\031\325\311\250@R\006\306yH\226m\2373\036\210dOyq\344@\244S>]!\251\240-\263.\026\266gn\000\026\244\217mR\301\366\013\333\343f\332;$\033/\007S\306\346\001\203\356r\260\204I\205\035c9|Z\334u`@\023\320q\340\206t\256\270\036\256V\017\252\030&\022e\016\331\2410d\304?\047R6M<\342J/K\364\260\334A\r\346\267\330\246uH\023\251A\214\2223j\327\270\220\206T\226|\320\030i\031\034\014J\000>\"~\235\327}C\333Ac\214:\302\347\274\226}\316\000\265\231$\206\326\254\017\016\265\003\034\344X/\3006\233r\007\3550\354\003A_\022\0013>\013#Y-\003^\034\035\252f\230J\310U\313\3102?@,\365 \265\226\251\326\364 8\2745\237\305&\366\002\222,\242I\tp(\321e\270!\260\315\2645\305\t\023\316\272\225\021j\335\312\030\265J\327\017\210\263\206\203\016>t\237^\205\311\370K:\024a\377_=\375<\332\032\353\000\"\257\262\344\243-\307\375~2a\376\343\2602\017\273\271A\376D\347JX\336\315\355\317L\274\275\240\346\325\216nD\271\327\371\3310\027\276\247\026\364\327Q+\306F\351RxN\255\252G\272\224\036\026TI\375\240\341\315\311\376\311\202\236\323\005}3\232\033\344\217\357\006\235\265Nc09\323\237Y\324\253\372Y\324\210sc\342S\235f\370D=\326\367\2432\350t<UP+\272\334\277x+nt\217w\033\275c=l\264\215\203\216\033\336Us\252`\356\273\030\202\023#Y\205\013;\245\335\325\301\215\317\367\347\047\246\316\201\375\262.\351\365\2500\230\234\032L\237\016\227\302\035\325\322vt\026\256\235>\325\221\341\215pSM\352\274^\035\314\316\207\317uN\277\253K\375\305\265^\251wg/\227Z\004\020\330\023\275\025\315G\315x\253{\276\367\274\277Q~=\375>H\313\n\357\256\276\236<\331Y\016o\251\217\225\324+Q9\242\261\337\235\033L\277\033~\n\032\317\014]\203\311\351\316\217a\303\250\232\315\216z\031\315\231\203\271\037\300\356\037\233\230\232\205\3552p\266\256\013 \230L\241\337\004\342.\032\363\251\003 \177DK\t\214\371\256\350\025\306P\354\237\230\230\232\356,u\374\360t\370""\275*\r\357\207\204@hp\355z\010\024|\250\032\020\341\031\3754r\342\013\361f7\337]\3536RtMU\006\0473\023S\037(\240~\341\037\267\317\207\0160=}6|\005\231L\234\177\034\372\220\376%\335\030\314\276\247\362\352\256\236\033\234\371H/j\022\335\210\036\305Kq\320\375\256\353\366\356\357\225!\272w\316\217P\316\216\207\272\250\215h\376h\260\206\230/\324[\020\306\354\331\2601\272\376(\007\355\275\223\375\315\255\376\326\257#&\372\371\367\325/\375+\337t\177\337+\366\237<5$\377\251\276\200\250\347u3\372\255{\242wy\257\320\317\237\007\037\245\375\005\023\355#\275\034\225\"\310\306L\347\271\312\251\271\301\344\351\360+\205U#A2\033\036\013\261\211\367\222:\007\365\272\005E\0140n\047\025\275\244_\305\205\370\246I\366\251N\020\256\001R\250!W\255f\250\307\204\016T\007Pol\227\325\227zM\377\025?\355VzS{g\366\312\303ps\320]M\275\t\024\030\363~\376\202.%\350\373\347\256\000\300\365x1\246]\020\337\210\013iP\267\243\271h1\"q)\376\241\353\364\256\356\321\376\343\047\375\023\327\343\334\337h[\313\375";
-    PyObject *data = __Pyx_DecompressString(cstring, 1701, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1710 bytes) */
+static const char cstring[] = "x\332\235V\315s\033\267\025\027\247\254#\331\252,\305\0369#\307-\230(\266\023;\214\3512\266\252\266\351(\262\3258m\035\321R\374\221N\213\001w\261\024\354%@.\260\244\230t::\362\270G\034q\334\343\036y\344QG\036y\364\237\240?\241\017\273K\212\212\352\231N5C,\360\366\275\207\337\373\275\217\025\"\001E\214\243PRd\267\242E9\252\367\024\225\371\312\270\022\210\240z\350y4@\302CH\336V\001\245\310\013H\243I\271\372\264\274\211\356!\021\240\246\000{I\035\301]y\327\n\236\nN7\321\3367\337\357\343g\217\356f\233\027\317\354\233\\\366\342\331&\"\276\217\230\222h\023V\324\025\241\357\242.aj\023q\201Z\201p\250\224\310gRQ.\255L\0350\336\200\253:\324\265\2607\221:\000\320\260\004\210r\020I\324Ho=+\016\250CY\007\242\001\247\026\346\237\236\nEA\207(\264\335S\007\202[C\227\372\254N\003\242\250\337CR\005\314Q`\016J\034\355>\336\375\274\272QE$\365\365\232:\000X\206u\307\047R\202W`\245\0362_\001 \325kQYFO<\324\023!\342\024`\002\177-\320\2335\000`\034\250R)\314[\204C\\D1\3011\230C|\267\220\313\000\262\002\310\326z\207\370\222\226\t\372\206\370\236\005\332$.\205\354\244\264\355A.\010\010\\\014>\250\223\272\232\204\213\034\300\316\251\217 %\334\272\2038\001\252\313$\251\373\224r\2736\234\003\321\005\247\331\311e\035y\320\244\315rnY\236\234i\020\210@NN\262\007\371h\226\025kR\354\263&\340\230\274Q\364P\345\373/r\037_\310\024\242,\267z\207@\277K=\022\372\na\034P7t(\306\310\r\3230\271\340\237\003\353\035F|x\3530\316\024\306\222\372^\031\352\240\016D\346\321\325\251\r\250C\003\225\221K\320n\226CQ\267\231A\036\024X\2139o|`25\317\000\374?\3466B\021*\364\365v\026\313cK\203M\203\375\225\247!8\251\003\214s)$VB>O\345Y\222\262\365\274\325T\376\016\2732\0308\035\310owr\206l\2713\347\006U9\320\\\320$o\250\307|\232\037\255\371\314\026\023\331\343\316\254\300\366x~\266\256g\266\320\235gOg\214\001p\335\027\316\033`\352Tr\026\212<\010\225+\272<;\3765md\032\234=\275\213\222\231\367\357\240f\252A\034\207\266\324\177\025f\2101\336\355\035\302\357\021t5~\nU\372\214z\030\347\235\007E\010{;v\354\306\013\255:\306\215""\311\235\360\327$\214\247O\341\206~*\341\244\231>\241\252q\256f\267\035e\373\310\276h\207\304\237(MJ\375\\\240S\001=\264\007\010s\352X\316\\\177.|\214a6[\264LbG\004\3007\343tZ\047\323\002\311\030\230\345!]\016\002\301E(\323=\023\345\251\003\231M\371l\205\244\202\266\312\273X:\276\275\001XP\001qh\2358o\034_\330i\357\322|\274\234N\031G\204\034\272\313%\n&\025q\255\345\344\211\205\347\302\200\246\240\343\302\r\331\\\361|\322h\234V1L$\306]z\310`\310\310\237O\244|\232\370\324S~\236\350I\271\203\032\314oy\300Z\220&\332\204\030\225\340\314i\n\251,\251<\375\240q\332\26588\224\000|D\202\226h\005\226\266\323\306\230vD D3\377\234\001j;I,\255y\037\234i\0078\250\231^\200m>\345N\333a\322\007\222\375H%\314\370<\214t\305\026\274<?T\3550U\220\253\256\225\345~\200X\346Cj\261\255\326\354 \005\274\265\237\305\016\361C\232.\262\303(p\250\320m\270!t\354\264\265\305\t\023\016?\314\t\305\017sFq\325F\205\047\023\016\276p\237\335\205\221\370]6\ra\377?\270\250\334;\345\036\377m\272\265\326!\204\334\340\351\327Z\315\372\375t\316\376\253\201s\017G\205q\361b\377NT;*\234,\315\375rM\257\352C\323\216\013o\213\313Q!\372@\257\231?\304\335\204X\245[\321u\275\245\237\233JvX\323\025\375\255\2017\227F\227Jf\305\224\314\203xe\\|\357(\354o\367\333\343\371\245\321\322\272\3312?\304\355\2440#\276\334\357D/\365\013\363$\256\201N\337\327%\275ij\243\233\017\223\366\340\275A{xaH\254\266u\320\367\242\307zE\227\354}7#pb%[pa\277r\2645\276\377\333\223\325\271\205\353`\277a*f\047.\215\347\027\306\213W\242jt\250\273\306\211\257\301\265\213\227\373*\272\037\355\351yS4[\343\345\325\350\265)\230\367Me\264\276=\254\014\037\035\0272\213\020\002{i\366\343\325\270\223\354\017n\014_\217vko\027?\004iM\223\243\255\267\363\227\372\033\321C\375\211Vf3\256\305,\t\006+\343\305\367\243\317@\343\007K\327x~\261\377\227\250mU\355\346P\377\030\257\330\203\275\037\300\236\\\230[X\206\355\006p\266cJ \230\317\240?\000\342nZ\363\205S \377\214\253)\214\325\201\034\226fP\234\\\234[X\354W\373At%\372\263\256L\356\207\204@hp\355N\004\024\374F""\267!\302\253\346U\354&\037\047{\203\342`{\320\316\320ut\r\234,\315-\374Z\003\365k?\273}5r\201\351\305k\321O\220\311\324\371\047Q\000\351\257\232\366x\371\003]\324\217\315\312\370\352Gf\335\320\370~\374<\251&\341\340\353\2017|r\\\203\350~uc\212ry6\324ucE\253\347\203\265\304|\251\177\001a,_\213\332\323\353\317s\320;\2764\332\333\037\355\177?ebT\374P\1777\272\363\307\301?\216\313\243\227\257,\311\377\322_B\324\253\246\023\377}pqx\373\2704*\336\000\037\225\2235\033\355s\263\021Wb\310\306R\377\265.\350\225\361\374\225\350\367\232\350v\212d9\272\020\021\033\357-}\035\352u\037\212\030`|\225Vt\325\374\224\224\222\0076\331\227\373a\264\rH\241\206<\275\225\243\236\021\272P\035@\275\265\335\320\2773\333\346\337\311\253A}\270p|\365\2706\t\267\000\335\3251{@\2015\037\025?6\225\024\375\350\372\035\000\270\223\254\047l\000\342\373I)\013\352\253x%^\217iRI\276\035\270\303\273\307l\364\342\345\350\342\275\244\360\037\037\354\311N";
+    PyObject *data = __Pyx_DecompressString(cstring, 1710, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2207 bytes) */
-static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.\277a Half\245\001m\247ade\241@\262\"S\211@a\266\016\000d_A\000ecF\002 \366\350\004 c\271\000nel \342\220@n\261\000^\000\275Adis\277ableen\002\001g\317chow\373\000\010\003di\177vshmem.3\004\375.\010\005errors\366\026\005sy\215@m.ti?me_lim\274@0\005\257text=\004/w\004/}s\236\002s.pyx\321@\377default \377__reduce___ du\211@o\356@{n-\363 vial\033\000\377cinit__s/elf.\205`b\355@\327\004{be\315\001vert\327#\267a P\276Cob\226A \377for pick\221l\247`:\002{\003 \0140\336\001o_ut BC\304#E\203!\324\203A\207A.\272\006c\277b__4\017\004\326@s\315@e_\020\005\237C\320\245C$\017\017\006!\024.\247 cvz\335@w:\005send\005\010\347get\242\004\\\004mak\337efilek\004re\373cv\000\010_asyn=c\005\tinto\227\004W\001\316\000\010all\000\0130\nse\377tblockin\371g6\006|\014shutd\327own\242\204\003L\304\206\002er\300\000\013\373\025&\005\346 \2744\031\006ac\217ceptH\014\017\003\351\003_\357_Pyx\001\000Dic\377t_NextRewf__\363\205\004e__\t\000<\363\207\001\005\001func\r\001\324 \274\301C\033\000main!\001m\357odul*\002namb2\002pT\000 \004\007\001vt\330\205\001\036L\001qual\035\005\343\204\005\241n\366\375\204\006ex\200\001set_\360Q\005\275f\232\000\301n__te\373st\264\000is_co\177routine\237f\341_\231e\221#\374\t\367Bhro\357nous\203bio.\3628\006s\340\212\003\346\212\003ingcwast\275\207\004scl^\001\376\203 traceba\337ckclo\352\212\001de\374\330\207""\004\334\207\007counte\377ddatadea\371d6\001\000\005_ofdo\377neencodi\373ng\322\207\003flagg\376\274\204\007howinde?xitems\202\210\r\307\207\004oleft\221\213\003er\347\204\005\377membersh\333ip\244@em\341\000to\177nicmost\252A\335n\322\214\002new\306\001ne\377xtoverpo\203pr\234\205\001\240\205\001\223\205\003\005\002\216\205\001r\007oom\310\214\004\263\000\205\210\001\364\205\001\370\205\001\347all\000\004\306\205\003sen]t\201\205\010set\337\210\004s\221\206\006\376\200\205\005sizespi)n\216\211\004\271\212\002_\250\206\001s\303\211\017\311\211\001\305t\251@w\345\211\001\204\210\004\326 il\317_no_\241\215\001\007\003so\373me\222\215\002value\336\000\002svie\301 t ?(struc\352\211\001\244\204\001\337obj_7\334\212\004_7\256\227\213\004_10\257\047_\341\210\005n\377d *, PyO\310\316\211\003\t\000\032-M\205FF\001un\257sign\260\216\002tL\t)\365\000\356\217\001_\243\214\004\200\001\330\004\377\n\210+\220Q\200\001\360\377\016\000\005\032\230\026\230x\377\240q\250\001\340\004\020\220\377\001\220\030\230\032\240<\250\367w\260a!\001\047\220\033\230\337A\230V\2401\007\003\032\230\3571\230J\240\027\000\013\320\013\377!\240\021\240!\2406\250\377\021\330\004\007\200u\210C\377\210q\330\010\016\320\016$\377\240A\240Z\250q\260\001\376\014\010\017\210v\220X\230W\357\240I\250Q!\000\210l\230\377!\230:\240Q\320&7\377\260q\270\007\270q\300\006\355\300j\000\007\200=\001\210f\220\337E\230\021\230!\236\001&\220\372\246\000\016\017\000A\330\004\013\210\3771\200A\33023\360\026\367\000\t\033=\0008\2401\240\377F\250!\330\010\t\330\014\377\023\2204\220x\230w\240\367c\250\027t\000\014\017\210t\377\2202\220S\230\010\240\004\377\240A\330\020\026\220j\240\377\001\240\022\2401\320$C\277\3001\300D\310\001,\003u\376\326\000X\240T\250\026\250v\377\260T\270\035\300j\320P\357Q\340\014\034\354\000Q\230a\377\200A\340\010\013\2108\220\3777\230%\230t\240:\250\377Q\250i\260r\270\021\330\257\014\022\220*\216 Z\253!\330?\010\014\210K\220q\047\001\005\001\037x\230z\250\0214\001|\001\252\000_\360\006\000\t\020\210""\0008\261 \177F\240!\200A\360\010\265\003\2356\266 &\250\001\262\006\205\001^\373\2504\202\002\026\270s\300!\376{\010\360\n\000\t\014\2104\377\210r\220\023\220G\2301\260x\005\216@\330\000}\000F\220\200 \037\373\230q\337\000\024\240Y\250d\377\260#\260S\270\004\270C\273\270q\230\003v\230Qv\000\016/\000\t\036\230\370 \032\366 r\t\367\026\220d\347 \014\027\220{\334\307@X\002%\220r\374@4\240\377q\330\020\030\230\004\230E\377\240\021\330\024\"\240$\240\377e\2502\250V\2604\260\377u\270B\270f\300I\310mQ\333\000\r\035\244%\360\020\337\t\303$\240\274 \240E\341\t\225A5\230\375\003\304\000\020\027\220q\330\014\370x\004\273A\366\013y\310\013\320S\357T\320TU\207F\320\004\034\377\230O\320+=\270]\310\377.\320XY\340\010\017\210\367|\2305\325@\026\240v\250\377[\270\n\300(\310!\320\377\004\035\230^\2501\360\032~\352\001V\2408\2501\250\303@\377\016\210j\230\001\230\021\330\377\010\023\220;\230a\230q\276\255b\020\220\006\220a\311A\047\317\230\033\240A\202`\327@\023\220\375>\315\204\0024\240{\260!\260}6\351A\017\210u\220C\247\000F\301`f\230\310`\261\002\n\010d\233`\374\370 \376a8\2309\240C\240\377~\260Y\270b\300\t\310\257\024\310Q\330\203\204\0025y\000\026\317\230v\240S\355@\361\001\320\004w#\2401\271\002\320\033+\236\000\377F\260$\260i\270q\320\357\0042\260!\317\003>\250\021\377\250$\250e\2601\260J\377\270d\300,\310i\320W?X\320\n0\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2207, 3140);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2214 bytes) */
+static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.\277a Half\245\001m\247ade\241@\262\"S\211@a\266\016\000d_A\000ecF\002 \366\350\004 c\271\000nel \342\220@n\261\000^\000\275Adis\277ableen\002\001g\317chow\373\000\010\003di\177vshmem.3\004\375.\010\005errors\366\026\005sy\215@m.ti?me_lim\274@0\005\257text=\004/w\004/}s\236\002s.pyx\321@\377default \377__reduce___ du\211@o\356@{n-\363 vial\033\000\377cinit__s/elf.\205`b\355@\327\004{be\315\001vert\327#\267a P\276Cob\226A \377for pick\221l\247`:\002{\003 \0140\336\001o_ut BC\304#E\203!\324\203A\207A.\272\006c\277b__4\017\004\326@s\315@e_\020\005\237C\320\245C$\017\017\006!\024.\247 cvz\335@w:\005send\005\010\347get\242\004\\\004mak\337efilek\004re\373cv\000\010_asyn=c\005\tinto\227\004W\001\316\000\010all\000\0130\nse\377tblockin\371g6\006|\014shutd\327own\242\204\003L\304\206\002er\300\000\013\373\025&\005\346 \2744\031\006ac\217ceptH\014\017\003\351\003_\357_Pyx\001\000Dic\377t_NextRewf__\363\205\004e__\t\000<\363\207\001\005\001func\r\001\324 \274\301C\033\000main!\001m\357odul*\002namb2\002pT\000 \004\007\001vt\330\205\001\036L\001qual\035\005\343\204\005\241n\366\375\204\006ex\200\001set_\360Q\005\275f\232\000\301n__te\373st\264\000is_co\177routine\237f\341_\231e\221#\374\t\367Bhro\357nous\203bio.\3628\006s\340\212\003\346\212\003ingcwast\275\207\004scl^\001\376\203 traceba\337ckclo\352\212\001de\374\330\207""\004\334\207\007counte\377ddatadea\371d6\001\000\005_ofdo\377neencodi\373ng\322\207\003flagg\376\274\204\007howinde?xitems\202\210\r\307\207\004oleft\221\213\003er\347\204\005\377membersh\333ip\244@em\341\000to\177nicmost\252A\335n\322\214\002new\306\001ne\377xtoverpo\203pr\234\205\001\240\205\001\223\205\003\005\002\216\205\001r\007oom\310\214\004\263\000\205\210\001\364\205\001\370\205\001\347all\000\004\306\205\003sen]t\201\205\010set\337\210\004s\221\206\006\376\200\205\005sizespi)n\216\211\004\271\212\002_\250\206\001s\303\211\017\311\211\001\305t\251@w\345\211\001\204\210\004\326 il\317_no_\241\215\001\007\003so\373me\222\215\002value\336\000\002svie\301 t ?(struc\352\211\001\244\204\001\337obj_7\334\212\004_7\376\227\213\004_4ends_\376\332\210\005nd *, PcyO\307\211\003\t\000  10\362\047\363_M\376&F\001unsikgn\251\216\002tL\t)\000\347\217\001\375_\234\214\004\200\001\330\004\n\210\377+\220Q\200\001\360\016\000\377\005\032\230\026\230x\240q\377\250\001\340\004\020\220\001\220\377\030\230\032\240<\250w\260\375a!\001\047\220\033\230A\230\367V\2401\007\003\032\2301\230\373J\240\027\000\013\320\013!\240\377\021\240!\2406\250\021\330\377\004\007\200u\210C\210q\377\330\010\016\320\016$\240A\277\240Z\250q\260\001\014\010\017\377\210v\220X\230W\240I\373\250Q!\000\210l\230!\230\377:\240Q\320&7\260q\177\270\007\270q\300\006\300j\000\373\007\200=\001\210f\220E\230\267\021\230!\236\001&\220\246\000\016\376\017\000A\330\004\013\2101\200\377A\33023\360\026\000\t\375\033=\0008\2401\240F\250\377!\330\010\t\330\014\023\220\3774\220x\230w\240c\250\375\027t\000\014\017\210t\2202\377\220S\230\010\240\004\240A\377\330\020\026\220j\240\001\240\377\022\2401\320$C\3001\257\300D\310\001,\003u\326\000X\377\240T\250\026\250v\260T\377\270\035\300j\320PQ\340\373\014\034\354\000Q\230a\200A\377\340\010\013\2108\2207\230\377%\230t\240:\250Q\250\377i\260r\270\021\330\014\022\353\220*\216 Z\253!\330\010\014\317\210K\220q\047\001\005\001x\230\307z\250\0214\001|\001\252\000\360\006\327\000\t\020""\210\0008\261 F\240_!\200A\360\010\265\0036\266 \347&\250\001\262\006\205\001^\2504\276\202\002\026\270s\300!{\010\360\377\n\000\t\014\2104\210r?\220\023\220G\2301x\005\216@\354\330\000}\000F\220\200 \037\230q\376\337\000\024\240Y\250d\260#\377\260S\270\004\270C\270q\356\230\003v\230Qv\000\016\000\t\313\036\230\370 \032\366 r\t\026\220=d\347 \014\027\220{\307@X\002\367%\220r\374@4\240q\330\377\020\030\230\004\230E\240\021\377\330\024\"\240$\240e\250\3772\250V\2604\260u\270\177B\270f\300I\310Q\333\000\333\r\035\244%\360\020\337\t$\240p\274 \240E\341\t\225A5\230\003\304\000?\020\027\220q\330\014x\004\273A\376\366\013y\310\013\320ST\320\373TU\207F\320\004\034\230O\377\320+=\270]\310.\320\377XY\340\010\017\210|\230\3755\325@\026\240v\250[\270\377\n\300(\310!\320\004\035\277\230^\2501\360\032\352\001V\337\2408\2501\250\303@\016\210\377j\230\001\230\021\330\010\023\277\220;\230a\230q\255b\020\357\220\006\220a\311A\047\230\033s\240A\202`\327@\023\220>\315\204\002\1774\240{\260!\2606\351A\237\017\210u\220C\247\000\301`f\021\230\310`\261\002\n\010d\233`\370 \376a\3778\2309\240C\240~\260\377Y\270b\300\t\310\024\310\353Q\330\203\204\0025y\000\026\230v\363\240S\355@\361\001\320\004#\240\3351\271\002\320\033+\236\000F\260\377$\260i\270q\320\0042\373\260!\317\003>\250\021\250$\377\250e\2601\260J\270d\377\300,\310i\320WX\320\017\n0\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2214, 3133);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3140 bytes) */
-static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowtimetimeoutuntil_no_waituntil_somethi""ngvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\n\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q""\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004\035\230^\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
+    #else /* compression: none (3133 bytes) */
+static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowtimetimeoutuntil_no_waituntil_somethi""ngvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\n\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A""\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004\035\230^\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -15971,17 +16020,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 418};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 419};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 72};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 73};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_1_V81A_j_aq_a_AT_4_6_uCq_fA_q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_1F_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -15996,7 +16045,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 119};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 120};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -16011,62 +16060,62 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 260};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 261};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 267};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 270};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 291};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 329};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 366};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 367};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 389};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 409};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_e1Jd_iWX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 413};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 414};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 430};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 431};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 440};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 441};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 451};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 452};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }

@@ -2,7 +2,8 @@ from typing import Any, Literal
 
 from typing_extensions import Buffer, Self, final
 
-from .membership import ChannelEnd, Membership
+from .ends import ChannelEnd
+from .membership import Membership
 
 @final
 class StreamListener(ChannelEnd):

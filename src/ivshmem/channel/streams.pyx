@@ -15,7 +15,8 @@ from libc.stdint cimport int64_t, uint64_t
 
 from ..native.spin cimport Probe
 from .header cimport *
-from .membership cimport ChannelEnd, Membership
+from .ends cimport ChannelEnd
+from .membership cimport Membership
 from .roles cimport open_channel
 
 from time import monotonic

@@ -2114,7 +2114,7 @@ enum  {
   __pyx_e_7ivshmem_6native_7mapping_PAGES_AT_ONCE = (1 << 14)
 };
 
-/* "ivshmem/native/mapping.pyx":736
+/* "ivshmem/native/mapping.pyx":744
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2125,7 +2125,7 @@ enum  {
   __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE = 0x1000
 };
 
-/* "ivshmem/native/mapping.pyx":451
+/* "ivshmem/native/mapping.pyx":461
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
  * ctypedef uint64_t (*Change)(void *word, bint wide, uint64_t value, int order) noexcept nogil             # <<<<<<<<<<<<<<
@@ -2230,7 +2230,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "ivshmem/native/mapping.pxd":20
+/* "ivshmem/native/mapping.pxd":22
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2246,7 +2246,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "ivshmem/native/mapping.pxd":31
+/* "ivshmem/native/mapping.pxd":33
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -2258,7 +2258,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "ivshmem/native/mapping.pxd":35
+/* "ivshmem/native/mapping.pxd":37
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -2270,7 +2270,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "ivshmem/native/mapping.pxd":39
+/* "ivshmem/native/mapping.pxd":41
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -2290,7 +2290,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
 };
 
 
-/* "ivshmem/native/mapping.pyx":334
+/* "ivshmem/native/mapping.pyx":344
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -2376,6 +2376,8 @@ static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabp
 struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
   int (*pin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   void (*unpin)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  int (*borrow)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
+  void (*give_back)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *);
   PyObject *(*exchange)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int);
   Py_ssize_t (*place)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t);
   int (*copy)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int);
@@ -2383,7 +2385,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "ivshmem/native/mapping.pyx":454
+/* "ivshmem/native/mapping.pyx":464
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -2400,7 +2402,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "ivshmem/native/mapping.pyx":577
+/* "ivshmem/native/mapping.pyx":585
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2414,7 +2416,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "ivshmem/native/mapping.pyx":582
+/* "ivshmem/native/mapping.pyx":590
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2428,7 +2430,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "ivshmem/native/mapping.pyx":631
+/* "ivshmem/native/mapping.pyx":639
  * # -- registers ------------------------------------------------------------------------------------
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3625,6 +3627,8 @@ static int __Pyx_State_RemoveModule(void*);
 
 static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_borrow(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_give_back(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, PyObject *__pyx_v_buffer, int __pyx_v_into); /* proto*/
 static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, PyObject *__pyx_v_offset, Py_ssize_t __pyx_v_size); /* proto*/
 static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, Py_ssize_t __pyx_v_start, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into); /* proto*/
@@ -5671,7 +5675,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7i
  *     cdef void unpin(self) noexcept nogil:
  *         ivshmem_leave(&self.views)             # <<<<<<<<<<<<<<
  * 
- *     def _populate(self, Py_ssize_t page_size):
+ *     cdef int borrow(self) except -1:
 */
   (void)(ivshmem_leave((&__pyx_v_self->views)));
 
@@ -5688,6 +5692,169 @@ static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin(struct __pyx_obj_7i
 
 /* "ivshmem/native/mapping.pyx":112
  *         ivshmem_leave(&self.views)
+ * 
+ *     cdef int borrow(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Keep the memory mapped until `give_back`, also if it is closed before."""
+ *         if not ivshmem_enter(&self.accesses):
+*/
+
+static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_borrow(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("borrow", 0);
+
+  /* "ivshmem/native/mapping.pyx":114
+ *     cdef int borrow(self) except -1:
+ *         """Keep the memory mapped until `give_back`, also if it is closed before."""
+ *         if not ivshmem_enter(&self.accesses):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the memory is closed")
+ *         return 0
+*/
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->accesses)));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/native/mapping.pyx":115
+ *         """Keep the memory mapped until `give_back`, also if it is closed before."""
+ *         if not ivshmem_enter(&self.accesses):
+ *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 115, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_memory_is_closed};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 115, __pyx_L1_error)
+
+    /* "ivshmem/native/mapping.pyx":114
+ *     cdef int borrow(self) except -1:
+ *         """Keep the memory mapped until `give_back`, also if it is closed before."""
+ *         if not ivshmem_enter(&self.accesses):             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the memory is closed")
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/native/mapping.pyx":116
+ *         if not ivshmem_enter(&self.accesses):
+ *             raise ClosedError("the memory is closed")
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void give_back(self) noexcept:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/native/mapping.pyx":112
+ *         ivshmem_leave(&self.views)
+ * 
+ *     cdef int borrow(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Keep the memory mapped until `give_back`, also if it is closed before."""
+ *         if not ivshmem_enter(&self.accesses):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.borrow", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/mapping.pyx":118
+ *         return 0
+ * 
+ *     cdef void give_back(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.accesses):
+ *             unmap(self)
+*/
+
+static void __pyx_f_7ivshmem_6native_7mapping_7Mapping_give_back(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
+  int __pyx_t_1;
+
+  /* "ivshmem/native/mapping.pyx":119
+ * 
+ *     cdef void give_back(self) noexcept:
+ *         if ivshmem_leave(&self.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self)
+ * 
+*/
+  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->accesses));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/native/mapping.pyx":120
+ *     cdef void give_back(self) noexcept:
+ *         if ivshmem_leave(&self.accesses):
+ *             unmap(self)             # <<<<<<<<<<<<<<
+ * 
+ *     def _populate(self, Py_ssize_t page_size):
+*/
+    __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_self);
+
+    /* "ivshmem/native/mapping.pyx":119
+ * 
+ *     cdef void give_back(self) noexcept:
+ *         if ivshmem_leave(&self.accesses):             # <<<<<<<<<<<<<<
+ *             unmap(self)
+ * 
+*/
+  }
+
+  /* "ivshmem/native/mapping.pyx":118
+ *         return 0
+ * 
+ *     cdef void give_back(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.accesses):
+ *             unmap(self)
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/native/mapping.pyx":122
+ *             unmap(self)
  * 
  *     def _populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
@@ -5733,32 +5900,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_page_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 112, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 122, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 112, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_populate", 0) < (0)) __PYX_ERR(0, 112, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_populate", 0) < (0)) __PYX_ERR(0, 122, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, i); __PYX_ERR(0, 112, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, i); __PYX_ERR(0, 122, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 112, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
     }
-    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 112, __pyx_L3_error)
+    __pyx_v_page_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_page_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 122, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 112, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_populate", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 122, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5812,7 +5979,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_populate", 0);
 
-  /* "ivshmem/native/mapping.pyx":121
+  /* "ivshmem/native/mapping.pyx":131
  *             OSError: ENOMEM or EFAULT when memory or huge pages ran out on the way.
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE             # <<<<<<<<<<<<<<
@@ -5828,7 +5995,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
   }
   __pyx_v_advice = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":122
+  /* "ivshmem/native/mapping.pyx":132
  *         """
  *         cdef int advice = MADV_POPULATE_READ if self.fixed else MADV_POPULATE_WRITE
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5837,7 +6004,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/native/mapping.pyx":125
+  /* "ivshmem/native/mapping.pyx":135
  *         cdef char *page
  *         cdef char *end
  *         cdef char seen = 0             # <<<<<<<<<<<<<<
@@ -5846,7 +6013,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
   __pyx_v_seen = 0;
 
-  /* "ivshmem/native/mapping.pyx":126
+  /* "ivshmem/native/mapping.pyx":136
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5858,7 +6025,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":127
+    /* "ivshmem/native/mapping.pyx":137
  *         cdef char seen = 0
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")             # <<<<<<<<<<<<<<
@@ -5866,7 +6033,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
  *         try:
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_page_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 127, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_page_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_no_pages_have;
     __pyx_t_6[1] = __pyx_t_5;
@@ -5877,7 +6044,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 127, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 137, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -5886,14 +6053,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 137, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 127, __pyx_L1_error)
+    __PYX_ERR(0, 137, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":126
+    /* "ivshmem/native/mapping.pyx":136
  *         cdef char *end
  *         cdef char seen = 0
  *         if page_size <= 0:             # <<<<<<<<<<<<<<
@@ -5902,17 +6069,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":128
+  /* "ivshmem/native/mapping.pyx":138
  *         if page_size <= 0:
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while True:
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":129
+  /* "ivshmem/native/mapping.pyx":139
  *             raise ValueError(f"no pages have {page_size} bytes")
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -5921,7 +6088,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":130
+    /* "ivshmem/native/mapping.pyx":140
  *         self.pin()
  *         try:
  *             while True:             # <<<<<<<<<<<<<<
@@ -5930,7 +6097,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
     while (1) {
 
-      /* "ivshmem/native/mapping.pyx":131
+      /* "ivshmem/native/mapping.pyx":141
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5943,7 +6110,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":132
+            /* "ivshmem/native/mapping.pyx":142
  *             while True:
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0             # <<<<<<<<<<<<<<
@@ -5963,7 +6130,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
             __pyx_v_code = __pyx_t_8;
           }
 
-          /* "ivshmem/native/mapping.pyx":131
+          /* "ivshmem/native/mapping.pyx":141
  *         try:
  *             while True:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -5980,7 +6147,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":133
+      /* "ivshmem/native/mapping.pyx":143
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5999,7 +6166,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/native/mapping.pyx":134
+        /* "ivshmem/native/mapping.pyx":144
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:
  *                     break             # <<<<<<<<<<<<<<
@@ -6008,7 +6175,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
         goto __pyx_L8_break;
 
-        /* "ivshmem/native/mapping.pyx":133
+        /* "ivshmem/native/mapping.pyx":143
  *                 with nogil:
  *                     code = errno if madvise(self.start, self.length, advice) < 0 else 0
  *                 if code != EINTR and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6017,19 +6184,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
       }
 
-      /* "ivshmem/native/mapping.pyx":135
+      /* "ivshmem/native/mapping.pyx":145
  *                 if code != EINTR and code != EAGAIN:
  *                     break
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
 */
-      __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L5_error)
+      __pyx_t_8 = PyErr_CheckSignals(); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L5_error)
 
     }
     __pyx_L8_break:;
 
-    /* "ivshmem/native/mapping.pyx":136
+    /* "ivshmem/native/mapping.pyx":146
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6041,7 +6208,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/mapping.pyx":137
+      /* "ivshmem/native/mapping.pyx":147
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start             # <<<<<<<<<<<<<<
@@ -6052,7 +6219,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 
       __pyx_v_page = __pyx_t_11;
 
-      /* "ivshmem/native/mapping.pyx":138
+      /* "ivshmem/native/mapping.pyx":148
  *             if code == EINVAL:  # before Linux 5.14
  *                 page = self.start
  *                 end = self.start + self.length             # <<<<<<<<<<<<<<
@@ -6061,7 +6228,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
       __pyx_v_end = (__pyx_v_self->start + __pyx_v_self->length);
 
-      /* "ivshmem/native/mapping.pyx":139
+      /* "ivshmem/native/mapping.pyx":149
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6074,7 +6241,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":140
+            /* "ivshmem/native/mapping.pyx":150
  *                 end = self.start + self.length
  *                 with nogil:
  *                     while page < end:             # <<<<<<<<<<<<<<
@@ -6087,7 +6254,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 
               if (!__pyx_t_2) break;
 
-              /* "ivshmem/native/mapping.pyx":141
+              /* "ivshmem/native/mapping.pyx":151
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6099,7 +6266,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
               if (__pyx_t_2) {
 
 
-                /* "ivshmem/native/mapping.pyx":142
+                /* "ivshmem/native/mapping.pyx":152
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:
  *                             seen |= (<volatile_char *>page)[0]             # <<<<<<<<<<<<<<
@@ -6108,7 +6275,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
 */
                 __pyx_v_seen = (__pyx_v_seen | (((volatile char *)__pyx_v_page)[0]));
 
-                /* "ivshmem/native/mapping.pyx":141
+                /* "ivshmem/native/mapping.pyx":151
  *                 with nogil:
  *                     while page < end:
  *                         if advice == MADV_POPULATE_READ:             # <<<<<<<<<<<<<<
@@ -6118,7 +6285,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
                 goto __pyx_L21;
               }
 
-              /* "ivshmem/native/mapping.pyx":144
+              /* "ivshmem/native/mapping.pyx":154
  *                             seen |= (<volatile_char *>page)[0]
  *                         else:
  *                             ivshmem_touch(page)             # <<<<<<<<<<<<<<
@@ -6130,7 +6297,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
               }
               __pyx_L21:;
 
-              /* "ivshmem/native/mapping.pyx":145
+              /* "ivshmem/native/mapping.pyx":155
  *                         else:
  *                             ivshmem_touch(page)
  *                         page += page_size             # <<<<<<<<<<<<<<
@@ -6141,7 +6308,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
             }
           }
 
-          /* "ivshmem/native/mapping.pyx":139
+          /* "ivshmem/native/mapping.pyx":149
  *                 page = self.start
  *                 end = self.start + self.length
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6158,7 +6325,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":136
+      /* "ivshmem/native/mapping.pyx":146
  *                     break
  *                 PyErr_CheckSignals()
  *             if code == EINVAL:  # before Linux 5.14             # <<<<<<<<<<<<<<
@@ -6168,7 +6335,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
       goto __pyx_L15;
     }
 
-    /* "ivshmem/native/mapping.pyx":146
+    /* "ivshmem/native/mapping.pyx":156
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6180,17 +6347,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/mapping.pyx":147
+      /* "ivshmem/native/mapping.pyx":157
  *                         page += page_size
  *             elif code:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.unpin()
 */
-      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L5_error)
+      __pyx_t_8 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L5_error)
 
 
-      /* "ivshmem/native/mapping.pyx":146
+      /* "ivshmem/native/mapping.pyx":156
  *                             ivshmem_touch(page)
  *                         page += page_size
  *             elif code:             # <<<<<<<<<<<<<<
@@ -6201,7 +6368,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
     __pyx_L15:;
   }
 
-  /* "ivshmem/native/mapping.pyx":149
+  /* "ivshmem/native/mapping.pyx":159
  *                 fail_with(code)
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6249,8 +6416,8 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/mapping.pyx":112
- *         ivshmem_leave(&self.views)
+  /* "ivshmem/native/mapping.pyx":122
+ *             unmap(self)
  * 
  *     def _populate(self, Py_ssize_t page_size):             # <<<<<<<<<<<<<<
  *         """Fault every page in, for writing where that is allowed; contents stay as they are.
@@ -6278,7 +6445,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_2_populate(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":151
+/* "ivshmem/native/mapping.pyx":161
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6326,32 +6493,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 151, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 161, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 151, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 151, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 151, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "resident", 0) < (0)) __PYX_ERR(0, 161, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 151, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 151, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 161, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6359,7 +6526,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
     if (values[0]) {
-      __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 151, __pyx_L3_error)
+      __pyx_v_offset = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_offset == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 161, __pyx_L3_error)
     } else {
       __pyx_v_offset = ((Py_ssize_t)0);
     }
@@ -6367,7 +6534,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("resident", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 151, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("resident", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 161, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6427,7 +6594,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resident", 0);
 
-  /* "ivshmem/native/mapping.pyx":164
+  /* "ivshmem/native/mapping.pyx":174
  *             ClosedError: the memory is closed.
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)             # <<<<<<<<<<<<<<
@@ -6436,7 +6603,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   __pyx_v_page_size = sysconf(_SC_PAGESIZE);
 
-  /* "ivshmem/native/mapping.pyx":165
+  /* "ivshmem/native/mapping.pyx":175
  *         """
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size             # <<<<<<<<<<<<<<
@@ -6448,7 +6615,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
     __pyx_t_1 = __pyx_v_self->length;
   } else {
-    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 165, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_3 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 175, __pyx_L1_error)
 
     __pyx_t_1 = (__pyx_v_offset + ((Py_ssize_t)__pyx_t_3));
 
@@ -6456,7 +6623,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
   __pyx_v_end = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":166
+  /* "ivshmem/native/mapping.pyx":176
  *         cdef Py_ssize_t page_size = sysconf(_SC_PAGESIZE)
  *         cdef Py_ssize_t end = self.length if size is None else offset + <Py_ssize_t>size
  *         cdef Py_ssize_t count = 0             # <<<<<<<<<<<<<<
@@ -6465,7 +6632,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/native/mapping.pyx":170
+  /* "ivshmem/native/mapping.pyx":180
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6485,7 +6652,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/native/mapping.pyx":171
+    /* "ivshmem/native/mapping.pyx":181
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -6493,11 +6660,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
  *         self.pin()
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 171, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 171, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_offset, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 171, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_10[1] = __pyx_t_7;
@@ -6515,7 +6682,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_1, __pyx_t_11);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 171, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 181, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6526,14 +6693,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 171, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 181, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 171, __pyx_L1_error)
+    __PYX_ERR(0, 181, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":170
+    /* "ivshmem/native/mapping.pyx":180
  *         cdef int code
  *         cdef unsigned char vector[PAGES_AT_ONCE]
  *         if not 0 <= offset <= end <= self.length:             # <<<<<<<<<<<<<<
@@ -6542,7 +6709,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":172
+  /* "ivshmem/native/mapping.pyx":182
  *         if not 0 <= offset <= end <= self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size             # <<<<<<<<<<<<<<
@@ -6551,21 +6718,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   if (unlikely(__pyx_v_page_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 172, __pyx_L1_error)
+    __PYX_ERR(0, 182, __pyx_L1_error)
   }
   __pyx_v_at = (__pyx_v_offset - __Pyx_mod_Py_ssize_t(__pyx_v_offset, __pyx_v_page_size, 0));
 
-  /* "ivshmem/native/mapping.pyx":173
+  /* "ivshmem/native/mapping.pyx":183
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         at = offset - offset % page_size
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             while at < end:
 */
-  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 183, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":174
+  /* "ivshmem/native/mapping.pyx":184
  *         at = offset - offset % page_size
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -6574,7 +6741,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":175
+    /* "ivshmem/native/mapping.pyx":185
  *         self.pin()
  *         try:
  *             while at < end:             # <<<<<<<<<<<<<<
@@ -6587,7 +6754,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/native/mapping.pyx":176
+      /* "ivshmem/native/mapping.pyx":186
  *         try:
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)             # <<<<<<<<<<<<<<
@@ -6611,7 +6778,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       __pyx_v_length = __pyx_t_14;
 
 
-      /* "ivshmem/native/mapping.pyx":177
+      /* "ivshmem/native/mapping.pyx":187
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6624,7 +6791,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/mapping.pyx":178
+            /* "ivshmem/native/mapping.pyx":188
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0             # <<<<<<<<<<<<<<
@@ -6643,7 +6810,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 
             __pyx_v_code = __pyx_t_11;
 
-            /* "ivshmem/native/mapping.pyx":179
+            /* "ivshmem/native/mapping.pyx":189
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6655,7 +6822,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
             if (__pyx_t_4) {
 
 
-              /* "ivshmem/native/mapping.pyx":180
+              /* "ivshmem/native/mapping.pyx":190
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):             # <<<<<<<<<<<<<<
@@ -6668,13 +6835,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
                 PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
                 PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
                 __Pyx_PyGILState_Release(__pyx_gilstate_save);
-                __PYX_ERR(0, 180, __pyx_L12_error)
+                __PYX_ERR(0, 190, __pyx_L12_error)
               }
               else if (sizeof(Py_ssize_t) == sizeof(long) && (!(((Py_ssize_t)-1) > 0)) && unlikely(__pyx_v_page_size == (Py_ssize_t)-1)  && unlikely(__Pyx_UNARY_NEG_WOULD_OVERFLOW(__pyx_t_14))) {
                 PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
                 PyErr_SetString(PyExc_OverflowError, "value too large to perform division");
                 __Pyx_PyGILState_Release(__pyx_gilstate_save);
-                __PYX_ERR(0, 180, __pyx_L12_error)
+                __PYX_ERR(0, 190, __pyx_L12_error)
               }
 
               __pyx_t_1 = __Pyx_div_Py_ssize_t(__pyx_t_14, __pyx_v_page_size, 0);
@@ -6684,7 +6851,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
               for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_14; __pyx_t_3+=1) {
                 __pyx_v_i = __pyx_t_3;
 
-                /* "ivshmem/native/mapping.pyx":181
+                /* "ivshmem/native/mapping.pyx":191
  *                     if not code:
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1             # <<<<<<<<<<<<<<
@@ -6695,7 +6862,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
               }
 
 
-              /* "ivshmem/native/mapping.pyx":182
+              /* "ivshmem/native/mapping.pyx":192
  *                         for i in range((length + page_size - 1) // page_size):
  *                             count += vector[i] & 1
  *                         at += length             # <<<<<<<<<<<<<<
@@ -6704,7 +6871,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
               __pyx_v_at = (__pyx_v_at + __pyx_v_length);
 
-              /* "ivshmem/native/mapping.pyx":179
+              /* "ivshmem/native/mapping.pyx":189
  *                 with nogil:
  *                     code = errno if mincore(self.start + at, length, vector) < 0 else 0
  *                     if not code:             # <<<<<<<<<<<<<<
@@ -6714,7 +6881,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
             }
           }
 
-          /* "ivshmem/native/mapping.pyx":177
+          /* "ivshmem/native/mapping.pyx":187
  *             while at < end:
  *                 length = min(end - at, PAGES_AT_ONCE * page_size)
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -6736,7 +6903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
           }
       }
 
-      /* "ivshmem/native/mapping.pyx":183
+      /* "ivshmem/native/mapping.pyx":193
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6762,17 +6929,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/native/mapping.pyx":184
+        /* "ivshmem/native/mapping.pyx":194
  *                         at += length
  *                 if code and code != EAGAIN:
  *                     fail_with(code)             # <<<<<<<<<<<<<<
  *                 PyErr_CheckSignals()
  *         finally:
 */
-        __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
+        __pyx_t_11 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L5_error)
 
 
-        /* "ivshmem/native/mapping.pyx":183
+        /* "ivshmem/native/mapping.pyx":193
  *                             count += vector[i] & 1
  *                         at += length
  *                 if code and code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -6781,19 +6948,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
 */
       }
 
-      /* "ivshmem/native/mapping.pyx":185
+      /* "ivshmem/native/mapping.pyx":195
  *                 if code and code != EAGAIN:
  *                     fail_with(code)
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             self.unpin()
 */
-      __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L5_error)
+      __pyx_t_11 = PyErr_CheckSignals(); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L5_error)
 
     }
   }
 
-  /* "ivshmem/native/mapping.pyx":187
+  /* "ivshmem/native/mapping.pyx":197
  *                 PyErr_CheckSignals()
  *         finally:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -6843,14 +7010,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/native/mapping.pyx":188
+  /* "ivshmem/native/mapping.pyx":198
  *         finally:
  *             self.unpin()
  *         return count * page_size             # <<<<<<<<<<<<<<
  * 
  *     # -- copies -----------------------------------------------------------------------------------
 */
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 188, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_count * __pyx_v_page_size)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject *__pyx_temp;
@@ -6863,7 +7030,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   __pyx_t_5 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":151
+  /* "ivshmem/native/mapping.pyx":161
  *             self.unpin()
  * 
  *     def resident(self, Py_ssize_t offset=0, size=None):             # <<<<<<<<<<<<<<
@@ -6895,7 +7062,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_4resident(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":192
+/* "ivshmem/native/mapping.pyx":202
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -6943,39 +7110,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 192, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 202, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read", 0) < (0)) __PYX_ERR(0, 202, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 192, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, i); __PYX_ERR(0, 202, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 202, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_size = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 192, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 202, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7010,49 +7177,49 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read", 0);
 
-  /* "ivshmem/native/mapping.pyx":203
+  /* "ivshmem/native/mapping.pyx":213
  *             ClosedError: the memory is closed.
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_size, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L1_error)
   __pyx_v_length = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":204
+  /* "ivshmem/native/mapping.pyx":214
  *         """
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)             # <<<<<<<<<<<<<<
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_length); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 214, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":205
+  /* "ivshmem/native/mapping.pyx":215
  *         cdef Py_ssize_t length = PyNumber_AsSsize_t(size, NULL)
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":206
+  /* "ivshmem/native/mapping.pyx":216
  *         cdef Py_ssize_t start = self.place(offset, length)
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)             # <<<<<<<<<<<<<<
  *         return data
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_v_start, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_length, 0); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":207
+  /* "ivshmem/native/mapping.pyx":217
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
  *         self.copy(start, PyBytes_AS_STRING(data), length, False)
  *         return data             # <<<<<<<<<<<<<<
@@ -7070,7 +7237,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":192
+  /* "ivshmem/native/mapping.pyx":202
  *     # -- copies -----------------------------------------------------------------------------------
  * 
  *     def read(self, offset, size):             # <<<<<<<<<<<<<<
@@ -7092,7 +7259,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_6read(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":209
+/* "ivshmem/native/mapping.pyx":219
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7140,39 +7307,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_buffer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 209, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 209, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 209, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 209, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_into", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 209, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 209, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 209, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_buffer = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 209, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("read_into", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7202,14 +7369,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("read_into", 0);
 
-  /* "ivshmem/native/mapping.pyx":221
+  /* "ivshmem/native/mapping.pyx":231
  *                 Whatever is raised, the buffer is as it was.
  *         """
  *         return self.exchange(offset, buffer, False)             # <<<<<<<<<<<<<<
  * 
  *     def write(self, offset, data):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_buffer, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7222,7 +7389,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":209
+  /* "ivshmem/native/mapping.pyx":219
  *         return data
  * 
  *     def read_into(self, offset, buffer):             # <<<<<<<<<<<<<<
@@ -7241,7 +7408,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_8read_into(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":223
+/* "ivshmem/native/mapping.pyx":233
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7289,39 +7456,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 223, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 233, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 223, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 223, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write", 0) < (0)) __PYX_ERR(0, 233, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 223, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, i); __PYX_ERR(0, 233, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 223, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 233, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 223, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 233, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
     __pyx_v_data = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 223, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("write", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 233, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7353,7 +7520,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("write", 0);
 
-  /* "ivshmem/native/mapping.pyx":239
+  /* "ivshmem/native/mapping.pyx":249
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7362,7 +7529,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
 */
   if (unlikely(__pyx_v_self->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":240
+    /* "ivshmem/native/mapping.pyx":250
  *         """
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -7375,14 +7542,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 240, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 250, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 240, __pyx_L1_error)
+    __PYX_ERR(0, 250, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":239
+    /* "ivshmem/native/mapping.pyx":249
  *                 Whatever is raised, nothing was written.
  *         """
  *         if self.fixed:             # <<<<<<<<<<<<<<
@@ -7391,14 +7558,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":241
+  /* "ivshmem/native/mapping.pyx":251
  *         if self.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.exchange(offset, data, True)             # <<<<<<<<<<<<<<
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->exchange(__pyx_v_self, __pyx_v_offset, __pyx_v_data, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7411,7 +7578,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":223
+  /* "ivshmem/native/mapping.pyx":233
  *         return self.exchange(offset, buffer, False)
  * 
  *     def write(self, offset, data):             # <<<<<<<<<<<<<<
@@ -7431,7 +7598,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_10write(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":243
+/* "ivshmem/native/mapping.pyx":253
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7460,7 +7627,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":246
+  /* "ivshmem/native/mapping.pyx":256
  *         # Without a typed memoryview as an argument, which takes 60 ns longer.
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
@@ -7474,11 +7641,11 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
 
     __pyx_t_1 = PyBUF_WRITABLE;
   }
-  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), __pyx_t_1); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
 
 
 
-  /* "ivshmem/native/mapping.pyx":247
+  /* "ivshmem/native/mapping.pyx":257
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7487,26 +7654,26 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
 */
   /*try:*/ {
 
-    /* "ivshmem/native/mapping.pyx":248
+    /* "ivshmem/native/mapping.pyx":258
  *         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)             # <<<<<<<<<<<<<<
  *             return view.len
  *         finally:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 248, __pyx_L4_error)
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L4_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->place(__pyx_v_self, __pyx_v_offset, __pyx_v_view.len); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 258, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->copy(__pyx_v_self, __pyx_t_3, ((char *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_into); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L4_error)
 
 
 
-    /* "ivshmem/native/mapping.pyx":249
+    /* "ivshmem/native/mapping.pyx":259
  *         try:
  *             self.copy(self.place(offset, view.len), <char *>view.buf, view.len, into)
  *             return view.len             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L4_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -7520,7 +7687,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/mapping.pyx":251
+  /* "ivshmem/native/mapping.pyx":261
  *             return view.len
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7568,7 +7735,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
     }
   }
 
-  /* "ivshmem/native/mapping.pyx":243
+  /* "ivshmem/native/mapping.pyx":253
  *         return self.exchange(offset, data, True)
  * 
  *     cdef object exchange(self, object offset, object buffer, bint into):             # <<<<<<<<<<<<<<
@@ -7588,7 +7755,7 @@ static PyObject *__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":253
+/* "ivshmem/native/mapping.pyx":263
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7617,17 +7784,17 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("place", 0);
 
-  /* "ivshmem/native/mapping.pyx":255
+  /* "ivshmem/native/mapping.pyx":265
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:
  *         """Return the offset, clipped to Py_ssize_t; raise ValueError if the bytes are not there."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 265, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":256
+  /* "ivshmem/native/mapping.pyx":266
  *         """Return the offset, clipped to Py_ssize_t; raise ValueError if the bytes are not there."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7663,7 +7830,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":257
+    /* "ivshmem/native/mapping.pyx":267
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -7671,11 +7838,11 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 257, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 257, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 257, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_9[1] = __pyx_t_6;
@@ -7693,7 +7860,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 257, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7704,14 +7871,14 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 267, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 257, __pyx_L1_error)
+    __PYX_ERR(0, 267, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":256
+    /* "ivshmem/native/mapping.pyx":266
  *         """Return the offset, clipped to Py_ssize_t; raise ValueError if the bytes are not there."""
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         if size < 0 or start < 0 or start > self.length - size:             # <<<<<<<<<<<<<<
@@ -7720,7 +7887,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":258
+  /* "ivshmem/native/mapping.pyx":268
  *         if size < 0 or start < 0 or start > self.length - size:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         return start             # <<<<<<<<<<<<<<
@@ -7733,7 +7900,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":253
+  /* "ivshmem/native/mapping.pyx":263
  *             PyBuffer_Release(&view)
  * 
  *     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7758,7 +7925,7 @@ static Py_ssize_t __pyx_f_7ivshmem_6native_7mapping_7Mapping_place(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":260
+/* "ivshmem/native/mapping.pyx":270
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7774,7 +7941,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/mapping.pyx":261
+  /* "ivshmem/native/mapping.pyx":271
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7786,17 +7953,17 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":262
+    /* "ivshmem/native/mapping.pyx":272
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:
  *             hold(self)             # <<<<<<<<<<<<<<
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":263
+    /* "ivshmem/native/mapping.pyx":273
  *         if size < LARGE:
  *             hold(self)
  *             move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -7805,7 +7972,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
 
-    /* "ivshmem/native/mapping.pyx":264
+    /* "ivshmem/native/mapping.pyx":274
  *             hold(self)
  *             move(self.start + start, buffer, size, into)
  *             let_go(self)             # <<<<<<<<<<<<<<
@@ -7814,7 +7981,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
 */
     __pyx_f_7ivshmem_6native_7mapping_let_go(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":261
+    /* "ivshmem/native/mapping.pyx":271
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -7824,7 +7991,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":266
+  /* "ivshmem/native/mapping.pyx":276
  *             let_go(self)
  *         else:
  *             self.pin()             # <<<<<<<<<<<<<<
@@ -7832,10 +7999,10 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
  *                 move(self.start + start, buffer, size, into)
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":267
+    /* "ivshmem/native/mapping.pyx":277
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7848,7 +8015,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/mapping.pyx":268
+          /* "ivshmem/native/mapping.pyx":278
  *             self.pin()
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)             # <<<<<<<<<<<<<<
@@ -7858,7 +8025,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
           __pyx_f_7ivshmem_6native_7mapping_move((__pyx_v_self->start + __pyx_v_start), __pyx_v_buffer, __pyx_v_size, __pyx_v_into);
         }
 
-        /* "ivshmem/native/mapping.pyx":267
+        /* "ivshmem/native/mapping.pyx":277
  *         else:
  *             self.pin()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -7875,7 +8042,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
         }
     }
 
-    /* "ivshmem/native/mapping.pyx":269
+    /* "ivshmem/native/mapping.pyx":279
  *             with nogil:
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -7886,7 +8053,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":270
+  /* "ivshmem/native/mapping.pyx":280
  *                 move(self.start + start, buffer, size, into)
  *             self.unpin()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7899,7 +8066,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":260
+  /* "ivshmem/native/mapping.pyx":270
  *         return start
  * 
  *     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1:             # <<<<<<<<<<<<<<
@@ -7916,7 +8083,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_7Mapping_copy(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":274
+/* "ivshmem/native/mapping.pyx":284
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -7963,32 +8130,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 284, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u32", 0) < (0)) __PYX_ERR(0, 284, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 274, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, i); __PYX_ERR(0, 284, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 284, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u32", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 284, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8020,7 +8187,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u32", 0);
 
-  /* "ivshmem/native/mapping.pyx":280
+  /* "ivshmem/native/mapping.pyx":290
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU32(self, offset)             # <<<<<<<<<<<<<<
@@ -8033,7 +8200,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -8047,7 +8214,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":274
+  /* "ivshmem/native/mapping.pyx":284
  *     # -- words ------------------------------------------------------------------------------------
  * 
  *     def atomic_u32(self, offset):             # <<<<<<<<<<<<<<
@@ -8067,7 +8234,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_12atomic_u32(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":282
+/* "ivshmem/native/mapping.pyx":292
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8114,32 +8281,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 282, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 282, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "atomic_u64", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 282, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, i); __PYX_ERR(0, 292, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
     }
     __pyx_v_offset = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 282, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("atomic_u64", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8171,7 +8338,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("atomic_u64", 0);
 
-  /* "ivshmem/native/mapping.pyx":288
+  /* "ivshmem/native/mapping.pyx":298
  *             ValueError: there is no such word.
  *         """
  *         return AtomicU64(self, offset)             # <<<<<<<<<<<<<<
@@ -8184,7 +8351,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_v_offset};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 288, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   {
@@ -8198,7 +8365,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":282
+  /* "ivshmem/native/mapping.pyx":292
  *         return AtomicU32(self, offset)
  * 
  *     def atomic_u64(self, offset):             # <<<<<<<<<<<<<<
@@ -8218,7 +8385,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_14atomic_u64(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":292
+/* "ivshmem/native/mapping.pyx":302
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8267,26 +8434,26 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_dtype,&__pyx_mstate_global->__pyx_n_u_shape,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "array", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "array", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_uint8));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
@@ -8294,15 +8461,15 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8317,7 +8484,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("array", 0, 0, 3, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("array", 0, 0, 3, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8339,7 +8506,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/native/mapping.pyx":334
+/* "ivshmem/native/mapping.pyx":344
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -8359,7 +8526,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTH
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 334, __pyx_L1_error)
+    __PYX_ERR(0, 344, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8367,7 +8534,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(CYTH
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!gen)) __PYX_ERR(0, 334, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_array_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!gen)) __PYX_ERR(0, 344, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8404,16 +8571,16 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
     return NULL;
   }
   __pyx_L3_first_run:;
-  if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 334, __pyx_L1_error)
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 334, __pyx_L1_error) }
+  if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 344, __pyx_L1_error) }
   if (likely(PyList_CheckExact(__pyx_cur_scope->__pyx_genexpr_arg_0)) || PyTuple_CheckExact(__pyx_cur_scope->__pyx_genexpr_arg_0)) {
     __pyx_t_1 = __pyx_cur_scope->__pyx_genexpr_arg_0; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_2 = 0;
     __pyx_t_3 = NULL;
   } else {
-    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_cur_scope->__pyx_genexpr_arg_0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
+    __pyx_t_2 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_cur_scope->__pyx_genexpr_arg_0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
+    __pyx_t_3 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 344, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_3)) {
@@ -8421,7 +8588,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 334, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 344, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8431,7 +8598,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 334, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 344, __pyx_L1_error)
           #endif
           if (__pyx_t_2 >= __pyx_temp) break;
         }
@@ -8442,13 +8609,13 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
         #endif
         ++__pyx_t_2;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 344, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_3(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 334, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 344, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -8459,7 +8626,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_length, __pyx_t_4);
     __Pyx_GIVEREF(__pyx_t_4);
     __pyx_t_4 = 0;
-    __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_cur_scope->__pyx_v_length, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 334, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_cur_scope->__pyx_v_length, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 344, __pyx_L1_error)
     if (__pyx_t_5) {
 
       {
@@ -8510,7 +8677,7 @@ static PyObject *__pyx_gb_7ivshmem_6native_7mapping_7Mapping_5array_2generator(_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":292
+/* "ivshmem/native/mapping.pyx":302
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -8562,7 +8729,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("array", 0);
 
-  /* "ivshmem/native/mapping.pyx":310
+  /* "ivshmem/native/mapping.pyx":320
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8578,7 +8745,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":311
+      /* "ivshmem/native/mapping.pyx":321
  *         """
  *         try:
  *             numpy = importlib.import_module("numpy")             # <<<<<<<<<<<<<<
@@ -8586,9 +8753,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ImportError(
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_importlib); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 311, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_importlib); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 321, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_import_module); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 311, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_import_module); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 321, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -8608,13 +8775,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 311, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 321, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __pyx_v_numpy = __pyx_t_4;
       __pyx_t_4 = 0;
 
-      /* "ivshmem/native/mapping.pyx":310
+      /* "ivshmem/native/mapping.pyx":320
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8632,7 +8799,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/native/mapping.pyx":312
+    /* "ivshmem/native/mapping.pyx":322
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8642,7 +8809,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_ImportError))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.array", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 312, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 322, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
@@ -8650,7 +8817,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_v_error = __pyx_t_7;
       /*try:*/ {
 
-        /* "ivshmem/native/mapping.pyx":313
+        /* "ivshmem/native/mapping.pyx":323
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:
  *             raise ImportError(             # <<<<<<<<<<<<<<
@@ -8663,11 +8830,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
           PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_region_array_needs_numpy_pip_ins};
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ImportError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L14_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
 
-        /* "ivshmem/native/mapping.pyx":315
+        /* "ivshmem/native/mapping.pyx":325
  *             raise ImportError(
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error             # <<<<<<<<<<<<<<
@@ -8676,10 +8843,10 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
         __Pyx_Raise(__pyx_t_6, 0, 0, __pyx_v_error);
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __PYX_ERR(0, 313, __pyx_L14_error)
+        __PYX_ERR(0, 323, __pyx_L14_error)
       }
 
-      /* "ivshmem/native/mapping.pyx":312
+      /* "ivshmem/native/mapping.pyx":322
  *         try:
  *             numpy = importlib.import_module("numpy")
  *         except ImportError as error:             # <<<<<<<<<<<<<<
@@ -8722,7 +8889,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":310
+    /* "ivshmem/native/mapping.pyx":320
  *             ClosedError: the memory is closed.
  *         """
  *         try:             # <<<<<<<<<<<<<<
@@ -8738,7 +8905,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":316
+  /* "ivshmem/native/mapping.pyx":326
  *                 "region.array() needs numpy: pip install numpy (or use memoryview(region))"
  *             ) from error
  *         kind = numpy.dtype(dtype)             # <<<<<<<<<<<<<<
@@ -8752,13 +8919,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_dtype};
     __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_dtype, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 316, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 326, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_v_kind = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":317
+  /* "ivshmem/native/mapping.pyx":327
  *             ) from error
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)             # <<<<<<<<<<<<<<
@@ -8766,9 +8933,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -8788,27 +8955,27 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 317, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 327, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_v_start = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":318
+  /* "ivshmem/native/mapping.pyx":328
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_hasobject); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_hasobject); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":319
+    /* "ivshmem/native/mapping.pyx":329
  *         start = operator.index(offset)
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")             # <<<<<<<<<<<<<<
@@ -8816,7 +8983,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 319, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_no_array_of;
     __pyx_t_20[1] = __pyx_t_7;
@@ -8830,7 +8997,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 319, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_8 = 1;
@@ -8839,14 +9006,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 319, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 319, __pyx_L1_error)
+    __PYX_ERR(0, 329, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":318
+    /* "ivshmem/native/mapping.pyx":328
  *         kind = numpy.dtype(dtype)
  *         start = operator.index(offset)
  *         if kind.hasobject:             # <<<<<<<<<<<<<<
@@ -8855,21 +9022,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":320
+  /* "ivshmem/native/mapping.pyx":330
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_subdtype); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_subdtype); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_19 = (__pyx_t_5 != Py_None);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":321
+    /* "ivshmem/native/mapping.pyx":331
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")             # <<<<<<<<<<<<<<
@@ -8877,7 +9044,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 321, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_dtype_2;
     __pyx_t_20[1] = __pyx_t_6;
@@ -8891,7 +9058,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 321, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -8900,14 +9067,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 321, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 321, __pyx_L1_error)
+    __PYX_ERR(0, 331, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":320
+    /* "ivshmem/native/mapping.pyx":330
  *         if kind.hasobject:
  *             raise TypeError(f"no array of {kind} in shared memory: it would hold addresses")
  *         if kind.subdtype is not None:             # <<<<<<<<<<<<<<
@@ -8916,21 +9083,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":322
+  /* "ivshmem/native/mapping.pyx":332
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_19 = (__Pyx_PyLong_BoolEqObjC(__pyx_t_5, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_19 = (__Pyx_PyLong_BoolEqObjC(__pyx_t_5, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":323
+    /* "ivshmem/native/mapping.pyx":333
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")             # <<<<<<<<<<<<<<
@@ -8938,7 +9105,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(
 */
     __pyx_t_7 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 333, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_dtype_2;
     __pyx_t_20[1] = __pyx_t_4;
@@ -8952,7 +9119,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 323, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 333, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_8 = 1;
@@ -8961,14 +9128,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 323, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 333, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 323, __pyx_L1_error)
+    __PYX_ERR(0, 333, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":322
+    /* "ivshmem/native/mapping.pyx":332
  *         if kind.subdtype is not None:
  *             raise ValueError(f"dtype {kind}: give the inner shape by `shape`")
  *         if kind.itemsize == 0:             # <<<<<<<<<<<<<<
@@ -8977,24 +9144,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":324
+  /* "ivshmem/native/mapping.pyx":334
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
  *             raise ValueError(
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyNumber_Remainder(__pyx_v_start, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_6 = PyNumber_Remainder(__pyx_v_start, __pyx_t_5); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_6); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_6); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":325
+    /* "ivshmem/native/mapping.pyx":335
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -9003,20 +9170,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":326
+    /* "ivshmem/native/mapping.pyx":336
  *         if start % kind.alignment:
  *             raise ValueError(
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"             # <<<<<<<<<<<<<<
  *             )
  *         if shape is None:
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_start, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_start, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_v_kind, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_alignment); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_23[0] = __pyx_mstate_global->__pyx_kp_u_offset_2;
@@ -9034,7 +9201,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[5]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_23, 6, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 326, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -9045,14 +9212,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 335, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __Pyx_Raise(__pyx_t_6, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __PYX_ERR(0, 325, __pyx_L1_error)
+    __PYX_ERR(0, 335, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":324
+    /* "ivshmem/native/mapping.pyx":334
  *         if kind.itemsize == 0:
  *             raise ValueError(f"dtype {kind}: its elements have no bytes")
  *         if start % kind.alignment:             # <<<<<<<<<<<<<<
@@ -9061,7 +9228,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":328
+  /* "ivshmem/native/mapping.pyx":338
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9072,7 +9239,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/native/mapping.pyx":329
+    /* "ivshmem/native/mapping.pyx":339
  *             )
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)             # <<<<<<<<<<<<<<
@@ -9081,17 +9248,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
 
     __pyx_t_24 = 0;
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_10 = __Pyx_PyNumber_Subtract_int_object(__pyx_t_6, __pyx_v_start); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyNumber_Subtract_int_object(__pyx_t_6, __pyx_v_start); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_19 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_19) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_24); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 339, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9101,21 +9268,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     }
 
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_5 = PyNumber_FloorDivide(__pyx_t_6, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_5 = PyNumber_FloorDivide(__pyx_t_6, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = PyTuple_New(1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(1); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_5);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 329, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 339, __pyx_L1_error);
     __pyx_t_5 = 0;
     __pyx_v_lengths = __pyx_t_10;
     __pyx_t_10 = 0;
 
-    /* "ivshmem/native/mapping.pyx":328
+    /* "ivshmem/native/mapping.pyx":338
  *                 f"offset {start}: elements of {kind} begin at a multiple of {kind.alignment}"
  *             )
  *         if shape is None:             # <<<<<<<<<<<<<<
@@ -9125,18 +9292,18 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     goto __pyx_L24;
   }
 
-  /* "ivshmem/native/mapping.pyx":330
+  /* "ivshmem/native/mapping.pyx":340
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
  *             lengths = tuple(map(operator.index, shape))
  *         else:
 */
-  __pyx_t_19 = __Pyx_HasAttr(__pyx_v_shape, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_19 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_HasAttr(__pyx_v_shape, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_19 == ((int)-1))) __PYX_ERR(0, 340, __pyx_L1_error)
   if (__pyx_t_19) {
 
 
-    /* "ivshmem/native/mapping.pyx":331
+    /* "ivshmem/native/mapping.pyx":341
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):
  *             lengths = tuple(map(operator.index, shape))             # <<<<<<<<<<<<<<
@@ -9144,9 +9311,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             lengths = (operator.index(shape),)
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_22 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -9155,16 +9322,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 331, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 341, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
-    __pyx_t_22 = __Pyx_PySequence_Tuple(__pyx_t_10); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PySequence_Tuple(__pyx_t_10); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 341, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_v_lengths = __pyx_t_22;
     __pyx_t_22 = 0;
 
-    /* "ivshmem/native/mapping.pyx":330
+    /* "ivshmem/native/mapping.pyx":340
  *         if shape is None:
  *             lengths = (max(self.length - start, 0) // kind.itemsize,)
  *         elif hasattr(shape, "__iter__"):             # <<<<<<<<<<<<<<
@@ -9174,7 +9341,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     goto __pyx_L24;
   }
 
-  /* "ivshmem/native/mapping.pyx":333
+  /* "ivshmem/native/mapping.pyx":343
  *             lengths = tuple(map(operator.index, shape))
  *         else:
  *             lengths = (operator.index(shape),)             # <<<<<<<<<<<<<<
@@ -9183,9 +9350,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   /*else*/ {
     __pyx_t_10 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 333, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 343, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 333, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_8 = 1;
@@ -9205,37 +9372,37 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 333, __pyx_L1_error)
+      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 343, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_22);
     }
-    __pyx_t_6 = PyTuple_New(1); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 333, __pyx_L1_error)
+    __pyx_t_6 = PyTuple_New(1); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_22);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_22) != (0)) __PYX_ERR(0, 333, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_22) != (0)) __PYX_ERR(0, 343, __pyx_L1_error);
     __pyx_t_22 = 0;
     __pyx_v_lengths = __pyx_t_6;
     __pyx_t_6 = 0;
   }
   __pyx_L24:;
 
-  /* "ivshmem/native/mapping.pyx":334
+  /* "ivshmem/native/mapping.pyx":344
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
 */
-  __pyx_t_6 = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_6 = __pyx_pf_7ivshmem_6native_7mapping_7Mapping_5array_genexpr(NULL, __pyx_v_lengths); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_22 = __Pyx_Generator_GetInlinedResult(__pyx_t_6); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_22 = __Pyx_Generator_GetInlinedResult(__pyx_t_6); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_22);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_22); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_19 = __Pyx_PyObject_IsTrue(__pyx_t_22); if (unlikely((__pyx_t_19 < 0))) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":335
+    /* "ivshmem/native/mapping.pyx":345
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")             # <<<<<<<<<<<<<<
@@ -9243,7 +9410,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *         if start < 0 or start + size > self.length:
 */
     __pyx_t_6 = NULL;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_lengths, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 335, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_lengths, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_20[0] = __pyx_mstate_global->__pyx_kp_u_shape_2;
     __pyx_t_20[1] = __pyx_t_10;
@@ -9257,7 +9424,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_20[1]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_20, 3, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 335, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_8 = 1;
@@ -9266,14 +9433,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 335, __pyx_L1_error)
+      if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 345, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_22);
     }
     __Pyx_Raise(__pyx_t_22, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
-    __PYX_ERR(0, 335, __pyx_L1_error)
+    __PYX_ERR(0, 345, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":334
+    /* "ivshmem/native/mapping.pyx":344
  *         else:
  *             lengths = (operator.index(shape),)
  *         if any(length < 0 for length in lengths):             # <<<<<<<<<<<<<<
@@ -9282,7 +9449,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":336
+  /* "ivshmem/native/mapping.pyx":346
  *         if any(length < 0 for length in lengths):
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize             # <<<<<<<<<<<<<<
@@ -9290,9 +9457,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
 */
   __pyx_t_5 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_math); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_math); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_prod); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_prod); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __pyx_t_8 = 1;
@@ -9312,26 +9479,26 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_22 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 336, __pyx_L1_error)
+    if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 346, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
   }
-  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_itemsize); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_5 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_22, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_22, __pyx_t_10); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_v_size = __pyx_t_5;
   __pyx_t_5 = 0;
 
-  /* "ivshmem/native/mapping.pyx":337
+  /* "ivshmem/native/mapping.pyx":347
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
 */
-  __pyx_t_25 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_start, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_25 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_start, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
   if (!__pyx_t_25) {
 
   } else {
@@ -9340,11 +9507,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 
     goto __pyx_L27_bool_binop_done;
   }
-  __pyx_t_5 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->length); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_25 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_25 = __Pyx_PyObject_CompareBoolGt_object_int(__pyx_t_5, __pyx_t_10, Py_GT); if (unlikely((__pyx_t_25 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
@@ -9354,7 +9521,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   if (unlikely(__pyx_t_19)) {
 
 
-    /* "ivshmem/native/mapping.pyx":338
+    /* "ivshmem/native/mapping.pyx":348
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")             # <<<<<<<<<<<<<<
@@ -9362,11 +9529,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
  *         view = memoryview(self)[start : start + size]
 */
     __pyx_t_5 = NULL;
-    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_22 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_22)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_22);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_26[0] = __pyx_mstate_global->__pyx_kp_u_no;
     __pyx_t_26[1] = __pyx_t_22;
@@ -9384,7 +9551,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_26[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_26[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_26, 7, __pyx_t_21, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 338, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_22); __pyx_t_22 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9395,14 +9562,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
       __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 338, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 348, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     __Pyx_Raise(__pyx_t_10, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __PYX_ERR(0, 338, __pyx_L1_error)
+    __PYX_ERR(0, 348, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":337
+    /* "ivshmem/native/mapping.pyx":347
  *             raise ValueError(f"shape {lengths}: no length can be negative")
  *         size = math.prod(lengths) * kind.itemsize
  *         if start < 0 or start + size > self.length:             # <<<<<<<<<<<<<<
@@ -9411,14 +9578,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":340
+  /* "ivshmem/native/mapping.pyx":350
  *             raise ValueError(f"no {size} bytes at {offset} in {self.length} bytes")
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]             # <<<<<<<<<<<<<<
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
 */
-  __pyx_t_10 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_10 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_INCREF(__pyx_v_start);
   __pyx_t_7 = __pyx_v_start;
@@ -9427,24 +9594,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
 
     __pyx_t_21 = 0;
   } else {
-    __pyx_t_27 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_27 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_27 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_27 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 350, __pyx_L1_error)
     __pyx_t_21 = __pyx_t_27;
   }
 
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_start, __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_19 = (__pyx_t_7 == Py_None);
   if (__pyx_t_19) {
 
     __pyx_t_27 = PY_SSIZE_T_MAX;
   } else {
-    __pyx_t_28 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_28 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 340, __pyx_L1_error)
+    __pyx_t_28 = __Pyx_PyIndex_AsSsize_t(__pyx_t_7); if (unlikely((__pyx_t_28 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 350, __pyx_L1_error)
     __pyx_t_27 = __pyx_t_28;
   }
 
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = PySequence_GetSlice(__pyx_t_10, __pyx_t_21, __pyx_t_27); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_7 = PySequence_GetSlice(__pyx_t_10, __pyx_t_21, __pyx_t_27); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
@@ -9452,7 +9619,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   __pyx_v_view = ((PyObject*)__pyx_t_7);
   __pyx_t_7 = 0;
 
-  /* "ivshmem/native/mapping.pyx":341
+  /* "ivshmem/native/mapping.pyx":351
  *         # asarray keeps the view, and so the mapping; numpy.ndarray(buffer=) would not.
  *         view = memoryview(self)[start : start + size]
  *         return numpy.asarray(view).view(kind).reshape(lengths)             # <<<<<<<<<<<<<<
@@ -9466,7 +9633,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_22, __pyx_v_view};
     __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_asarray, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_22); __pyx_t_22 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 341, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   __pyx_t_4 = __pyx_t_6;
@@ -9477,7 +9644,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_view, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 341, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __pyx_t_10 = __pyx_t_5;
@@ -9488,7 +9655,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
     __pyx_t_7 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reshape, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 341, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 351, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
   }
   {
@@ -9502,7 +9669,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":292
+  /* "ivshmem/native/mapping.pyx":302
  *     # -- views ------------------------------------------------------------------------------------
  * 
  *     def array(self, dtype="uint8", shape=None, offset=0):             # <<<<<<<<<<<<<<
@@ -9534,7 +9701,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_16array(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":343
+/* "ivshmem/native/mapping.pyx":353
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9607,7 +9774,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/native/mapping.pyx":345
+  /* "ivshmem/native/mapping.pyx":355
  *     def __dlpack__(self, **options):
  *         """Export all bytes, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array().__dlpack__(**options)             # <<<<<<<<<<<<<<
@@ -9621,15 +9788,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 355, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -9644,7 +9811,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":343
+  /* "ivshmem/native/mapping.pyx":353
  *         return numpy.asarray(view).view(kind).reshape(lengths)
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -9665,7 +9832,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_18__dlpack__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":347
+/* "ivshmem/native/mapping.pyx":357
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9720,7 +9887,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/native/mapping.pyx":349
+  /* "ivshmem/native/mapping.pyx":359
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -9738,7 +9905,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":347
+  /* "ivshmem/native/mapping.pyx":357
  *         return self.array().__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -9753,7 +9920,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_20__dlpack_device__
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":351
+/* "ivshmem/native/mapping.pyx":361
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9819,7 +9986,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/mapping.pyx":352
+  /* "ivshmem/native/mapping.pyx":362
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -9828,16 +9995,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/native/mapping.pyx":353
+  /* "ivshmem/native/mapping.pyx":363
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: attach or connect where it is"             # <<<<<<<<<<<<<<
  *             " needed, or pass its descriptor"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -9852,7 +10019,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 353, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -9861,14 +10028,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 362, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 352, __pyx_L1_error)
+  __PYX_ERR(0, 362, __pyx_L1_error)
 
-  /* "ivshmem/native/mapping.pyx":351
+  /* "ivshmem/native/mapping.pyx":361
  *         return (1, 0)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9889,7 +10056,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_22__reduce__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":357
+/* "ivshmem/native/mapping.pyx":367
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9915,7 +10082,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_6native_7mapping_7Mapping_25__len__(PyObject
 static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":358
+  /* "ivshmem/native/mapping.pyx":368
  * 
  *     def __len__(self):
  *         return self.length             # <<<<<<<<<<<<<<
@@ -9928,7 +10095,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":357
+  /* "ivshmem/native/mapping.pyx":367
  *         )
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9942,7 +10109,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_6native_7mapping_7Mapping_24__len__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":360
+/* "ivshmem/native/mapping.pyx":370
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9988,17 +10155,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/native/mapping.pyx":361
+  /* "ivshmem/native/mapping.pyx":371
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":362
+  /* "ivshmem/native/mapping.pyx":372
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10014,17 +10181,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":363
+      /* "ivshmem/native/mapping.pyx":373
  *         self.pin()
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_self->start, __pyx_v_self->length, __pyx_v_self->fixed, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L3_error)
 
 
-      /* "ivshmem/native/mapping.pyx":362
+      /* "ivshmem/native/mapping.pyx":372
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10038,7 +10205,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/native/mapping.pyx":364
+    /* "ivshmem/native/mapping.pyx":374
  *         try:
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10048,12 +10215,12 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Mapping.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 364, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 374, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/native/mapping.pyx":365
+      /* "ivshmem/native/mapping.pyx":375
  *             PyBuffer_FillInfo(view, self, self.start, self.length, self.fixed, flags)
  *         except BaseException:
  *             self.unpin()             # <<<<<<<<<<<<<<
@@ -10062,7 +10229,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-      /* "ivshmem/native/mapping.pyx":366
+      /* "ivshmem/native/mapping.pyx":376
  *         except BaseException:
  *             self.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -10074,11 +10241,11 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 366, __pyx_L5_except_error)
+      __PYX_ERR(0, 376, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":362
+    /* "ivshmem/native/mapping.pyx":372
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -10094,7 +10261,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":360
+  /* "ivshmem/native/mapping.pyx":370
  *         return self.length
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -10127,7 +10294,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_7Mapping_26__getbuffer__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":368
+/* "ivshmem/native/mapping.pyx":378
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10151,7 +10318,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_29__releas
 
 static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/native/mapping.pyx":369
+  /* "ivshmem/native/mapping.pyx":379
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.unpin()             # <<<<<<<<<<<<<<
@@ -10160,7 +10327,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(stru
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_vtab)->unpin(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":368
+  /* "ivshmem/native/mapping.pyx":378
  *             raise
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -10172,7 +10339,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_28__releasebuffer__(stru
 
 }
 
-/* "ivshmem/native/mapping.pyx":371
+/* "ivshmem/native/mapping.pyx":381
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10240,7 +10407,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/mapping.pyx":378
+  /* "ivshmem/native/mapping.pyx":388
  *                 changed then.
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)             # <<<<<<<<<<<<<<
@@ -10249,7 +10416,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   __pyx_v_views = ivshmem_shut_unused((&__pyx_v_self->views));
 
-  /* "ivshmem/native/mapping.pyx":379
+  /* "ivshmem/native/mapping.pyx":389
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10261,7 +10428,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":380
+    /* "ivshmem/native/mapping.pyx":390
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:
  *             return             # <<<<<<<<<<<<<<
@@ -10278,7 +10445,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":379
+    /* "ivshmem/native/mapping.pyx":389
  *         """
  *         cdef unsigned int views = ivshmem_shut_unused(&self.views)
  *         if views & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10287,7 +10454,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":381
+  /* "ivshmem/native/mapping.pyx":391
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10299,7 +10466,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":382
+    /* "ivshmem/native/mapping.pyx":392
  *             return
  *         if views:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10308,14 +10475,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":383
+    /* "ivshmem/native/mapping.pyx":393
  *         if views:
  *             raise BufferError(
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"             # <<<<<<<<<<<<<<
  *             )
  *         if ivshmem_shut(&self.accesses):
 */
-    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_views, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 393, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_the_memory_is_in_use_by;
     __pyx_t_5[1] = __pyx_t_4;
@@ -10326,7 +10493,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 383, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 393, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -10335,14 +10502,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 382, __pyx_L1_error)
+    __PYX_ERR(0, 392, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":381
+    /* "ivshmem/native/mapping.pyx":391
  *         if views & IVSHMEM_CLOSING:
  *             return
  *         if views:             # <<<<<<<<<<<<<<
@@ -10351,7 +10518,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":385
+  /* "ivshmem/native/mapping.pyx":395
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10363,7 +10530,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":386
+    /* "ivshmem/native/mapping.pyx":396
  *             )
  *         if ivshmem_shut(&self.accesses):
  *             unmap(self)             # <<<<<<<<<<<<<<
@@ -10372,7 +10539,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
     __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":385
+    /* "ivshmem/native/mapping.pyx":395
  *                 f"the memory is in use by {views} views: release memoryviews and arrays first"
  *             )
  *         if ivshmem_shut(&self.accesses):             # <<<<<<<<<<<<<<
@@ -10381,7 +10548,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":371
+  /* "ivshmem/native/mapping.pyx":381
  *         self.unpin()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10406,7 +10573,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_7Mapping_30close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":388
+/* "ivshmem/native/mapping.pyx":398
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10430,7 +10597,7 @@ static void __pyx_pw_7ivshmem_6native_7mapping_7Mapping_33__dealloc__(PyObject *
 static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":389
+  /* "ivshmem/native/mapping.pyx":399
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10442,7 +10609,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":390
+    /* "ivshmem/native/mapping.pyx":400
  *     def __dealloc__(self):
  *         if self.start != NULL:
  *             munmap(self.start, self.length)             # <<<<<<<<<<<<<<
@@ -10451,7 +10618,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 */
     (void)(munmap(__pyx_v_self->start, __pyx_v_self->length));
 
-    /* "ivshmem/native/mapping.pyx":389
+    /* "ivshmem/native/mapping.pyx":399
  * 
  *     def __dealloc__(self):
  *         if self.start != NULL:             # <<<<<<<<<<<<<<
@@ -10460,7 +10627,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":388
+  /* "ivshmem/native/mapping.pyx":398
  *             unmap(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -10472,7 +10639,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_7Mapping_32__dealloc__(struct __p
 
 }
 
-/* "ivshmem/native/mapping.pyx":393
+/* "ivshmem/native/mapping.pyx":403
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10493,7 +10660,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold", 0);
 
-  /* "ivshmem/native/mapping.pyx":395
+  /* "ivshmem/native/mapping.pyx":405
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Keep the memory mapped until `let_go`; the caller keeps the GIL all the time."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10505,7 +10672,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":396
+    /* "ivshmem/native/mapping.pyx":406
  *     """Keep the memory mapped until `let_go`; the caller keeps the GIL all the time."""
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
@@ -10513,7 +10680,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10532,14 +10699,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 396, __pyx_L1_error)
+    __PYX_ERR(0, 406, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":395
+    /* "ivshmem/native/mapping.pyx":405
  * cdef inline int hold(Mapping mapping) except -1:
  *     """Keep the memory mapped until `let_go`; the caller keeps the GIL all the time."""
  *     if not ivshmem_enter_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10548,7 +10715,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":397
+  /* "ivshmem/native/mapping.pyx":407
  *     if not ivshmem_enter_held(&mapping.accesses):
  *         raise ClosedError("the memory is closed")
  *     return 0             # <<<<<<<<<<<<<<
@@ -10561,7 +10728,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":393
+  /* "ivshmem/native/mapping.pyx":403
  * 
  * 
  * cdef inline int hold(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -10582,7 +10749,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":400
+/* "ivshmem/native/mapping.pyx":410
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10593,7 +10760,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold(struct __pyx_obj
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":401
+  /* "ivshmem/native/mapping.pyx":411
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10605,7 +10772,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":402
+    /* "ivshmem/native/mapping.pyx":412
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):
  *         unmap(mapping)             # <<<<<<<<<<<<<<
@@ -10614,7 +10781,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 */
     __pyx_f_7ivshmem_6native_7mapping_unmap(__pyx_v_mapping);
 
-    /* "ivshmem/native/mapping.pyx":401
+    /* "ivshmem/native/mapping.pyx":411
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:
  *     if ivshmem_leave_held(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -10623,7 +10790,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":400
+  /* "ivshmem/native/mapping.pyx":410
  * 
  * 
  * cdef inline void let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10635,7 +10802,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_let_go(struct __pyx_
 
 }
 
-/* "ivshmem/native/mapping.pyx":405
+/* "ivshmem/native/mapping.pyx":415
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10648,7 +10815,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   void *__pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":412
+  /* "ivshmem/native/mapping.pyx":422
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -10660,7 +10827,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":413
+    /* "ivshmem/native/mapping.pyx":423
  *     cdef void *place
  *     if size < HUGE:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10673,7 +10840,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":412
+    /* "ivshmem/native/mapping.pyx":422
  *     """
  *     cdef void *place
  *     if size < HUGE:             # <<<<<<<<<<<<<<
@@ -10682,7 +10849,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":414
+  /* "ivshmem/native/mapping.pyx":424
  *     if size < HUGE:
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)             # <<<<<<<<<<<<<<
@@ -10691,7 +10858,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   __pyx_v_place = mmap(NULL, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE), PROT_NONE, (MAP_PRIVATE | MAP_ANONYMOUS), -1, 0);
 
-  /* "ivshmem/native/mapping.pyx":415
+  /* "ivshmem/native/mapping.pyx":425
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10703,7 +10870,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":416
+    /* "ivshmem/native/mapping.pyx":426
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:
  *         return NULL             # <<<<<<<<<<<<<<
@@ -10716,7 +10883,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":415
+    /* "ivshmem/native/mapping.pyx":425
  *         return NULL
  *     place = mmap(NULL, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
  *     if place == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -10725,7 +10892,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":417
+  /* "ivshmem/native/mapping.pyx":427
  *     if place == MAP_FAILED:
  *         return NULL
  *     munmap(place, size + HUGE)             # <<<<<<<<<<<<<<
@@ -10734,7 +10901,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
 */
   (void)(munmap(__pyx_v_place, (__pyx_v_size + __pyx_e_7ivshmem_6native_7mapping_HUGE)));
 
-  /* "ivshmem/native/mapping.pyx":418
+  /* "ivshmem/native/mapping.pyx":428
  *         return NULL
  *     munmap(place, size + HUGE)
  *     return <void *>((<size_t>place + HUGE - 1) & ~<size_t>(HUGE - 1))             # <<<<<<<<<<<<<<
@@ -10747,7 +10914,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":405
+  /* "ivshmem/native/mapping.pyx":415
  * 
  * 
  * cdef void *free_place(size_t size) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10761,7 +10928,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_free_place(size_t __pyx_v_size) {
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":421
+/* "ivshmem/native/mapping.pyx":431
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10776,7 +10943,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   Py_ssize_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/native/mapping.pyx":422
+  /* "ivshmem/native/mapping.pyx":432
  * 
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start             # <<<<<<<<<<<<<<
@@ -10787,7 +10954,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
   __pyx_v_address = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":423
+  /* "ivshmem/native/mapping.pyx":433
  * cdef void unmap(Mapping mapping) noexcept:
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length             # <<<<<<<<<<<<<<
@@ -10798,7 +10965,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":424
+  /* "ivshmem/native/mapping.pyx":434
  *     cdef char *address = mapping.start
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -10807,7 +10974,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 */
   __pyx_v_mapping->start = NULL;
 
-  /* "ivshmem/native/mapping.pyx":425
+  /* "ivshmem/native/mapping.pyx":435
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -10819,7 +10986,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/native/mapping.pyx":426
+    /* "ivshmem/native/mapping.pyx":436
  *     mapping.start = NULL
  *     if length < LARGE:
  *         munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10828,7 +10995,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 */
     (void)(munmap(__pyx_v_address, __pyx_v_length));
 
-    /* "ivshmem/native/mapping.pyx":425
+    /* "ivshmem/native/mapping.pyx":435
  *     cdef Py_ssize_t length = mapping.length
  *     mapping.start = NULL
  *     if length < LARGE:             # <<<<<<<<<<<<<<
@@ -10838,7 +11005,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":428
+  /* "ivshmem/native/mapping.pyx":438
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10852,7 +11019,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/mapping.pyx":429
+          /* "ivshmem/native/mapping.pyx":439
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages
  *             munmap(address, length)             # <<<<<<<<<<<<<<
@@ -10862,7 +11029,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
           (void)(munmap(__pyx_v_address, __pyx_v_length));
         }
 
-        /* "ivshmem/native/mapping.pyx":428
+        /* "ivshmem/native/mapping.pyx":438
  *         munmap(address, length)
  *     else:
  *         with nogil:  # 30 ms for each GiB of small pages             # <<<<<<<<<<<<<<
@@ -10881,7 +11048,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":421
+  /* "ivshmem/native/mapping.pyx":431
  * 
  * 
  * cdef void unmap(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -10895,7 +11062,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
 }
 
-/* "ivshmem/native/mapping.pyx":432
+/* "ivshmem/native/mapping.pyx":442
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10905,7 +11072,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_unmap(struct __pyx_obj_7ivshmem_6n
 
 static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_memory, char *__pyx_v_buffer, Py_ssize_t __pyx_v_size, int __pyx_v_into) {
 
-  /* "ivshmem/native/mapping.pyx":434
+  /* "ivshmem/native/mapping.pyx":444
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, which is as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10914,7 +11081,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
 */
   if (__pyx_v_into) {
 
-    /* "ivshmem/native/mapping.pyx":435
+    /* "ivshmem/native/mapping.pyx":445
  *     # memmove, which is as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:
  *         memmove(memory, buffer, size)             # <<<<<<<<<<<<<<
@@ -10923,7 +11090,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
 */
     (void)(memmove(__pyx_v_memory, __pyx_v_buffer, __pyx_v_size));
 
-    /* "ivshmem/native/mapping.pyx":434
+    /* "ivshmem/native/mapping.pyx":444
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:
  *     # memmove, which is as quick as memcpy: the buffer may be a view of the same memory.
  *     if into:             # <<<<<<<<<<<<<<
@@ -10933,7 +11100,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
     goto __pyx_L3;
   }
 
-  /* "ivshmem/native/mapping.pyx":437
+  /* "ivshmem/native/mapping.pyx":447
  *         memmove(memory, buffer, size)
  *     else:
  *         memmove(buffer, memory, size)             # <<<<<<<<<<<<<<
@@ -10945,7 +11112,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
   }
   __pyx_L3:;
 
-  /* "ivshmem/native/mapping.pyx":432
+  /* "ivshmem/native/mapping.pyx":442
  * 
  * 
  * cdef inline void move(char *memory, char *buffer, Py_ssize_t size, bint into) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10956,7 +11123,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_7mapping_move(char *__pyx_v_m
   /* function exit code */
 }
 
-/* "ivshmem/native/mapping.pyx":477
+/* "ivshmem/native/mapping.pyx":487
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -11003,39 +11170,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 477, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 487, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 487, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 477, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 487, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 477, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 487, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 487, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 487, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
     __pyx_v_offset = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 477, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 487, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11046,7 +11213,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 477, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 487, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self), __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -11088,17 +11255,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/mapping.pyx":478
+  /* "ivshmem/native/mapping.pyx":488
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
 */
-  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_AsSsize_t(__pyx_v_offset, NULL); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 488, __pyx_L1_error)
   __pyx_v_start = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":480
+  /* "ivshmem/native/mapping.pyx":490
  *         cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, NULL)
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)             # <<<<<<<<<<<<<<
@@ -11108,7 +11275,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   __pyx_t_2 = __Pyx_TypeCheck(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64); 
   __pyx_v_self->wide = __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":481
+  /* "ivshmem/native/mapping.pyx":491
  *         cdef Py_ssize_t size
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4             # <<<<<<<<<<<<<<
@@ -11124,7 +11291,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   }
   __pyx_v_size = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":482
+  /* "ivshmem/native/mapping.pyx":492
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11143,7 +11310,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   }
   if (unlikely(__pyx_v_size == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 482, __pyx_L1_error)
+    __PYX_ERR(0, 492, __pyx_L1_error)
   }
   __pyx_t_3 = (__Pyx_mod_Py_ssize_t(__pyx_v_start, __pyx_v_size, 0) != 0);
 
@@ -11164,7 +11331,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":483
+    /* "ivshmem/native/mapping.pyx":493
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(             # <<<<<<<<<<<<<<
@@ -11173,18 +11340,18 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
     __pyx_t_5 = NULL;
 
-    /* "ivshmem/native/mapping.pyx":484
+    /* "ivshmem/native/mapping.pyx":494
  *         if start < 0 or start % size or start > mapping.length - size:
  *             raise ValueError(
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"             # <<<<<<<<<<<<<<
  *             )
  *         self.mapping = mapping
 */
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t((8 * __pyx_v_size), 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_offset, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_mapping->length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_aligned;
     __pyx_t_9[1] = __pyx_t_6;
@@ -11202,7 +11369,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_1, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 484, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11213,14 +11380,14 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 483, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 493, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 483, __pyx_L1_error)
+    __PYX_ERR(0, 493, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":482
+    /* "ivshmem/native/mapping.pyx":492
  *         self.wide = isinstance(self, AtomicU64)
  *         size = 8 if self.wide else 4
  *         if start < 0 or start % size or start > mapping.length - size:             # <<<<<<<<<<<<<<
@@ -11229,7 +11396,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":486
+  /* "ivshmem/native/mapping.pyx":496
  *                 f"no aligned {8 * size}-bit word at {offset} in {mapping.length} bytes"
  *             )
  *         self.mapping = mapping             # <<<<<<<<<<<<<<
@@ -11241,7 +11408,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_mapping);
 
-  /* "ivshmem/native/mapping.pyx":487
+  /* "ivshmem/native/mapping.pyx":497
  *             )
  *         self.mapping = mapping
  *         self.offset = start             # <<<<<<<<<<<<<<
@@ -11250,7 +11417,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
 */
   __pyx_v_self->offset = __pyx_v_start;
 
-  /* "ivshmem/native/mapping.pyx":477
+  /* "ivshmem/native/mapping.pyx":487
  *     """
  * 
  *     def __cinit__(self, Mapping mapping not None, offset):             # <<<<<<<<<<<<<<
@@ -11278,7 +11445,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_6Atomic___cinit__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":489
+/* "ivshmem/native/mapping.pyx":499
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11325,19 +11492,19 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/native/mapping.pyx":490
+  /* "ivshmem/native/mapping.pyx":500
  * 
  *     def __repr__(self):
  *         name = type(self).__name__             # <<<<<<<<<<<<<<
  *         try:
  *             value = self.load()
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_name = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/mapping.pyx":491
+  /* "ivshmem/native/mapping.pyx":501
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11353,7 +11520,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/native/mapping.pyx":492
+      /* "ivshmem/native/mapping.pyx":502
  *         name = type(self).__name__
  *         try:
  *             value = self.load()             # <<<<<<<<<<<<<<
@@ -11367,13 +11534,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_load, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 492, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_v_value = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/native/mapping.pyx":491
+      /* "ivshmem/native/mapping.pyx":501
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11389,7 +11556,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/native/mapping.pyx":493
+    /* "ivshmem/native/mapping.pyx":503
  *         try:
  *             value = self.load()
  *         except ClosedError:             # <<<<<<<<<<<<<<
@@ -11397,7 +11564,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
 */
     __Pyx_ErrFetch(&__pyx_t_1, &__pyx_t_5, &__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 493, __pyx_L5_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 503, __pyx_L5_except_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_1, __pyx_t_8);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -11405,23 +11572,23 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __pyx_t_1 = 0; __pyx_t_5 = 0; __pyx_t_7 = 0;
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 493, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 503, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/native/mapping.pyx":494
+      /* "ivshmem/native/mapping.pyx":504
  *             value = self.load()
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"             # <<<<<<<<<<<<<<
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
 */
-      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 494, __pyx_L5_except_error)
+      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 504, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_8);
-      __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 494, __pyx_L5_except_error)
+      __pyx_t_10 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 504, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyObject_Format(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 494, __pyx_L5_except_error)
+      __pyx_t_11 = __Pyx_PyObject_Format(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 504, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem;
@@ -11438,7 +11605,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
       __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
       #endif
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 494, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 504, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -11458,7 +11625,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/native/mapping.pyx":491
+    /* "ivshmem/native/mapping.pyx":501
  *     def __repr__(self):
  *         name = type(self).__name__
  *         try:             # <<<<<<<<<<<<<<
@@ -11480,21 +11647,21 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/native/mapping.pyx":495
+  /* "ivshmem/native/mapping.pyx":505
  *         except ClosedError:
  *             return f"<ivshmem.{name} at offset {self.offset:#x}, closed>"
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimple(__pyx_v_name, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_value, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 495, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_value, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem;
   __pyx_t_14[1] = __pyx_t_1;
@@ -11512,7 +11679,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[5]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_14, 7, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 495, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11528,7 +11695,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   __pyx_t_10 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":489
+  /* "ivshmem/native/mapping.pyx":499
  *         self.offset = start
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11554,7 +11721,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_2__repr__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":497
+/* "ivshmem/native/mapping.pyx":507
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11620,7 +11787,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/native/mapping.pyx":498
+  /* "ivshmem/native/mapping.pyx":508
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -11629,16 +11796,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/native/mapping.pyx":499
+  /* "ivshmem/native/mapping.pyx":509
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"an {type(self).__name__} cannot be copied or pickled: ask the region for another one"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 499, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_an;
@@ -11653,7 +11820,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -11662,14 +11829,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 508, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 498, __pyx_L1_error)
+  __PYX_ERR(0, 508, __pyx_L1_error)
 
-  /* "ivshmem/native/mapping.pyx":497
+  /* "ivshmem/native/mapping.pyx":507
  *         return f"<ivshmem.{name} at offset {self.offset:#x}, value {value:#x}>"
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -11690,85 +11857,34 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_4__reduce__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":502
+/* "ivshmem/native/mapping.pyx":512
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
  *         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
- *         if not ivshmem_enter(&self.mapping.accesses):
+ *         self.mapping.borrow()
 */
 
 static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   void *__pyx_r;
-  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("pin", 0);
 
-  /* "ivshmem/native/mapping.pyx":504
+  /* "ivshmem/native/mapping.pyx":514
  *     cdef void *pin(self) except NULL:
  *         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
- *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
- *             raise ClosedError("the memory is closed")
- *         return at(self)
-*/
-  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->mapping->accesses)));
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/native/mapping.pyx":505
- *         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
- *         if not ivshmem_enter(&self.mapping.accesses):
- *             raise ClosedError("the memory is closed")             # <<<<<<<<<<<<<<
+ *         self.mapping.borrow()             # <<<<<<<<<<<<<<
  *         return at(self)
  * 
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 505, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_memory_is_closed};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->borrow(__pyx_v_self->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 514, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":504
- *     cdef void *pin(self) except NULL:
+
+  /* "ivshmem/native/mapping.pyx":515
  *         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
- *         if not ivshmem_enter(&self.mapping.accesses):             # <<<<<<<<<<<<<<
- *             raise ClosedError("the memory is closed")
- *         return at(self)
-*/
-  }
-
-  /* "ivshmem/native/mapping.pyx":506
- *         if not ivshmem_enter(&self.mapping.accesses):
- *             raise ClosedError("the memory is closed")
+ *         self.mapping.borrow()
  *         return at(self)             # <<<<<<<<<<<<<<
  * 
  *     cdef void *pin_own(self) except NULL:
@@ -11779,28 +11895,24 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":502
+  /* "ivshmem/native/mapping.pyx":512
  *         )
  * 
  *     cdef void *pin(self) except NULL:             # <<<<<<<<<<<<<<
  *         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
- *         if not ivshmem_enter(&self.mapping.accesses):
+ *         self.mapping.borrow()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.native.mapping.Atomic.pin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":508
+/* "ivshmem/native/mapping.pyx":517
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11820,7 +11932,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pin_own", 0);
 
-  /* "ivshmem/native/mapping.pyx":510
+  /* "ivshmem/native/mapping.pyx":519
  *     cdef void *pin_own(self) except NULL:
  *         """Do the same for a word that is to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11829,7 +11941,7 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":511
+    /* "ivshmem/native/mapping.pyx":520
  *         """Do the same for a word that is to be changed."""
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -11842,14 +11954,14 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 511, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 520, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 511, __pyx_L1_error)
+    __PYX_ERR(0, 520, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":510
+    /* "ivshmem/native/mapping.pyx":519
  *     cdef void *pin_own(self) except NULL:
  *         """Do the same for a word that is to be changed."""
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11858,20 +11970,20 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":512
+  /* "ivshmem/native/mapping.pyx":521
  *         if self.mapping.fixed:
  *             raise TypeError("the memory is mapped for reading only")
  *         return self.pin()             # <<<<<<<<<<<<<<
  * 
  *     cdef void unpin(self) noexcept:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_self->__pyx_vtab)->pin(__pyx_v_self); if (unlikely(__pyx_t_4 == ((void *)NULL))) __PYX_ERR(0, 521, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":508
+  /* "ivshmem/native/mapping.pyx":517
  *         return at(self)
  * 
  *     cdef void *pin_own(self) except NULL:             # <<<<<<<<<<<<<<
@@ -11891,68 +12003,39 @@ static void *__pyx_f_7ivshmem_6native_7mapping_6Atomic_pin_own(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":514
+/* "ivshmem/native/mapping.pyx":523
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
- *         if ivshmem_leave(&self.mapping.accesses):
- *             unmap(self.mapping)
+ *         self.mapping.give_back()
+ * 
 */
 
 static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  __Pyx_RefNannySetupContext("unpin", 0);
 
-  /* "ivshmem/native/mapping.pyx":515
+  /* "ivshmem/native/mapping.pyx":524
  * 
  *     cdef void unpin(self) noexcept:
- *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
- *             unmap(self.mapping)
- * 
-*/
-  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->mapping->accesses));
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/mapping.pyx":516
- *     cdef void unpin(self) noexcept:
- *         if ivshmem_leave(&self.mapping.accesses):
- *             unmap(self.mapping)             # <<<<<<<<<<<<<<
+ *         self.mapping.give_back()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t peek(self) noexcept nogil:
 */
-    __pyx_t_2 = ((PyObject *)__pyx_v_self->mapping);
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_f_7ivshmem_6native_7mapping_unmap(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2));
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/native/mapping.pyx":515
- * 
- *     cdef void unpin(self) noexcept:
- *         if ivshmem_leave(&self.mapping.accesses):             # <<<<<<<<<<<<<<
- *             unmap(self.mapping)
- * 
-*/
-  }
-
-  /* "ivshmem/native/mapping.pyx":514
+  /* "ivshmem/native/mapping.pyx":523
  *         return self.pin()
  * 
  *     cdef void unpin(self) noexcept:             # <<<<<<<<<<<<<<
- *         if ivshmem_leave(&self.mapping.accesses):
- *             unmap(self.mapping)
+ *         self.mapping.give_back()
+ * 
 */
 
   /* function exit code */
 
-  __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/native/mapping.pyx":518
- *             unmap(self.mapping)
+/* "ivshmem/native/mapping.pyx":526
+ *         self.mapping.give_back()
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
@@ -11962,7 +12045,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
 static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
   uint64_t __pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":520
+  /* "ivshmem/native/mapping.pyx":528
  *     cdef uint64_t peek(self) noexcept nogil:
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
  *         return word_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
@@ -11975,8 +12058,8 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":518
- *             unmap(self.mapping)
+  /* "ivshmem/native/mapping.pyx":526
+ *         self.mapping.give_back()
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
@@ -11988,7 +12071,7 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":522
+/* "ivshmem/native/mapping.pyx":530
  *         return word_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -12035,24 +12118,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 522, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 530, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 522, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 530, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 522, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 530, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_acquire));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 522, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 530, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12063,7 +12146,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 522, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 530, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12098,7 +12181,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/native/mapping.pyx":524
+  /* "ivshmem/native/mapping.pyx":532
  *     def load(self, order="acquire"):
  *         """Return the value."""
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)             # <<<<<<<<<<<<<<
@@ -12112,14 +12195,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_LOADS;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 532, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":526
+  /* "ivshmem/native/mapping.pyx":534
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
  *         cdef uint64_t value
  *         hold(self.mapping)             # <<<<<<<<<<<<<<
@@ -12128,11 +12211,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":527
+  /* "ivshmem/native/mapping.pyx":535
  *         cdef uint64_t value
  *         hold(self.mapping)
  *         value = word_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
@@ -12141,7 +12224,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
 */
   __pyx_v_value = word_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":528
+  /* "ivshmem/native/mapping.pyx":536
  *         hold(self.mapping)
  *         value = word_load(at(self), self.wide, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12153,14 +12236,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":529
+  /* "ivshmem/native/mapping.pyx":537
  *         value = word_load(at(self), self.wide, how)
  *         let_go(self.mapping)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, value, order="release"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 529, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -12173,7 +12256,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":522
+  /* "ivshmem/native/mapping.pyx":530
  *         return word_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
@@ -12194,7 +12277,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":531
+/* "ivshmem/native/mapping.pyx":539
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12242,35 +12325,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value_2,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 531, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 539, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 531, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 539, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_release));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 531, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, i); __PYX_ERR(0, 539, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 531, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12281,7 +12364,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 531, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 539, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12317,7 +12400,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/native/mapping.pyx":533
+  /* "ivshmem/native/mapping.pyx":541
  *     def store(self, value, order="release"):
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)             # <<<<<<<<<<<<<<
@@ -12331,24 +12414,24 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_STORES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 541, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":534
+  /* "ivshmem/native/mapping.pyx":542
  *         """Set the value."""
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         word_store(at(self), self.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 534, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 542, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":535
+  /* "ivshmem/native/mapping.pyx":543
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12357,11 +12440,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 535, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":536
+  /* "ivshmem/native/mapping.pyx":544
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)
  *         word_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
@@ -12370,7 +12453,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
 */
   word_store(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":537
+  /* "ivshmem/native/mapping.pyx":545
  *         hold_own(self.mapping)
  *         word_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12382,7 +12465,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":531
+  /* "ivshmem/native/mapping.pyx":539
  *         return value
  * 
  *     def store(self, value, order="release"):             # <<<<<<<<<<<<<<
@@ -12405,7 +12488,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":539
+/* "ivshmem/native/mapping.pyx":547
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12453,35 +12536,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value_2,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 539, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 547, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 539, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "exchange", 0) < (0)) __PYX_ERR(0, 547, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 539, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, i); __PYX_ERR(0, 547, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 539, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 547, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 539, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 547, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12492,7 +12575,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 539, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("exchange", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 547, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12522,14 +12605,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":541
+  /* "ivshmem/native/mapping.pyx":549
  *     def exchange(self, value, order="seq_cst"):
  *         """Set the value; return what it was."""
  *         return change(self, word_exchange, value, order)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 549, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12542,7 +12625,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":539
+  /* "ivshmem/native/mapping.pyx":547
  *         let_go(self.mapping)
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12561,7 +12644,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":543
+/* "ivshmem/native/mapping.pyx":551
  *         return change(self, word_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12610,41 +12693,41 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_expected,&__pyx_mstate_global->__pyx_n_u_desired,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 543, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 551, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 543, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "compare_exchange", 0) < (0)) __PYX_ERR(0, 551, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 543, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, i); __PYX_ERR(0, 551, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 551, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 551, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 543, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 551, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12656,7 +12739,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 543, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("compare_exchange", 0, 2, 3, __pyx_nargs); __PYX_ERR(0, 551, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12693,7 +12776,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("compare_exchange", 0);
 
-  /* "ivshmem/native/mapping.pyx":548
+  /* "ivshmem/native/mapping.pyx":556
  *         If it was not, this is a load, with the part of `order` that a load can have.
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -12707,34 +12790,34 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":549
+  /* "ivshmem/native/mapping.pyx":557
  *         """
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)             # <<<<<<<<<<<<<<
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 549, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_expected); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 557, __pyx_L1_error)
   __pyx_v_old = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":550
+  /* "ivshmem/native/mapping.pyx":558
  *         cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
  *         old = word_compare_exchange(at(self), self.wide, old, new, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 558, __pyx_L1_error)
   __pyx_v_new = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":551
+  /* "ivshmem/native/mapping.pyx":559
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
@@ -12743,11 +12826,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":552
+  /* "ivshmem/native/mapping.pyx":560
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
  *         old = word_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
@@ -12756,7 +12839,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
 */
   __pyx_v_old = word_compare_exchange(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":553
+  /* "ivshmem/native/mapping.pyx":561
  *         hold_own(self.mapping)
  *         old = word_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -12768,14 +12851,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":554
+  /* "ivshmem/native/mapping.pyx":562
  *         old = word_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
  *         return old             # <<<<<<<<<<<<<<
  * 
  *     def fetch_add(self, amount, order="seq_cst"):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_old); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 562, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -12788,7 +12871,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":543
+  /* "ivshmem/native/mapping.pyx":551
  *         return change(self, word_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12810,7 +12893,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":556
+/* "ivshmem/native/mapping.pyx":564
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12858,35 +12941,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 556, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 564, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 556, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 556, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 556, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_add", 0) < (0)) __PYX_ERR(0, 564, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 556, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, i); __PYX_ERR(0, 564, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 556, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 556, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12897,7 +12980,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 556, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_add", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 564, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12927,14 +13010,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_add", 0);
 
-  /* "ivshmem/native/mapping.pyx":558
+  /* "ivshmem/native/mapping.pyx":566
  *     def fetch_add(self, amount, order="seq_cst"):
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, word_add, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12947,7 +13030,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":556
+  /* "ivshmem/native/mapping.pyx":564
  *         return old
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -12966,7 +13049,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":560
+/* "ivshmem/native/mapping.pyx":568
  *         return change(self, word_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13014,35 +13097,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_amount,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 560, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 568, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 568, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 560, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_sub", 0) < (0)) __PYX_ERR(0, 568, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 560, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, i); __PYX_ERR(0, 568, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 568, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 560, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13053,7 +13136,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 560, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_sub", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 568, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13083,14 +13166,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_sub", 0);
 
-  /* "ivshmem/native/mapping.pyx":562
+  /* "ivshmem/native/mapping.pyx":570
  *     def fetch_sub(self, amount, order="seq_cst"):
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
  *         return change(self, word_sub, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_and(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13103,7 +13186,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":560
+  /* "ivshmem/native/mapping.pyx":568
  *         return change(self, word_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13122,7 +13205,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":564
+/* "ivshmem/native/mapping.pyx":572
  *         return change(self, word_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13170,35 +13253,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 564, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 572, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 572, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 564, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_and", 0) < (0)) __PYX_ERR(0, 572, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 564, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, i); __PYX_ERR(0, 572, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 564, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 572, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 564, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13209,7 +13292,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 564, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_and", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 572, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13239,14 +13322,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_and", 0);
 
-  /* "ivshmem/native/mapping.pyx":566
+  /* "ivshmem/native/mapping.pyx":574
  *     def fetch_and(self, bits, order="seq_cst"):
  *         """Clear all bits except these; return what the value was."""
  *         return change(self, word_and, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_or(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13259,7 +13342,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":564
+  /* "ivshmem/native/mapping.pyx":572
  *         return change(self, word_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13278,7 +13361,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":568
+/* "ivshmem/native/mapping.pyx":576
  *         return change(self, word_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13326,35 +13409,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 568, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 576, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 568, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 576, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 576, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 568, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_or", 0) < (0)) __PYX_ERR(0, 576, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 568, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, i); __PYX_ERR(0, 576, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 568, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 576, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 568, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 576, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13365,7 +13448,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 568, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_or", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 576, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13395,14 +13478,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_or", 0);
 
-  /* "ivshmem/native/mapping.pyx":570
+  /* "ivshmem/native/mapping.pyx":578
  *     def fetch_or(self, bits, order="seq_cst"):
  *         """Set these bits; return what the value was."""
  *         return change(self, word_or, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13415,7 +13498,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":568
+  /* "ivshmem/native/mapping.pyx":576
  *         return change(self, word_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13434,7 +13517,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":572
+/* "ivshmem/native/mapping.pyx":580
  *         return change(self, word_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13482,35 +13565,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_bits,&__pyx_mstate_global->__pyx_n_u_order,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 572, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 580, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 572, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fetch_xor", 0) < (0)) __PYX_ERR(0, 580, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_seq_cst));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 572, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, i); __PYX_ERR(0, 580, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13521,7 +13604,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 572, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fetch_xor", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 580, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13551,14 +13634,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fetch_xor", 0);
 
-  /* "ivshmem/native/mapping.pyx":574
+  /* "ivshmem/native/mapping.pyx":582
  *     def fetch_xor(self, bits, order="seq_cst"):
  *         """Invert these bits; return what the value was."""
  *         return change(self, word_xor, bits, order)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13571,7 +13654,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":572
+  /* "ivshmem/native/mapping.pyx":580
  *         return change(self, word_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
@@ -13590,7 +13673,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pxd":22
+/* "ivshmem/native/mapping.pxd":24
  * cdef class Atomic:
  *     cdef Mapping mapping
  *     cdef readonly Py_ssize_t offset             # <<<<<<<<<<<<<<
@@ -13629,7 +13712,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(stru
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 22, __pyx_L4_error)
+        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->offset); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 24, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -13672,7 +13755,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6offset___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":587
+/* "ivshmem/native/mapping.pyx":595
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13695,7 +13778,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("change", 0);
 
-  /* "ivshmem/native/mapping.pyx":588
+  /* "ivshmem/native/mapping.pyx":596
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)             # <<<<<<<<<<<<<<
@@ -13709,24 +13792,24 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   } else {
     __pyx_t_3 = __pyx_v_7ivshmem_6native_7mapping_CHANGES;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_order_of(__pyx_v_order, ((PyObject*)__pyx_t_3)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 596, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_4;
   }
 
   __pyx_v_how = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":589
+  /* "ivshmem/native/mapping.pyx":597
  * cdef inline object change(Atomic word, Change operation, object value, object order):
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)             # <<<<<<<<<<<<<<
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
 */
-  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 589, __pyx_L1_error)
+  __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_word, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 597, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
 
-  /* "ivshmem/native/mapping.pyx":590
+  /* "ivshmem/native/mapping.pyx":598
  *     cdef int how = SEQ_CST if order is "seq_cst" else order_of(order, CHANGES)
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)             # <<<<<<<<<<<<<<
@@ -13735,11 +13818,11 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_word->mapping);
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_hold_own(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-  /* "ivshmem/native/mapping.pyx":591
+  /* "ivshmem/native/mapping.pyx":599
  *     cdef uint64_t number = fitting(word, value)
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)             # <<<<<<<<<<<<<<
@@ -13748,7 +13831,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
 */
   __pyx_v_number = __pyx_v_operation(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_word), __pyx_v_word->wide, __pyx_v_number, __pyx_v_how);
 
-  /* "ivshmem/native/mapping.pyx":592
+  /* "ivshmem/native/mapping.pyx":600
  *     hold_own(word.mapping)
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)             # <<<<<<<<<<<<<<
@@ -13760,14 +13843,14 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   __pyx_f_7ivshmem_6native_7mapping_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_3));
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/native/mapping.pyx":593
+  /* "ivshmem/native/mapping.pyx":601
  *     number = operation(at(word), word.wide, number, how)
  *     let_go(word.mapping)
  *     return number             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_number); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13780,7 +13863,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":587
+  /* "ivshmem/native/mapping.pyx":595
  * 
  * 
  * cdef inline object change(Atomic word, Change operation, object value, object order):             # <<<<<<<<<<<<<<
@@ -13801,7 +13884,7 @@ static CYTHON_INLINE PyObject *__pyx_f_7ivshmem_6native_7mapping_change(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":596
+/* "ivshmem/native/mapping.pyx":604
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13829,17 +13912,17 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("order_of", 0);
 
-  /* "ivshmem/native/mapping.pyx":597
+  /* "ivshmem/native/mapping.pyx":605
  * 
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)             # <<<<<<<<<<<<<<
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
 */
-  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 597, __pyx_L1_error)
+  __pyx_t_1 = PyDict_GetItemWithError(__pyx_v_allowed, __pyx_v_order); if (unlikely(__pyx_t_1 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 605, __pyx_L1_error)
   __pyx_v_found = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":598
+  /* "ivshmem/native/mapping.pyx":606
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13851,7 +13934,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":599
+    /* "ivshmem/native/mapping.pyx":607
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")             # <<<<<<<<<<<<<<
@@ -13859,9 +13942,9 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_order), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__3, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 599, __pyx_L1_error)
+    __pyx_t_6 = PyUnicode_Join(__pyx_mstate_global->__pyx_kp_u__3, __pyx_v_allowed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_order;
     __pyx_t_7[1] = __pyx_t_5;
@@ -13876,7 +13959,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 599, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -13886,14 +13969,14 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 599, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 599, __pyx_L1_error)
+    __PYX_ERR(0, 607, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":598
+    /* "ivshmem/native/mapping.pyx":606
  * cdef int order_of(object order, dict allowed) except -1:
  *     cdef PyObject *found = PyDict_GetItemWithError(allowed, order)
  *     if found == NULL:             # <<<<<<<<<<<<<<
@@ -13902,20 +13985,20 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":600
+  /* "ivshmem/native/mapping.pyx":608
  *     if found == NULL:
  *         raise ValueError(f"no order {order!r} for this operation: {', '.join(allowed)}")
  *     return <object>found             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 600, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_As_int(((PyObject *)__pyx_v_found)); if (unlikely((__pyx_t_9 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 608, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":596
+  /* "ivshmem/native/mapping.pyx":604
  * 
  * 
  * cdef int order_of(object order, dict allowed) except -1:             # <<<<<<<<<<<<<<
@@ -13939,7 +14022,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_order_of(PyObject *__pyx_v_order, P
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":603
+/* "ivshmem/native/mapping.pyx":611
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -13965,7 +14048,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fitting", 0);
 
-  /* "ivshmem/native/mapping.pyx":604
+  /* "ivshmem/native/mapping.pyx":612
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)             # <<<<<<<<<<<<<<
@@ -13974,19 +14057,19 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
 */
   __pyx_t_2 = PyLong_Check(__pyx_v_value); 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_v_value); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 612, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   } else {
-    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_4 = PyNumber_Index(__pyx_v_value); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 612, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 604, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 612, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_number = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":605
+  /* "ivshmem/native/mapping.pyx":613
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14012,7 +14095,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":606
+    /* "ivshmem/native/mapping.pyx":614
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -14020,9 +14103,9 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
  * 
 */
     __pyx_t_6 = NULL;
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 606, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_number, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 614, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 606, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 614, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9 = 1;
@@ -14031,14 +14114,14 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 606, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 606, __pyx_L1_error)
+    __PYX_ERR(0, 614, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":605
+    /* "ivshmem/native/mapping.pyx":613
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:
  *     cdef uint64_t number = value if isinstance(value, int) else PyNumber_Index(value)
  *     if number > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -14047,7 +14130,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":607
+  /* "ivshmem/native/mapping.pyx":615
  *     if number > UINT32_MAX and not word.wide:
  *         raise OverflowError(f"{number} has more than the 32 bits of the word")
  *     return number             # <<<<<<<<<<<<<<
@@ -14060,7 +14143,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":603
+  /* "ivshmem/native/mapping.pyx":611
  * 
  * 
  * cdef inline uint64_t fitting(Atomic word, object value) except? -1:             # <<<<<<<<<<<<<<
@@ -14083,7 +14166,7 @@ static CYTHON_INLINE uint64_t __pyx_f_7ivshmem_6native_7mapping_fitting(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":610
+/* "ivshmem/native/mapping.pyx":618
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14103,7 +14186,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hold_own", 0);
 
-  /* "ivshmem/native/mapping.pyx":611
+  /* "ivshmem/native/mapping.pyx":619
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14112,7 +14195,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
 */
   if (unlikely(__pyx_v_mapping->fixed)) {
 
-    /* "ivshmem/native/mapping.pyx":612
+    /* "ivshmem/native/mapping.pyx":620
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -14125,14 +14208,14 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 612, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 620, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 612, __pyx_L1_error)
+    __PYX_ERR(0, 620, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":611
+    /* "ivshmem/native/mapping.pyx":619
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:
  *     if mapping.fixed:             # <<<<<<<<<<<<<<
@@ -14141,20 +14224,20 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":613
+  /* "ivshmem/native/mapping.pyx":621
  *     if mapping.fixed:
  *         raise TypeError("the memory is mapped for reading only")
  *     return hold(mapping)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 613, __pyx_L1_error)
+  __pyx_t_4 = __pyx_f_7ivshmem_6native_7mapping_hold(__pyx_v_mapping); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 621, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_4;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":610
+  /* "ivshmem/native/mapping.pyx":618
  * 
  * 
  * cdef inline int hold_own(Mapping mapping) except -1:             # <<<<<<<<<<<<<<
@@ -14174,7 +14257,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_6native_7mapping_hold_own(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":616
+/* "ivshmem/native/mapping.pyx":624
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14204,7 +14287,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("fence", 0);
 
-  /* "ivshmem/native/mapping.pyx":622
+  /* "ivshmem/native/mapping.pyx":630
  *     them sees the other's store. Without the fence it can be that neither does.
  *     """
  *     ivshmem_fence()             # <<<<<<<<<<<<<<
@@ -14213,7 +14296,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
 */
   ivshmem_fence();
 
-  /* "ivshmem/native/mapping.pyx":616
+  /* "ivshmem/native/mapping.pyx":624
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
@@ -14228,7 +14311,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":625
+/* "ivshmem/native/mapping.pyx":633
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14239,7 +14322,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_fence(CYTHON_UNUSED PyObject
 static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_word) {
   void *__pyx_r;
 
-  /* "ivshmem/native/mapping.pyx":626
+  /* "ivshmem/native/mapping.pyx":634
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:
  *     return word.mapping.start + word.offset             # <<<<<<<<<<<<<<
@@ -14252,7 +14335,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":625
+  /* "ivshmem/native/mapping.pyx":633
  * 
  * 
  * cdef inline void *at(Atomic word) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -14265,7 +14348,7 @@ static CYTHON_INLINE void *__pyx_f_7ivshmem_6native_7mapping_at(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":646
+/* "ivshmem/native/mapping.pyx":654
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14314,51 +14397,51 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_mapped,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 646, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 654, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 646, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 646, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 646, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 646, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 654, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 646, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, i); __PYX_ERR(0, 654, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 646, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 654, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 646, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 654, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 646, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 654, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 646, __pyx_L3_error)
-    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 646, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 646, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 654, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_int64_t(values[1]); if (unlikely((__pyx_v_offset == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 654, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 654, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 646, __pyx_L3_error)
+      __pyx_v_mapped = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_mapped == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 654, __pyx_L3_error)
     } else {
       __pyx_v_mapped = ((int)1);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 646, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 654, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14393,7 +14476,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/mapping.pyx":647
+  /* "ivshmem/native/mapping.pyx":655
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE             # <<<<<<<<<<<<<<
@@ -14402,11 +14485,11 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   if (unlikely(__pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE == 0)) {
     PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-    __PYX_ERR(0, 647, __pyx_L1_error)
+    __PYX_ERR(0, 655, __pyx_L1_error)
   }
   __pyx_v_inside = __Pyx_mod_int64_t(__pyx_v_offset, __pyx_e_7ivshmem_6native_7mapping_REGISTER_PAGE, 0);
 
-  /* "ivshmem/native/mapping.pyx":649
+  /* "ivshmem/native/mapping.pyx":657
  *         cdef Py_ssize_t inside = offset % REGISTER_PAGE
  *         cdef void *address
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -14415,7 +14498,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/native/mapping.pyx":650
+  /* "ivshmem/native/mapping.pyx":658
  *         cdef void *address
  *         self.page = NULL
  *         self.fd = fd             # <<<<<<<<<<<<<<
@@ -14424,7 +14507,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->fd = __pyx_v_fd;
 
-  /* "ivshmem/native/mapping.pyx":651
+  /* "ivshmem/native/mapping.pyx":659
  *         self.page = NULL
  *         self.fd = fd
  *         self.offset = offset             # <<<<<<<<<<<<<<
@@ -14433,7 +14516,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->offset = __pyx_v_offset;
 
-  /* "ivshmem/native/mapping.pyx":652
+  /* "ivshmem/native/mapping.pyx":660
  *         self.fd = fd
  *         self.offset = offset
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -14442,7 +14525,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/native/mapping.pyx":653
+  /* "ivshmem/native/mapping.pyx":661
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14451,7 +14534,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   if (__pyx_v_mapped) {
 
-    /* "ivshmem/native/mapping.pyx":654
+    /* "ivshmem/native/mapping.pyx":662
  *         self.size = size
  *         if mapped:
  *             self.length = inside + size             # <<<<<<<<<<<<<<
@@ -14460,7 +14543,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->length = (__pyx_v_inside + __pyx_v_size);
 
-    /* "ivshmem/native/mapping.pyx":655
+    /* "ivshmem/native/mapping.pyx":663
  *         if mapped:
  *             self.length = inside + size
  *             address = mmap(             # <<<<<<<<<<<<<<
@@ -14469,7 +14552,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_address = mmap(NULL, __pyx_v_self->length, (PROT_READ | PROT_WRITE), MAP_SHARED, __pyx_v_fd, (__pyx_v_offset - __pyx_v_inside));
 
-    /* "ivshmem/native/mapping.pyx":658
+    /* "ivshmem/native/mapping.pyx":666
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14481,17 +14564,17 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/native/mapping.pyx":659
+      /* "ivshmem/native/mapping.pyx":667
  *             )
  *             if address == MAP_FAILED:
  *                 fail()             # <<<<<<<<<<<<<<
  *             self.page = <char *>address
  *             self.first = self.page + inside
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 667, __pyx_L1_error)
 
 
-      /* "ivshmem/native/mapping.pyx":658
+      /* "ivshmem/native/mapping.pyx":666
  *                 NULL, self.length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - inside
  *             )
  *             if address == MAP_FAILED:             # <<<<<<<<<<<<<<
@@ -14500,7 +14583,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     }
 
-    /* "ivshmem/native/mapping.pyx":660
+    /* "ivshmem/native/mapping.pyx":668
  *             if address == MAP_FAILED:
  *                 fail()
  *             self.page = <char *>address             # <<<<<<<<<<<<<<
@@ -14509,7 +14592,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->page = ((char *)__pyx_v_address);
 
-    /* "ivshmem/native/mapping.pyx":661
+    /* "ivshmem/native/mapping.pyx":669
  *                 fail()
  *             self.page = <char *>address
  *             self.first = self.page + inside             # <<<<<<<<<<<<<<
@@ -14518,7 +14601,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
     __pyx_v_self->first = (__pyx_v_self->page + __pyx_v_inside);
 
-    /* "ivshmem/native/mapping.pyx":653
+    /* "ivshmem/native/mapping.pyx":661
  *         self.offset = offset
  *         self.size = size
  *         if mapped:             # <<<<<<<<<<<<<<
@@ -14527,7 +14610,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":646
+  /* "ivshmem/native/mapping.pyx":654
  *     """
  * 
  *     def __cinit__(self, int fd, int64_t offset, Py_ssize_t size, *, bint mapped=True):             # <<<<<<<<<<<<<<
@@ -14548,7 +14631,7 @@ static int __pyx_pf_7ivshmem_6native_7mapping_9Registers___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":663
+/* "ivshmem/native/mapping.pyx":671
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14575,7 +14658,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/native/mapping.pyx":664
+  /* "ivshmem/native/mapping.pyx":672
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14611,7 +14694,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/mapping.pyx":665
+    /* "ivshmem/native/mapping.pyx":673
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")             # <<<<<<<<<<<<<<
@@ -14619,9 +14702,9 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
  * 
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 665, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_at, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 665, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_no_register_at;
     __pyx_t_7[1] = __pyx_t_5;
@@ -14634,7 +14717,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
     #endif
     __pyx_t_9 = 0;
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 665, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 673, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -14644,14 +14727,14 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_IndexError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 665, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 673, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 665, __pyx_L1_error)
+    __PYX_ERR(0, 673, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":664
+    /* "ivshmem/native/mapping.pyx":672
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:
  *         if at < 0 or at % 4 or at > self.size - 4:             # <<<<<<<<<<<<<<
@@ -14660,7 +14743,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":666
+  /* "ivshmem/native/mapping.pyx":674
  *         if at < 0 or at % 4 or at > self.size - 4:
  *             raise IndexError(f"no register at {at}: there are {self.size} bytes of them")
  *         return 0             # <<<<<<<<<<<<<<
@@ -14673,7 +14756,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":663
+  /* "ivshmem/native/mapping.pyx":671
  *             self.first = self.page + inside
  * 
  *     cdef int check(self, Py_ssize_t at) except -1:             # <<<<<<<<<<<<<<
@@ -14696,7 +14779,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_check(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":668
+/* "ivshmem/native/mapping.pyx":676
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -14743,32 +14826,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 668, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 676, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 668, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 668, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "load", 0) < (0)) __PYX_ERR(0, 676, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 668, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, i); __PYX_ERR(0, 676, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 668, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 676, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 668, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 676, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 668, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("load", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 676, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14809,7 +14892,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("load", 0);
 
-  /* "ivshmem/native/mapping.pyx":676
+  /* "ivshmem/native/mapping.pyx":684
  *             ClosedError: the device is closed.
  *         """
  *         cdef uint32_t value = 0             # <<<<<<<<<<<<<<
@@ -14818,7 +14901,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_v_value = 0;
 
-  /* "ivshmem/native/mapping.pyx":677
+  /* "ivshmem/native/mapping.pyx":685
  *         """
  *         cdef uint32_t value = 0
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -14827,17 +14910,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/native/mapping.pyx":679
+  /* "ivshmem/native/mapping.pyx":687
  *         cdef int code = 0
  *         cdef Py_ssize_t n
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 679, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 687, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":680
+  /* "ivshmem/native/mapping.pyx":688
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14849,7 +14932,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":681
+    /* "ivshmem/native/mapping.pyx":689
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -14857,7 +14940,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
  *             value = ivshmem_load32(self.first + at)
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 681, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 689, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -14876,14 +14959,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 681, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 689, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 681, __pyx_L1_error)
+    __PYX_ERR(0, 689, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":680
+    /* "ivshmem/native/mapping.pyx":688
  *         cdef Py_ssize_t n
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14892,7 +14975,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":682
+  /* "ivshmem/native/mapping.pyx":690
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14904,7 +14987,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":683
+    /* "ivshmem/native/mapping.pyx":691
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:
  *             value = ivshmem_load32(self.first + at)             # <<<<<<<<<<<<<<
@@ -14913,7 +14996,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
     __pyx_v_value = ivshmem_load32((__pyx_v_self->first + __pyx_v_at));
 
-    /* "ivshmem/native/mapping.pyx":682
+    /* "ivshmem/native/mapping.pyx":690
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -14923,7 +15006,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
     goto __pyx_L4;
   }
 
-  /* "ivshmem/native/mapping.pyx":685
+  /* "ivshmem/native/mapping.pyx":693
  *             value = ivshmem_load32(self.first + at)
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -14933,7 +15016,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   /*else*/ {
     __pyx_v_n = pread(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-    /* "ivshmem/native/mapping.pyx":686
+    /* "ivshmem/native/mapping.pyx":694
  *         else:
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -14963,7 +15046,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   }
   __pyx_L4:;
 
-  /* "ivshmem/native/mapping.pyx":687
+  /* "ivshmem/native/mapping.pyx":695
  *             n = pread(self.fd, &value, sizeof(value), self.offset + at)
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -14972,7 +15055,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":688
+  /* "ivshmem/native/mapping.pyx":696
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -14984,17 +15067,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":689
+    /* "ivshmem/native/mapping.pyx":697
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  *         return value
  * 
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 689, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 697, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":688
+    /* "ivshmem/native/mapping.pyx":696
  *             code = 0 if n == sizeof(value) else errno if n < 0 else EIO
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15003,14 +15086,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":690
+  /* "ivshmem/native/mapping.pyx":698
  *         if code:
  *             fail_with(code)
  *         return value             # <<<<<<<<<<<<<<
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):
 */
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 690, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_value); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 698, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -15023,7 +15106,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":668
+  /* "ivshmem/native/mapping.pyx":676
  *         return 0
  * 
  *     def load(self, Py_ssize_t at):             # <<<<<<<<<<<<<<
@@ -15047,7 +15130,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_2load(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":692
+/* "ivshmem/native/mapping.pyx":700
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15095,39 +15178,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_at,&__pyx_mstate_global->__pyx_n_u_value_2,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 692, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 700, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 692, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 692, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "store", 0) < (0)) __PYX_ERR(0, 700, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 692, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, i); __PYX_ERR(0, 700, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 692, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 700, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 692, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 700, __pyx_L3_error)
     }
-    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 692, __pyx_L3_error)
-    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 692, __pyx_L3_error)
+    __pyx_v_at = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_at == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 700, __pyx_L3_error)
+    __pyx_v_value = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_value == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 700, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 692, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("store", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 700, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15165,17 +15248,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("store", 0);
 
-  /* "ivshmem/native/mapping.pyx":700
+  /* "ivshmem/native/mapping.pyx":708
  *         """
  *         cdef int code
  *         self.check(at)             # <<<<<<<<<<<<<<
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_9Registers_check(__pyx_v_self, __pyx_v_at); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 708, __pyx_L1_error)
 
 
-  /* "ivshmem/native/mapping.pyx":701
+  /* "ivshmem/native/mapping.pyx":709
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15187,7 +15270,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/native/mapping.pyx":702
+    /* "ivshmem/native/mapping.pyx":710
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")             # <<<<<<<<<<<<<<
@@ -15195,7 +15278,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
  *         self.leave()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15214,14 +15297,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 710, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 702, __pyx_L1_error)
+    __PYX_ERR(0, 710, __pyx_L1_error)
 
-    /* "ivshmem/native/mapping.pyx":701
+    /* "ivshmem/native/mapping.pyx":709
  *         cdef int code
  *         self.check(at)
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -15230,7 +15313,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":703
+  /* "ivshmem/native/mapping.pyx":711
  *         if not ivshmem_enter(&self.state):
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)             # <<<<<<<<<<<<<<
@@ -15239,7 +15322,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   __pyx_v_code = __pyx_f_7ivshmem_6native_7mapping_9Registers_put(__pyx_v_self, __pyx_v_at, __pyx_v_value);
 
-  /* "ivshmem/native/mapping.pyx":704
+  /* "ivshmem/native/mapping.pyx":712
  *             raise ClosedError("the device is closed")
  *         code = self.put(at, value)
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -15248,7 +15331,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":705
+  /* "ivshmem/native/mapping.pyx":713
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15260,17 +15343,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":706
+    /* "ivshmem/native/mapping.pyx":714
  *         self.leave()
  *         if code:
  *             fail_with(code)             # <<<<<<<<<<<<<<
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 706, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 714, __pyx_L1_error)
 
 
-    /* "ivshmem/native/mapping.pyx":705
+    /* "ivshmem/native/mapping.pyx":713
  *         code = self.put(at, value)
  *         self.leave()
  *         if code:             # <<<<<<<<<<<<<<
@@ -15279,7 +15362,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":692
+  /* "ivshmem/native/mapping.pyx":700
  *         return value
  * 
  *     def store(self, Py_ssize_t at, uint32_t value):             # <<<<<<<<<<<<<<
@@ -15303,7 +15386,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_4store(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":708
+/* "ivshmem/native/mapping.pyx":716
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15319,7 +15402,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/native/mapping.pyx":711
+  /* "ivshmem/native/mapping.pyx":719
  *         """Store; the caller has entered `state`. Return 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15331,7 +15414,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":712
+    /* "ivshmem/native/mapping.pyx":720
  *         cdef Py_ssize_t n
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)             # <<<<<<<<<<<<<<
@@ -15340,7 +15423,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
     ivshmem_store32((__pyx_v_self->first + __pyx_v_at), __pyx_v_value);
 
-    /* "ivshmem/native/mapping.pyx":713
+    /* "ivshmem/native/mapping.pyx":721
  *         if self.page != NULL:
  *             ivshmem_store32(self.first + at, value)
  *             return 0             # <<<<<<<<<<<<<<
@@ -15353,7 +15436,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/native/mapping.pyx":711
+    /* "ivshmem/native/mapping.pyx":719
  *         """Store; the caller has entered `state`. Return 0 or errno."""
  *         cdef Py_ssize_t n
  *         if self.page != NULL:             # <<<<<<<<<<<<<<
@@ -15362,7 +15445,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":714
+  /* "ivshmem/native/mapping.pyx":722
  *             ivshmem_store32(self.first + at, value)
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)             # <<<<<<<<<<<<<<
@@ -15371,7 +15454,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 */
   __pyx_v_n = pwrite(__pyx_v_self->fd, (&__pyx_v_value), (sizeof(__pyx_v_value)), (__pyx_v_self->offset + __pyx_v_at));
 
-  /* "ivshmem/native/mapping.pyx":715
+  /* "ivshmem/native/mapping.pyx":723
  *             return 0
  *         n = pwrite(self.fd, &value, sizeof(value), self.offset + at)
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO             # <<<<<<<<<<<<<<
@@ -15402,7 +15485,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/mapping.pyx":708
+  /* "ivshmem/native/mapping.pyx":716
  *             fail_with(code)
  * 
  *     cdef int put(self, Py_ssize_t at, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15416,7 +15499,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":717
+/* "ivshmem/native/mapping.pyx":725
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15427,7 +15510,7 @@ static int __pyx_f_7ivshmem_6native_7mapping_9Registers_put(struct __pyx_obj_7iv
 static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":718
+  /* "ivshmem/native/mapping.pyx":726
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15439,7 +15522,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":719
+    /* "ivshmem/native/mapping.pyx":727
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15448,7 +15531,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
 */
     __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":718
+    /* "ivshmem/native/mapping.pyx":726
  * 
  *     cdef void leave(self) noexcept nogil:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -15457,7 +15540,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":717
+  /* "ivshmem/native/mapping.pyx":725
  *         return 0 if n == sizeof(value) else errno if n < 0 else EIO
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15468,7 +15551,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_leave(struct __pyx_obj_
   /* function exit code */
 }
 
-/* "ivshmem/native/mapping.pyx":721
+/* "ivshmem/native/mapping.pyx":729
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15481,7 +15564,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
   char *__pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/native/mapping.pyx":722
+  /* "ivshmem/native/mapping.pyx":730
  * 
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page             # <<<<<<<<<<<<<<
@@ -15492,7 +15575,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 
   __pyx_v_page = __pyx_t_1;
 
-  /* "ivshmem/native/mapping.pyx":723
+  /* "ivshmem/native/mapping.pyx":731
  *     cdef void release(self) noexcept nogil:
  *         cdef char *page = self.page
  *         self.page = NULL             # <<<<<<<<<<<<<<
@@ -15501,7 +15584,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
   __pyx_v_self->page = NULL;
 
-  /* "ivshmem/native/mapping.pyx":724
+  /* "ivshmem/native/mapping.pyx":732
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15513,7 +15596,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/native/mapping.pyx":725
+    /* "ivshmem/native/mapping.pyx":733
  *         self.page = NULL
  *         if page != NULL:
  *             munmap(page, self.length)             # <<<<<<<<<<<<<<
@@ -15522,7 +15605,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
     (void)(munmap(__pyx_v_page, __pyx_v_self->length));
 
-    /* "ivshmem/native/mapping.pyx":724
+    /* "ivshmem/native/mapping.pyx":732
  *         cdef char *page = self.page
  *         self.page = NULL
  *         if page != NULL:             # <<<<<<<<<<<<<<
@@ -15531,7 +15614,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":721
+  /* "ivshmem/native/mapping.pyx":729
  *             self.release()
  * 
  *     cdef void release(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -15543,7 +15626,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_9Registers_release(struct __pyx_ob
 
 }
 
-/* "ivshmem/native/mapping.pyx":727
+/* "ivshmem/native/mapping.pyx":735
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15599,7 +15682,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/native/mapping.pyx":729
+  /* "ivshmem/native/mapping.pyx":737
  *     def close(self):
  *         """Unmap when the last call that uses them has ended; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15611,7 +15694,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/mapping.pyx":730
+    /* "ivshmem/native/mapping.pyx":738
  *         """Unmap when the last call that uses them has ended; may be called twice."""
  *         if ivshmem_shut(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
@@ -15620,7 +15703,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
 */
     __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-    /* "ivshmem/native/mapping.pyx":729
+    /* "ivshmem/native/mapping.pyx":737
  *     def close(self):
  *         """Unmap when the last call that uses them has ended; may be called twice."""
  *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
@@ -15629,7 +15712,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
 */
   }
 
-  /* "ivshmem/native/mapping.pyx":727
+  /* "ivshmem/native/mapping.pyx":735
  *             munmap(page, self.length)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15644,7 +15727,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_9Registers_6close(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/native/mapping.pyx":732
+/* "ivshmem/native/mapping.pyx":740
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -15667,7 +15750,7 @@ static void __pyx_pw_7ivshmem_6native_7mapping_9Registers_9__dealloc__(PyObject 
 
 static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *__pyx_v_self) {
 
-  /* "ivshmem/native/mapping.pyx":733
+  /* "ivshmem/native/mapping.pyx":741
  * 
  *     def __dealloc__(self):
  *         self.release()             # <<<<<<<<<<<<<<
@@ -15676,7 +15759,7 @@ static void __pyx_pf_7ivshmem_6native_7mapping_9Registers_8__dealloc__(struct __
 */
   __pyx_f_7ivshmem_6native_7mapping_9Registers_release(__pyx_v_self);
 
-  /* "ivshmem/native/mapping.pyx":732
+  /* "ivshmem/native/mapping.pyx":740
  *             self.release()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -17136,6 +17219,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Mapping(__p
   __pyx_vtabptr_7ivshmem_6native_7mapping_Mapping = &__pyx_vtable_7ivshmem_6native_7mapping_Mapping;
   __pyx_vtable_7ivshmem_6native_7mapping_Mapping.pin = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_pin;
   __pyx_vtable_7ivshmem_6native_7mapping_Mapping.unpin = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_unpin;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.borrow = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_borrow;
+  __pyx_vtable_7ivshmem_6native_7mapping_Mapping.give_back = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *))__pyx_f_7ivshmem_6native_7mapping_7Mapping_give_back;
   __pyx_vtable_7ivshmem_6native_7mapping_Mapping.exchange = (PyObject *(*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, PyObject *, int))__pyx_f_7ivshmem_6native_7mapping_7Mapping_exchange;
   __pyx_vtable_7ivshmem_6native_7mapping_Mapping.place = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, PyObject *, Py_ssize_t))__pyx_f_7ivshmem_6native_7mapping_7Mapping_place;
   __pyx_vtable_7ivshmem_6native_7mapping_Mapping.copy = (int (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, Py_ssize_t, char *, Py_ssize_t, int))__pyx_f_7ivshmem_6native_7mapping_7Mapping_copy;
@@ -17189,14 +17274,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__py
   __pyx_vtable_7ivshmem_6native_7mapping_Atomic.unpin = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin;
   __pyx_vtable_7ivshmem_6native_7mapping_Atomic.peek = (uint64_t (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *))__pyx_f_7ivshmem_6native_7mapping_6Atomic_peek;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Atomic_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic)) __PYX_ERR(0, 464, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = &__pyx_type_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
@@ -17206,8 +17291,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Atomic(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, __pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Atomic, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17227,11 +17312,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
   __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU32;
   __pyx_vtable_7ivshmem_6native_7mapping_AtomicU32.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 577, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 585, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU32_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32)) __PYX_ERR(0, 577, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32)) __PYX_ERR(0, 585, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU32;
   #endif
@@ -17239,7 +17324,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 577, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 585, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
@@ -17249,8 +17334,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU32(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 577, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 577, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 585, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU32, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) < (0)) __PYX_ERR(0, 585, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17271,11 +17356,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
   __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_vtable_7ivshmem_6native_7mapping_AtomicU64;
   __pyx_vtable_7ivshmem_6native_7mapping_AtomicU64.__pyx_base = *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_AtomicU64_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64)) __PYX_ERR(0, 590, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = &__pyx_type_7ivshmem_6native_7mapping_AtomicU64;
   #endif
@@ -17283,7 +17368,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
@@ -17293,8 +17378,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_AtomicU64(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, __pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_AtomicU64, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) < (0)) __PYX_ERR(0, 590, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17317,14 +17402,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(_
   __pyx_vtable_7ivshmem_6native_7mapping_Registers.leave = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_leave;
   __pyx_vtable_7ivshmem_6native_7mapping_Registers.release = (void (*)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *))__pyx_f_7ivshmem_6native_7mapping_9Registers_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping_Registers_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers)) __PYX_ERR(0, 639, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = &__pyx_type_7ivshmem_6native_7mapping_Registers;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
@@ -17334,9 +17419,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping_Registers(_
     __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, __pyx_vtabptr_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, __pyx_vtabptr_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Registers, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) < (0)) __PYX_ERR(0, 639, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17353,14 +17438,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr)) __PYX_ERR(0, 344, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr = &__pyx_type_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping___pyx_scope_struct__genexpr);
@@ -17855,59 +17940,59 @@ __Pyx_RefNannySetupContext("PyInit_mapping", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":447
+  /* "ivshmem/native/mapping.pyx":457
  * 
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQUIRE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acquire, __pyx_t_4) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_LOADS);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_LOADS, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":448
+  /* "ivshmem/native/mapping.pyx":458
  * # The orders that an operation can have, by their names in C11.
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}             # <<<<<<<<<<<<<<
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELAXED); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 448, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_relaxed, __pyx_t_4) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 448, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_SEQ_CST); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 448, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_seq_cst, __pyx_t_4) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_STORES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_STORES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":449
+  /* "ivshmem/native/mapping.pyx":459
  * cdef dict LOADS = {"relaxed": RELAXED, "acquire": ACQUIRE, "seq_cst": SEQ_CST}
  * cdef dict STORES = {"relaxed": RELAXED, "release": RELEASE, "seq_cst": SEQ_CST}
  * cdef dict CHANGES = {**LOADS, "release": RELEASE, "acq_rel": ACQ_REL}             # <<<<<<<<<<<<<<
@@ -17916,33 +18001,33 @@ __Pyx_RefNannySetupContext("PyInit_mapping", 0);
 */
   if (unlikely(__pyx_v_7ivshmem_6native_7mapping_LOADS == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-    __PYX_ERR(0, 449, __pyx_L1_error)
+    __PYX_ERR(0, 459, __pyx_L1_error)
   }
-  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_6native_7mapping_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_2 = PyDict_Copy(__pyx_v_7ivshmem_6native_7mapping_LOADS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_RELEASE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__ATOMIC_ACQ_REL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_acq_rel, __pyx_t_4) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_XGOTREF(__pyx_v_7ivshmem_6native_7mapping_CHANGES);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_6native_7mapping_CHANGES, ((PyObject*)__pyx_t_2));
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/native/mapping.pyx":616
+  /* "ivshmem/native/mapping.pyx":624
  * 
  * 
  * def fence():             # <<<<<<<<<<<<<<
  *     """Order all earlier stores and loads before all later ones (a seq_cst fence of C11).
  * 
 */
-  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_7mapping_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 616, __pyx_L1_error)
+  __pyx_t_2 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_7mapping_1fence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_mapping); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 624, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fence, __pyx_t_2) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_fence, __pyx_t_2) < (0)) __PYX_ERR(0, 624, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/native/mapping.pyx":1
@@ -17995,7 +18080,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 331, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 341, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -18018,7 +18103,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/mapping.pyx":349
+  /* "ivshmem/native/mapping.pyx":359
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18027,7 +18112,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 349, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 359, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -18215,7 +18300,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 334};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 344};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_length};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_native_mapping_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591_a_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }

@@ -12,6 +12,8 @@ cdef class Mapping:
 
     cdef int pin(self) except -1
     cdef void unpin(self) noexcept nogil
+    cdef int borrow(self) except -1
+    cdef void give_back(self) noexcept
     cdef object exchange(self, object offset, object buffer, bint into)
     cdef Py_ssize_t place(self, object offset, Py_ssize_t size) except -1
     cdef int copy(self, Py_ssize_t start, char *buffer, Py_ssize_t size, bint into) except -1

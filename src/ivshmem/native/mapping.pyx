@@ -109,6 +109,16 @@ cdef class Mapping:
     cdef void unpin(self) noexcept nogil:
         ivshmem_leave(&self.views)
 
+    cdef int borrow(self) except -1:
+        """Keep the memory mapped until `give_back`, also if it is closed before."""
+        if not ivshmem_enter(&self.accesses):
+            raise ClosedError("the memory is closed")
+        return 0
+
+    cdef void give_back(self) noexcept:
+        if ivshmem_leave(&self.accesses):
+            unmap(self)
+
     def _populate(self, Py_ssize_t page_size):
         """Fault every page in, for writing where that is allowed; contents stay as they are.
 
@@ -501,8 +511,7 @@ cdef class Atomic:
 
     cdef void *pin(self) except NULL:
         """Return its address; it stays mapped until `unpin`, also if the region is closed."""
-        if not ivshmem_enter(&self.mapping.accesses):
-            raise ClosedError("the memory is closed")
+        self.mapping.borrow()
         return at(self)
 
     cdef void *pin_own(self) except NULL:
@@ -512,8 +521,7 @@ cdef class Atomic:
         return self.pin()
 
     cdef void unpin(self) noexcept:
-        if ivshmem_leave(&self.mapping.accesses):
-            unmap(self.mapping)
+        self.mapping.give_back()
 
     cdef uint64_t peek(self) noexcept nogil:
         """Return the value (acquire), for other Cython code; the word must be pinned."""

@@ -44,6 +44,7 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int c_eventfd "eventfd"(unsigned int initial, int flags)
+    int eventfd_read(int fd, uint64_t *value)
     enum: EFD_CLOEXEC, EFD_NONBLOCK
 
 
@@ -75,7 +76,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     int epoll_wait(int epfd, epoll_event *events, int limit, int milliseconds)
     enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
-    enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
+    enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLET
 
 
 cdef extern from "<sys/uio.h>" nogil:

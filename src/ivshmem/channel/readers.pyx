@@ -1,0 +1,432 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the reading ends of a channel of messages, and of a value.
+
+Knows: payloads as Python takes them. Does not know: slots and cells (roles.pyx); the protocol,
+which is in ivshmem_channel.h.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint64_t
+
+from ..native.spin cimport Probe
+from .header cimport *
+from .roles cimport ReaderEnd, TRIES
+from .views cimport view_of
+
+from ..errors import ChannelError, MessagesLost, MessageTooLong
+from ..text import counted
+from . import asynchronous
+
+# -- messages -------------------------------------------------------------------------------------
+
+cdef int64_t probe_reader(void *what) noexcept nogil:
+    cdef ivshmem_reader *reader = <ivshmem_reader *>what
+    cdef unsigned i
+    for i in range(reader.channel.record.geometry.writers):
+        if ivshmem_value(
+            ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
+        ) != reader.sources[i].next:
+            return 1
+    return 0
+
+
+@cython.no_gc_clear
+cdef class Reader(ReaderEnd):
+    """One reader of a channel of messages; made by its `reader()`. It iterates over messages.
+
+    Attributes:
+        name: of the channel.
+    """
+
+    @property
+    def lost(self):
+        """How many messages were overwritten before this reader took them."""
+        return ivshmem_reader_lost(&self.reader)
+
+    # As a ChannelEnd.
+
+    cdef int attempt(self) except -2:
+        return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
+
+    cdef int begin_sleep(self) except -2:
+        return ivshmem_reader_sleep(&self.reader)
+
+    cdef void end_sleep(self) noexcept:
+        if self.reader.slot != IVSHMEM_NO_SLOT:
+            ivshmem_sleep_end(&self.channel, &self.reader.sleep)
+
+    cdef int64_t probe(self, void **what, Probe *probe) except -1:
+        what[0] = &self.reader
+        probe[0] = probe_reader
+        return 1
+
+    cdef int restore(self) except -1:
+        ivshmem_reader_beat(&self.reader)
+        if self.awaited and (self.pending or probe_reader(&self.reader)):
+            self.membership.kick_all()
+        return 0
+
+    # Reading.
+
+    cdef int take(self, object timeout, object spin) except -2:
+        """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
+        cdef int code
+        cdef ivshmem_message message
+        self.enter()
+        if self.take_pending():
+            return 0
+        code = ivshmem_take(&self.reader, &self.message)
+        if code == IVSHMEM_AGAIN:
+            if timeout is not None and timeout == 0 and not self.watched:
+                ivshmem_reader_settle(&self.reader)
+                self.membership.flush()
+                return code
+            code = self.wait(timeout, spin)
+            if code == IVSHMEM_AGAIN:
+                return code
+            if self.take_pending():  # another thread left it
+                return 0
+        if self.membership.rings.count:
+            message = self.message  # another thread may take one during the flush
+            self.membership.flush()
+            self.enter()
+            self.message = message
+        if code:
+            raise self.fail(code)
+        if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+            self.keep()
+            raise MessagesLost(
+                f"channel {self.name!r}: this process was stopped, and writers continued without"
+                f" it: {counted(self.message.lost, 'message')} of a writer were lost",
+                self.message.lost,
+            )
+        return 0
+
+    cdef bint take_pending(self) noexcept:
+        if not self.pending:
+            return False
+        self.pending = False
+        self.forget(self.message.writer, self.message.position)
+        return True
+
+    cdef int keep(self) except -1:
+        """Leave the message that was taken for the next call."""
+        self.pending = True
+        return self.hold(&self.message)
+
+    cdef object copy_out(self):
+        """Copy the message that was taken; None: it was overwritten."""
+        cdef ivshmem_message message = self.message
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
+        cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
+        return data if code == 0 else None
+
+    @cython.binding(False)
+    @cython.critical_section
+    def get(self, timeout=None, *, spin=None):
+        """Return a copy of the next message, of any writer.
+
+        Messages of one writer come in its order. After a wait for one writer's message, another
+        writer's can come first.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+            spin: as of `Endpoint.wait`.
+
+        Returns:
+            bytes, or what the channel's type makes of them; None: no message came in time.
+
+        Raises:
+            MessagesLost: of a reader that blocks: this process was stopped or was silent, and
+                writers continued without it. The next call returns the next message.
+            ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.
+            Overtaken: the writer overwrote 64 messages in a row while they were copied.
+            ClosedError: the reader, the channels or the region is closed.
+        """
+        cdef object data
+        for _ in range(TRIES):
+            if self.take(timeout, spin):
+                return None
+            data = self.copy_out()
+            if data is not None:
+                return data if self.type is None else self.type.decode(data)
+        raise self.starved()
+
+    @cython.critical_section
+    def get_into(self, buffer, timeout=None, *, spin=None):
+        """Copy the next message into `buffer`; otherwise as `get`.
+
+        Returns:
+            How many bytes the message has; None: no message came in time.
+
+        Raises:
+            MessageTooLong: the message has more bytes than the buffer. The next call returns the
+                same message.
+        """
+        cdef Py_buffer view
+        cdef ivshmem_message message
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            for _ in range(TRIES):
+                if self.take(timeout, spin):
+                    return None
+                message = self.message
+                if message.length > <uint64_t>view.len:
+                    self.message.lost = 0
+                    self.keep()
+                    raise MessageTooLong(
+                        f"a message of {message.length} bytes, and the buffer has {view.len}"
+                    )
+                if self.copy_to(&message, <char *>view.buf) == 0:
+                    return message.length
+            raise self.starved()
+        finally:
+            PyBuffer_Release(&view)
+
+    @cython.critical_section
+    def get_rows(self, rows, timeout=None, *, spin=None):
+        """Copy the messages that are there into the rows of an array, at most one into each.
+
+        It waits, as `get`, for the first message only.
+
+        Args:
+            rows: a contiguous buffer of two dimensions or more, which can be written.
+
+        Returns:
+            How many rows were filled; 0: no message came in time.
+
+        Raises:
+            MessageTooLong: the first message has more bytes than a row; it is there for the next
+                call. (A later one ends the call.)
+        """
+        cdef Py_buffer view
+        cdef uint64_t size, i, count
+        cdef int code
+        cdef int tries = 0
+        cdef ivshmem_message message
+        cdef object whole = memoryview(rows)
+        if whole.ndim < 2:
+            raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
+        count = whole.shape[0]
+        PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
+        try:
+            size = view.len // count if count else 0
+            i = 0
+            while i < count:
+                if i == 0:
+                    if self.take(timeout, spin):
+                        return 0
+                else:
+                    code = ivshmem_take(&self.reader, &self.message)
+                    if code == IVSHMEM_AGAIN:
+                        break
+                    if code:
+                        raise self.fail(code)
+                    if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+                        self.keep()
+                        break
+                message = self.message
+                if message.length > size:
+                    self.message.lost = 0
+                    self.keep()
+                    if i:
+                        break
+                    raise MessageTooLong(
+                        f"a message of {message.length} bytes, and a row has {size}"
+                    )
+                if self.copy_to(&message, <char *>view.buf + i * size) == 0:
+                    i += 1
+                    tries = 0
+                else:
+                    tries += 1
+                    if tries == TRIES:
+                        if i:
+                            break
+                        raise self.starved()
+            return i
+        finally:
+            PyBuffer_Release(&view)
+
+    @cython.critical_section
+    def view(self, timeout=None, *, spin=None):
+        """Return the next message as a View: its memory itself, without a copy.
+
+        The writer keeps the memory as long as the View lives, if this reader blocks or discards; a
+        reader that overwrites can be overtaken.
+
+        Args:
+            timeout, spin: as of `get`.
+
+        Returns:
+            A View; None: no message came in time.
+
+        Raises:
+            ChannelError: as many views as the channel allows are alive.
+            MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
+        """
+        if self.views >= self.channel.record.geometry.views:
+            raise ChannelError(
+                f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"
+                " that it was made for: release one"
+            )
+        if self.take(timeout, spin):
+            return None
+        return view_of(self, self.message)
+
+    def get_async(self, timeout=None):
+        """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.get, timeout)
+
+    def get_into_async(self, buffer, timeout=None):
+        """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.get_into, timeout, buffer)
+
+    async def get_rows_async(self, rows, timeout=None):
+        """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
+        found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+        return found or 0
+
+    def _rows_or_none(self, rows, timeout):
+        return self.get_rows(rows, timeout) or None
+
+    def view_async(self, timeout=None):
+        """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.view, timeout)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.get()
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.get_async()
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+cdef int64_t probe_value(void *what) noexcept nogil:
+    cdef ivshmem_reader *reader = <ivshmem_reader *>what
+    return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next
+
+
+@cython.no_gc_clear
+cdef class ValueReader(ReaderEnd):
+    """One reader of a value; made by its `reader()`. It iterates over contents as they change.
+
+    Attributes:
+        name: of the channel.
+    """
+
+    cdef int attempt(self) except -2:
+        """Look for a content that this reader has not seen."""
+        if not probe_value(&self.reader):
+            return IVSHMEM_AGAIN
+        return ivshmem_value_look(&self.reader, &self.message)
+
+    cdef int begin_sleep(self) except -2:
+        if self.reader.slot == IVSHMEM_NO_SLOT:
+            return IVSHMEM_AGAIN
+        ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+        return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
+
+    cdef void end_sleep(self) noexcept:
+        if self.reader.slot != IVSHMEM_NO_SLOT:
+            ivshmem_sleep_end(&self.channel, &self.reader.sleep)
+
+    cdef int64_t probe(self, void **what, Probe *probe) except -1:
+        what[0] = &self.reader
+        probe[0] = probe_value
+        return 1
+
+    cdef int restore(self) except -1:
+        if self.awaited and probe_value(&self.reader):
+            self.membership.kick_all()
+        return 0
+
+    cdef object latest(self, int code):
+        """Copy the content that was looked at, or a later one."""
+        cdef bytes data
+        for _ in range(TRIES):
+            if code == IVSHMEM_AGAIN:
+                return None
+            if code:
+                raise self.fail(code)
+            data = PyBytes_FromStringAndSize(NULL, self.message.length)
+            ivshmem_copy_payload(
+                PyBytes_AS_STRING(data),
+                self.channel.area.memory.start + self.message.offset,
+                self.message.length,
+            )
+            if ivshmem_check(&self.channel, &self.message) == 0:
+                return data if self.type is None else self.type.decode(data)
+            code = ivshmem_value_look(&self.reader, &self.message)
+        raise self.starved()
+
+    @cython.critical_section
+    def get(self):
+        """Return a copy of the latest content, which is never torn. Never waits.
+
+        Returns:
+            bytes, or what the channel's type makes of them; None: it was never set.
+
+        Raises:
+            Overtaken: the writer sets it faster than it can be copied.
+            ChannelCorrupt, ClosedError: as of Reader.get.
+        """
+        self.enter()
+        return self.latest(ivshmem_value_look(&self.reader, &self.message))
+
+    @cython.critical_section
+    def wait_changed(self, timeout=None, *, spin=None):
+        """Wait until the value was set since this reader last looked; return its content.
+
+        Args:
+            timeout, spin: as of Reader.get.
+
+        Returns:
+            The content; None: it was not set in time. Contents that came in between are skipped.
+
+        Raises:
+            As of `get`.
+        """
+        self.enter()
+        return self.latest(self.wait(timeout, spin))
+
+    @cython.critical_section
+    def view(self):
+        """Return the latest content as a View; None: it was never set.
+
+        The writer does not wait for it: `check`, and the end of `with`, raise Overtaken if the
+        writer has used its memory again. The last four contents keep theirs.
+        """
+        cdef int code
+        self.enter()
+        code = ivshmem_value_look(&self.reader, &self.message)
+        if code == IVSHMEM_AGAIN:
+            return None
+        if code:
+            raise self.fail(code)
+        return view_of(self, self.message)
+
+    def wait_changed_async(self, timeout=None):
+        """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.wait_changed, timeout)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.wait_changed()
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.wait_changed_async()
