@@ -31,7 +31,7 @@ _CURVE = sorted(
     | {round(100 - 100 / 10 ** (step / 10), 4) for step in range(2, 41)}
 )
 
-_PACKAGES = ("ivshmem", "pyzmq", "pynng", "posix_ipc", "iceoryx2")
+_PACKAGES = ("ivshmem", "pyzmq", "pynng", "posix_ipc", "iceoryx2", "eclipse-zenoh", "tachyon-ipc")
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ _SAID = {
 def markdown(results: Results) -> str:
     """Tables of all that was measured, one for each set-up, and what is to be said of them."""
     benchmarks = results["benchmarks"]
-    lines = [_machine_line(results["machine_info"]), ""]
+    lines = [machine_line(results["machine_info"]), ""]
     for setup in dict.fromkeys(each["group"] for each in benchmarks):
         here = [each for each in benchmarks if each["group"] == setup]
         lines += [f"**{setup}**: {_SAID.get(setup, setup)}. Round trips in microseconds.", ""]
@@ -237,7 +237,8 @@ def markdown(results: Results) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _machine_line(info: Mapping[str, Any]) -> str:
+def machine_line(info: Mapping[str, Any]) -> str:
+    """What `machine` found, in one line."""
     said = [
         f"{info['system']} {info['release']}",
         f"{info['cpu']['count']} cores of {info['cpu']['brand_raw']}",

@@ -181,7 +181,7 @@ class _Carrier(popen_spawn_posix.Popen):
         self._fds: list[int] = []
 
 
-def _pickled(thing: Any) -> tuple[str, list[int]]:
+def pickled(thing: Any) -> tuple[str, list[int]]:
     """As multiprocessing would hand it to a child: in hexadecimal, and the descriptors for it."""
     carrier = _Carrier()
     context.set_spawning_popen(carrier)
@@ -213,13 +213,13 @@ class Multiprocessing(Way):
     @contextlib.contextmanager
     def shared(self) -> Iterator[Shared]:
         things = self._make(get_context("spawn"))  # they live until both ends are gone
-        (ping, ping_fds), (echo, echo_fds) = map(_pickled, things)
+        (ping, ping_fds), (echo, echo_fds) = map(pickled, things)
         yield Shared([ping], [echo], [*ping_fds, *echo_fds])
         del things
 
     @contextlib.contextmanager
-    def steps(self, role: str, pickled: str) -> Iterator[Steps]:
-        names = pickle.loads(bytes.fromhex(pickled))  # noqa: S301
+    def steps(self, role: str, names_pickled: str) -> Iterator[Steps]:
+        names = pickle.loads(bytes.fromhex(names_pickled))  # noqa: S301
         yield Steps(self._ring, self._wait, names)
 
 
@@ -309,18 +309,18 @@ class Iceoryx(InDirectory):
             try:
                 yield shared
             finally:
-                for left in Path("/dev/shm").glob(f"{_prefix(shared.ping[0])}*"):  # noqa: S108
+                for left in Path("/dev/shm").glob(f"{prefix_of(shared.ping[0])}*"):  # noqa: S108
                     left.unlink(missing_ok=True)
 
     def node(self, directory: str) -> Any:
         iceoryx2 = self.library()
         config = iceoryx2.config.default()
         config.global_cfg.root_path = iceoryx2.Path.new(directory)
-        config.global_cfg.prefix = iceoryx2.FileName.new(_prefix(directory))
+        config.global_cfg.prefix = iceoryx2.FileName.new(prefix_of(directory))
         return iceoryx2.NodeBuilder.new().config(config).create(iceoryx2.ServiceType.Ipc)
 
 
-def _prefix(directory: str) -> str:
+def prefix_of(directory: str) -> str:
     return f"{Path(directory).name}_"
 
 
@@ -438,10 +438,11 @@ class Ours(InDirectory):
 
 
 @contextlib.contextmanager
-def serving(path: Path, vectors: int = 1, memory: str = "4K") -> Iterator[None]:
+def serving(path: Path, vectors: int = 1, memory: str = "4K", channels: str = "") -> Iterator[None]:
     """A server in a process of its own."""
     command = [sys.executable, "-m", "ivshmem", "serve", "--quiet"]
     command += ["-S", str(path), "-n", str(vectors), "-l", memory]
+    command += ["--channels", channels] if channels else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as server:
         try:
             assert server.stdout is not None
