@@ -147,7 +147,9 @@ class Channels(Uncopied):
                 shape may be None: any; shape None: one dimension of any length.
             schema: words by which both sides know that they mean the same, for instance a version.
             times: each message has the time of its publication.
-            ring_always: writers also ring peers that cannot say in memory that they sleep.
+            ring_always: writers on a host ring the vector that they use of every peer at each
+                message, so that processes that can only read need not poll. (A guest does not know
+                all peers: while a guest writes, such processes poll.)
             exist_ok: if there is such a channel, open it. It is an error if it is of another kind,
                 type or geometry.
 
@@ -223,6 +225,7 @@ class Channels(Uncopied):
         shape: Any = None,
         schema: str = "",
         times: bool = False,
+        ring_always: bool = False,
         exist_ok: bool = False,
     ) -> Value:
         """Create a value; the arguments and errors are those of `create_messages`."""
@@ -233,7 +236,7 @@ class Channels(Uncopied):
             text,
             exist_ok,
             overflow=records.OVERFLOW["overwrite"],
-            options=int(times),
+            options=int(times) | 2 * int(ring_always),
             writers=1,
             readers=readers,
             slots=4,

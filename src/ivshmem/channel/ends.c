@@ -2190,13 +2190,14 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings;
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     MOST_RINGS = 192
- * 
+ *     EVERY_PEER = 0xffffffff  # as a target; there is no vector 65535
 */
 enum  {
-  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0,
+  __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER = 0xffffffff
 };
 
-/* "membership.pxd":15
+/* "membership.pxd":16
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2444,7 +2445,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2458,7 +2459,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2748,7 +2749,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2758,11 +2759,12 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
   int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
+  int (*is_rung)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2775,6 +2777,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -4041,7 +4044,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[12];
-    PyObject *__pyx_string_tab[94];
+    PyObject *__pyx_string_tab[95];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4162,24 +4165,25 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[73]
 #define __pyx_n_u_membership __pyx_string_tab[74]
 #define __pyx_n_u_pop __pyx_string_tab[75]
-#define __pyx_n_u_self __pyx_string_tab[76]
-#define __pyx_n_u_setdefault __pyx_string_tab[77]
-#define __pyx_n_u_sleeper __pyx_string_tab[78]
-#define __pyx_n_u_values __pyx_string_tab[79]
-#define __pyx_n_u_wakeup __pyx_string_tab[80]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[81]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[82]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[83]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[84]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_9A_KuHA __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_ha_1_K_A_z __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[93]
+#define __pyx_n_u_readonly __pyx_string_tab[76]
+#define __pyx_n_u_self __pyx_string_tab[77]
+#define __pyx_n_u_setdefault __pyx_string_tab[78]
+#define __pyx_n_u_sleeper __pyx_string_tab[79]
+#define __pyx_n_u_values __pyx_string_tab[80]
+#define __pyx_n_u_wakeup __pyx_string_tab[81]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[82]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[83]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[84]
+#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[85]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[86]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_9A_KuHA __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_ha_1_K_A_z __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[94]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4220,7 +4224,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<12; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<95; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4268,7 +4272,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<12; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<94; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<95; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -9780,9 +9784,10 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   PyObject *__pyx_t_5 = NULL;
   size_t __pyx_t_6;
   int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9818,7 +9823,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *         try:
  *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
  *             self.membership.flush()
- *         except BaseException:
+ *             if self.membership.readonly:
 */
       __pyx_t_5 = __pyx_v_self->membership->ends;
       __Pyx_INCREF(__pyx_t_5);
@@ -9836,11 +9841,44 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *         try:
  *             self.membership.ends.add(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
- *         except BaseException:
- *             self.close()
+ *             if self.membership.readonly:
+ *                 self.membership.look_for_quiet_ends()
 */
       __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L3_error)
 
+
+      /* "ivshmem/channel/ends.pyx":370
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+ *             if self.membership.readonly:             # <<<<<<<<<<<<<<
+ *                 self.membership.look_for_quiet_ends()
+ *         except BaseException:
+*/
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 370, __pyx_L3_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (__pyx_t_8) {
+
+
+        /* "ivshmem/channel/ends.pyx":371
+ *             self.membership.flush()
+ *             if self.membership.readonly:
+ *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             self.close()
+*/
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L3_error)
+
+
+        /* "ivshmem/channel/ends.pyx":370
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+ *             if self.membership.readonly:             # <<<<<<<<<<<<<<
+ *                 self.membership.look_for_quiet_ends()
+ *         except BaseException:
+*/
+      }
 
       /* "ivshmem/channel/ends.pyx":367
  *         """Make the end known to the membership; if that fails, free its slot."""
@@ -9858,9 +9896,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/ends.pyx":370
- *             self.membership.ends.add(self)
- *             self.membership.flush()
+    /* "ivshmem/channel/ends.pyx":372
+ *             if self.membership.readonly:
+ *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
  *             self.close()
  *             raise
@@ -9868,31 +9906,31 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 370, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_9) < 0) __PYX_ERR(0, 372, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_8);
+      __Pyx_XGOTREF(__pyx_t_9);
 
-      /* "ivshmem/channel/ends.pyx":371
- *             self.membership.flush()
+      /* "ivshmem/channel/ends.pyx":373
+ *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
  *             raise
  *         return 0
 */
-      __pyx_t_10 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_10);
+      __pyx_t_11 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_11);
       __pyx_t_6 = 0;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
-        __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 371, __pyx_L5_except_error)
-        __Pyx_GOTREF(__pyx_t_9);
+        PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
+        __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 373, __pyx_L5_except_error)
+        __Pyx_GOTREF(__pyx_t_10);
       }
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
-      /* "ivshmem/channel/ends.pyx":372
+      /* "ivshmem/channel/ends.pyx":374
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -9901,10 +9939,10 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       __Pyx_GIVEREF(__pyx_t_4);
       __Pyx_GIVEREF(__pyx_t_5);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
-      __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 372, __pyx_L5_except_error)
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_9);
+      __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_9 = 0; 
+      __PYX_ERR(0, 374, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
@@ -9924,7 +9962,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":373
+  /* "ivshmem/channel/ends.pyx":375
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -9949,9 +9987,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -9960,7 +9998,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":375
+/* "ivshmem/channel/ends.pyx":377
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10016,7 +10054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":376
+  /* "ivshmem/channel/ends.pyx":378
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10034,7 +10072,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":375
+  /* "ivshmem/channel/ends.pyx":377
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10049,7 +10087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":378
+/* "ivshmem/channel/ends.pyx":380
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10098,7 +10136,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":379
+  /* "ivshmem/channel/ends.pyx":381
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10112,12 +10150,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 379, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":378
+  /* "ivshmem/channel/ends.pyx":380
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10139,7 +10177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":381
+/* "ivshmem/channel/ends.pyx":383
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10179,7 +10217,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":382
+  /* "ivshmem/channel/ends.pyx":384
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -10198,19 +10236,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":383
+  /* "ivshmem/channel/ends.pyx":385
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -10227,7 +10265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 383, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10243,7 +10281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":381
+  /* "ivshmem/channel/ends.pyx":383
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11184,7 +11222,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 26, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11194,8 +11232,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 28, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -11757,34 +11795,34 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":375
+  /* "ivshmem/channel/ends.pyx":377
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 375, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 375, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":378
+  /* "ivshmem/channel/ends.pyx":380
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -11861,38 +11899,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{25},{23},{22},{16},{17},{11},{6},{24},{26},{18},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{14},{12},{13},{11},{3},{18},{11},{18},{5},{6},{4},{7},{5},{6},{6},{5},{20},{10},{3},{4},{10},{7},{6},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{25},{23},{22},{16},{17},{11},{6},{24},{26},{18},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{14},{12},{13},{11},{3},{18},{11},{18},{5},{6},{4},{7},{5},{6},{6},{5},{20},{10},{3},{8},{4},{10},{7},{6},{6}};
     const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{9},{112},{9},{11},{34},{79},{109}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (863 bytes) */
-static const char cstring[] = "x\332mSKo\0337\020\266\200\240p\022\245\211Q\037zd\232 N\332FA\000\301} ma\330\016\322\006p\255^z$(rVb\274\"\327$W\3266\r\220\243\216{\334\343\036}\314\317\3211?!?\2413\\=\326u\004h9\234\347\367\315\014\231\024\306\330\300\206\300\244\3154(f\035\313\264<KA\375\314l\006\206\t\264\217\3011k\200]\240\000L\007\246=3\000\n\375Q\222\251\365\024\231\260\307\301\001\260\304\211\321\004Lx\362\375\322\324{\241\247~<\201IO\216\261\036\244\275_\177;\301|\0476\000\013c\021\330a\021\306\326P2\005\251\036\202\023\001\322\202\371\340\264\014X\034\235\014;=>}\332\377\261\217\210\024s\360\006d\360\314\347C\231\n\357\301S\375a\256\323\240\r\013E\006\276\307~OXa\363\210\224\005\3132\364k\007 -\303<\004\022\330^l\204\010\332\032\216\341\332\214\366\230\322\016\213\350)P\364K\221z\350\t&\224\342\350\tJ{1L\001\014}GR\373FR+\252\340\234u~y{\266$\376\014\214\362\275\254\230\031\213L\023\221\247\201q\356@\345\0228g*\217\245\2145O\221\371T\213\024\255R\033\0358\047\220\030\235Ym\302\246\353a\214\342a\223\374\330\250\215\324\343\034G\000\216\363\253\272\031\345\272\242ZUo+\2070\322\206_\010\215\335\034\265\r\210\340sj\244\210C\363c\235\265\264\021a\353\236\350\024\214=\214\270\217\251;\177\2133\310\263\346\273\001\"\343.p\276\326\343\210<N\346\232E\246 \034w\010\305/5M\005\316O\213\031\376\217pw\370\t\314\302_\220p\276\234/\022]wf\325\016\316\223\334H:G\253R\370\233\010l\001\235V\345i\324\0301\211\047\316\217/\335H\234\006\032<\031\316s\221\256\234Vm\275\306k\255\200\031]\220\335:\261o\225\277\306\032W\000<\241\2752\234\366D\270\366\\Zgs\274@k&\270\262\302\027Fj\333[\233}\253{2%\177\314\031\234\2200\024\362,\216\256\3310i\025\355\272\024N\305\225n\366\272\351\264\0160\361\377\177\333\264\342\233\332\231\315<\244\t\262Y\356\273\3077\223\201\233\2124\007\177\021\347\206\033\275\337\347\201=>-\376\034\322\273f\337>\331R T\304e\223\317\332=\206\241\355}gq\343\326\374\273r\360\376`\261\335\235\277,\357\223\360\345\\\227\347\213\356\275\262S\356\226\203\022\252\347\244\275;?o\216P\342\375\343\366""\355y\237\304E\367\016\205\276*c\206?J\261\210\226\030\177\273\372\345\262\323\334\337V{\365W\365\321\345\215\313\243\017\035\262mW\235\306e\277\336\331\270\3544\272\237\352\230\355u\231W\257\352\203z@\365\226\360>F\004\373\325\016\211\337\324\017\353\361\245 T\377V\317\233\220wuD\371\017y|\372b\353\346\203\225OL\320\020xQ\235\223\360\266\272\177=\224\204i5h\tw\347yyX\"\373O_o\335\274\323d!\300\263\322c\002\004|\253zTw\352\335z\260\330t\205h\304\243[\035lz\261f\334%\030}L\360\000+\334\333-_W\005\265\212\264?P\266\377\000IWn\311";
-    PyObject *data = __Pyx_DecompressString(cstring, 863, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (867 bytes) */
+static const char cstring[] = "x\332mSKo\0337\020\266\200\240p\022\245\211Q\037zd\232\242N\332FA\000\301} ma\330\016\322\006p\355^z$(r$1\246\3105\311\225\265M\013\344\250\343\036\367\270G\037\373st\314O\310O\350\014W\217u\035\001Z\016\347\371}3C&\205\265.\262\0010\3512\r\2129\3172-\317\r\250\037\231\313\3002\201\3661x\346,\260K\024\200\351\310t`\026@\241?J\322\270@\221C\3668z\0006\364b4\001\033\237|\2734\365^\350i\030O`\322\223c\254\007\246\367\363/\047\230\357\304E`q,\";,\342\330YJ\246\300\350\001x\021\301\024,D\257e\304\342\350d\331\351\361\351\323\376\367}D\244\230\2077 c`!\037H#B\200@\365\007\2716Q[\026\213\014B\217\375:d\205\313\023R\026\035\313\320\257\035\200\264,\013\020I`{\251\021\"jg9\206k;\332cJ{,\242\247@\321/\205\t\320\023L(\305\321\023\224\016b`\000,}GR\207FR+\252\340\275\363ay{\266$\376\014\254\n\275\254\230Y\207L\207\"7\221q\356A\345\0228g*O\245\254\263O\221\371T\013\203V\251\255\216\234\023H\214\316\234\266q\323\3658F\361\260I~l\325F\352q\216#\000\317\371u\335\214r]S\255\252\267\225\003\030i\313/\205\306n\216\332\006D\36015R\304\241\205\261\316Z\332\204\260u\037j\003\326\035&\334\307\324\235?\3059\344Y\363\335\000\221i\0278_\353qD\001\047s\303\"\r\010\317=B\tKMS\201\363\323b\206\377#\334\035~\002\263\370\007\0149_\316\027\211\256;\263j\007\347\303\334J:G\253R\370\233\010l\001\235N\345&i\254\230\244\023\347\307\227n$N#\r\236\014\027\2710+\247U[o\360Z+`F\027d\267N\034Z\345o\260\306\025\200@h\257\r\247=\021\256\003\227\316\273\034/\320\232\t\256\254\010\205\225\332\365\326\346\320\352\2364\344\2179\243\027\022\006B\236\247\3215\033&\235\242]\227\302\253\264\322\315^7\235\326\021&\341\377o\233V|S;s\231\007\241\2345E\0003DV\313\275\017\370v2\360Sar\010\227i~\270\331\373}\036\331\343\323\342\367\001\275o\366\365\223-\205\321\t\237\033~\324\0360\014m\357:\213[w\346\337\224g\357\016\026\333\335\371\313\362!\t\237\316uy\261\350>(;\345nyVB\365\234\264\367\347\027\315\021K\274\277\337\276;\357\223\270\350\336\243\320We\312\360[)\026\311\222\342\357V?]u\232\373\333j\257\376\254>\272\272uu""\364o\207l\333U\247q\331\257w6.;\215\356\207:e{]\346\325\253\372\240>\243zKx\357\023\202\375j\207\304/\352/\353\361\225 T\177W\317\233\220\177\352\204\362/\362\370\360\311\326\355G+\237\224\240!\360\242\272 \341m\365\360f(\t\323\352\254%\334\237\347\345a\211\354?|\276u\373^\223\205\000\317\312\200\t\020\360\235\352\253\272S\357\326g\213MW\210F:\272\325\301\246\027k\306]\202\321\307\004\217\260\302\203\335\362uUP\253H\373\035e\373\017\217\221r\047";
+    PyObject *data = __Pyx_DecompressString(cstring, 867, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1140 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021<\331@\262@shipw\010\223b\376\207\010filenoC\372\251bE\232!Wakeu\325p\000\003.\376\006c\207b__\254\017\006\240@st\216`_\013\014c\277lear_r\250@s|=\004\\\003__Pyx\001\000\375D\271`_NextR\017ef__\331D\344 \221&\240 \376\212\"__func_?___gete\003\n\000\363ma\200 \004\001odulN2\002nam:\002\275@_ \004\346\007\001vt\205a;\001quaal\035\005\315E\307\016\347Fexo\001\212\376`_Q\005st\010\345\016\200`e\325s\206`_\220J_\207H_i\377s_corout\357ine_\212Gadd\377asyncio.\232\026\006s\263(cl,\001\356@t\377raceback\334\316\206\002\322\206\003cod\350\204\001ca\343rd\316\204\002\322\204\003\306Cite\343ms\314\206\r\337\204\001\206gpop\177selfset\351\204\004\377sleeperv\277aluesw\375Bi\377nt64_t (\357PyOb\324\206\001 *)\337\000dead\223\002of\376\013\022spin_of\377\200\001\330\004\n\210+\220\377Q\200A\330\010\014\210F\373\220!\005\001\016\210i\220q\377\330\014\020\220\001\220\024\220\337Q\220e\2301\033\001\017\210\355q\001\003t\220\r\000\340\010\013w\2104\210\010\000\330\014\r7\001{H\220=\002J\220a\330\025\002\276;\002\013\230=\250\001\n\003{\377\230\047\240\023\240D\250\004o\250D\260\001X\001\010\230\002\002_\013\2306\240\021\031\007\021s\001\357\013\2309\240\213\002K\220u_\230H\240A\240\234\000""\340\227\005\367\340\010\017t\0006\230\021\200\377A\340\010\"\240$\240h}\250p\000\017\210|\2301\277\001wK\220}8\001\017\210z\036\001\237\360\006\000\t#\034\005\333\002\330\356:\002<\230q\005\001{\230!\374\014\001-\013\014\210K\220v\230\371QG\003\004\002\017\210u\220C}\220\373\000\360\030\000\t\r\242!\316\336\003x\220s>\000\245 \n\230\377&\240\001\240\024\240Q\330\316\214\047\020\220\013\217\000\302 \014\230\241A\317\003\210!\322 \354\003\014\302\0014\372>\000#h\000\020\024\220K\230\ty\247!\330\0017J\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1140, 1628);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1148 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021<\331@\262@shipw\010\223b\376\207\010filenoC\372\251bE\232!Wakeu\325p\000\003.\376\006c\207b__\254\017\006\240@st\216`_\013\014c\277lear_r\250@s|=\004\\\003__Pyx\001\000\375D\271`_NextR\017ef__\331D\344 \221&\240 \376\212\"__func_?___gete\003\n\000\363ma\200 \004\001odulN2\002nam:\002\275@_ \004\346\007\001vt\205a;\001quaal\035\005\315E\307\016\347Fexo\001\212\376`_Q\005st\010\345\016\200`e\325s\206`_\220J_\207H_i\377s_corout\357ine_\212Gadd\377asyncio.\232\026\006s\263(cl,\001\356@t\377raceback\334\316\206\002\322\206\003cod\350\204\001ca\343rd\316\204\002\322\204\003\306Cite\343ms\314\206\r\337\204\001\206gpop\377readonly\177selfset\361\204\004\377sleeperv\277aluesw\205bi\377nt64_t (\357PyOb\334\206\001 *)\263\000d;\000\233\002of\013\022s\377pin_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\014\210F\220!\376\005\001\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250\001\n\003{\230\047\377\240\023\240D\250\004\250D\333\260\001X\001\010\230\002\002\013\230\3276\240\021\031\007\021s\001\013\230\3739\240\213\002K\220u""\230H\327\240A\240\234\000\340\227\005\340\010\375\017t\0006\230\021\200A\340\177\010\"\240$\240h\250p\000\337\017\210|\2301\277\001K\220\335}8\001\017\210z\036\001\360\006\247\000\t#\034\005\333\002\330:\002<;\230q\005\001{\230!\014\001-\013\177\014\210K\220v\230QG\003~\004\002\017\210u\220C\220\373\000\237\360\030\000\t\r\242!\336\003x\363\220s>\000\245 \n\230&\240\277\001\240\024\240Q\330\214\047\020s\220\013\217\000\302 \014\230A\317\003\250\210!\322 \354\003\014\302\0014>\000#~h\000\020\024\220K\230y\247!\002\330\0017J\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1148, 1636);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1628 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membershipaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodediscarderrorerrorsfilenoitemsivshmem.channel.endsmembershippopselfsetdefaultsleepervalueswakeupint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!""\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1636 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membershipaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodediscarderrorerrorsfilenoitemsivshmem.channel.endsmembershippopreadonlyselfsetdefaultsleepervalueswakeupint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\360\006\000\t#\240$\240h\250a\330\010\014""\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 81; i++) {
+    for (int i = 0; i < 82; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
@@ -11903,8 +11941,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 81; i < 94; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-81].length;
+    for (int i = 82; i < 95; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-82].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -11914,14 +11952,14 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 94; i++) {
+    for (Py_ssize_t i = 0; i < 95; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 81;
+      PyObject **table = stringtab + 82;
       for (Py_ssize_t i=0; i<13; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12058,12 +12096,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_9A_KuHA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 375};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 377};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 378};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 380};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }

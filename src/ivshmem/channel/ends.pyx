@@ -367,6 +367,8 @@ cdef class ChannelEnd(Dependent):
         try:
             self.membership.ends.add(self)
             self.membership.flush()
+            if self.membership.readonly:
+                self.membership.look_for_quiet_ends()
         except BaseException:
             self.close()
             raise

@@ -236,6 +236,8 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_join(ivshmem_member *member, uint64_t random, const char *name)
     void ivshmem_leave_area(ivshmem_member *member)
     int ivshmem_beat(ivshmem_member *member)
+    void ivshmem_ring_places(const ivshmem_member *member)
+    int ivshmem_is_rung_always(const ivshmem_member *member, const ivshmem_channel *channel)
     int ivshmem_is_silent(const ivshmem_member *member, ivshmem_place place)
     int ivshmem_is_gone(const ivshmem_area *area, ivshmem_place place)
     uint64_t ivshmem_place_at(const ivshmem_area *area, unsigned index)

@@ -2257,13 +2257,14 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings;
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     MOST_RINGS = 192
- * 
+ *     EVERY_PEER = 0xffffffff  # as a target; there is no vector 65535
 */
 enum  {
-  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0,
+  __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER = 0xffffffff
 };
 
-/* "ivshmem/channel/membership.pxd":15
+/* "ivshmem/channel/membership.pxd":16
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2500,7 +2501,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "ivshmem/channel/membership.pxd":20
+/* "ivshmem/channel/membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2514,7 +2515,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "ivshmem/channel/membership.pxd":26
+/* "ivshmem/channel/membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2774,11 +2775,12 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
   int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
+  int (*is_rung)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "ivshmem/channel/membership.pyx":81
+/* "ivshmem/channel/membership.pyx":85
  * 
  * 
  * @cython.no_gc_clear  # it needs the mapping to the end             # <<<<<<<<<<<<<<
@@ -2791,6 +2793,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2883,6 +2886,95 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_
     } while (0)
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
+
+/* FastTypeChecks.proto (used by GivenExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
+#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
+#if PY_VERSION_HEX >= 0x030C00A6
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
+#else
+#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
+#endif
+#else
+#define __Pyx_PyThreadState_declare
+#define __Pyx_PyThreadState_assign
+#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
+#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
+#endif
+
+/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
+#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
+#else
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#endif
+#else
+#define __Pyx_PyErr_Clear() PyErr_Clear()
+#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
+#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
+#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
+#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
+#endif
+
+/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
+#else
+#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
+    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
+}
+#endif
+#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
+
+/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#else
+#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectGetAttrStr.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+#else
+#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+#endif
+
+/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+
+/* GetBuiltinName.proto */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
 /* DivInt[int64_t].proto */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
@@ -3022,26 +3114,6 @@ typedef struct {
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
 #define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
 
-/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
-
-/* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
-#else
-#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
-#endif
-
 /* UnpackUnboundCMethod_impl.export */
 static int __Pyx_TryUnpackUnboundCMethod(__Pyx_CachedCFunction* target);
 
@@ -3094,77 +3166,8 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
-/* PyThreadStateGet.proto (used by PyErrFetchRestore) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyThreadState_declare  PyThreadState *__pyx_tstate;
-#define __Pyx_PyThreadState_assign  __pyx_tstate = __Pyx_PyThreadState_Current;
-#if PY_VERSION_HEX >= 0x030C00A6
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->current_exception != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->current_exception ? (PyObject*) Py_TYPE(__pyx_tstate->current_exception) : (PyObject*) NULL)
-#else
-#define __Pyx_PyErr_Occurred()  (__pyx_tstate->curexc_type != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  (__pyx_tstate->curexc_type)
-#endif
-#else
-#define __Pyx_PyThreadState_declare
-#define __Pyx_PyThreadState_assign
-#define __Pyx_PyErr_Occurred()  (PyErr_Occurred() != NULL)
-#define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
-#endif
-
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)    __Pyx_ErrFetchInState(PyThreadState_GET(), type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  __Pyx_ErrRestoreInState(__pyx_tstate, type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)    __Pyx_ErrFetchInState(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A6
-#define __Pyx_PyErr_SetNone(exc) (Py_INCREF(exc), __Pyx_ErrRestore((exc), NULL, NULL))
-#else
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#endif
-#else
-#define __Pyx_PyErr_Clear() PyErr_Clear()
-#define __Pyx_PyErr_SetNone(exc) PyErr_SetNone(exc)
-#define __Pyx_ErrRestoreWithState(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchWithState(type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestoreInState(tstate, type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetchInState(tstate, type, value, tb)  PyErr_Fetch(type, value, tb)
-#define __Pyx_ErrRestore(type, value, tb)  PyErr_Restore(type, value, tb)
-#define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
-#endif
-
-/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
-#else
-#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
-    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
-}
-#endif
-#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
-
-/* PyErrExceptionMatches.proto (used by GetAttr3) */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
-#else
-#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
-#endif
-
 /* GetAttr3.proto */
 static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
-
-/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
-
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name);
 
 /* PyDictVersioning.proto (used by GetModuleGlobalName) */
 #if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
@@ -3338,19 +3341,17 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 /* PyRuntimeError_Check.proto */
 #define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
 
-/* dict_getitem_default.proto */
-static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value);
+/* PyOSError_Check.proto */
+#define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
 
-/* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
-
-/* CallUnboundCMethod1.proto */
-CYTHON_UNUSED
-static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
+/* PyObjectLookupSpecial.proto */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
+#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
 #else
-#define __Pyx_CallUnboundCMethod1(cfunc, self, arg)  __Pyx__CallUnboundCMethod1(cfunc, self, arg)
+#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
+#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
 #endif
 
 /* GetTopmostException.proto (used by SaveResetException) */
@@ -3369,12 +3370,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
-/* PyOSError_Check.proto */
-#define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
-
-/* py_dict_pop_ignore.proto */
-static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
-
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
@@ -3382,6 +3377,24 @@ static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject 
 #else
 static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
 #endif
+
+/* dict_getitem_default.proto */
+static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value);
+
+/* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
+
+/* CallUnboundCMethod1.proto */
+CYTHON_UNUSED
+static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg);
+#else
+#define __Pyx_CallUnboundCMethod1(cfunc, self, arg)  __Pyx__CallUnboundCMethod1(cfunc, self, arg)
+#endif
+
+/* py_dict_pop_ignore.proto */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
 /* SwapException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -3391,15 +3404,8 @@ static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject *
 static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
 #endif
 
-/* PyObjectLookupSpecial.proto */
-#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
-#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
-#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
-static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
-#else
-#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
-#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
-#endif
+/* ListCompAppendAndDecref.proto */
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x);
 
 /* ListAppend.proto */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
@@ -3997,6 +4003,7 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
@@ -4010,6 +4017,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, struct ivshmem_place __pyx_v_place); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
@@ -4073,6 +4081,7 @@ int __pyx_module_is_main_ivshmem__channel__membership = 0;
 
 /* Implementation of "ivshmem.channel.membership" */
 /* #### Code section: global_var ### */
+static PyObject *__pyx_builtin_all;
 /* #### Code section: string_decls ### */
 static const char __pyx_k__2[] = "";
 static const char __pyx_k_Internal_a_process_s_place_in_an[] = "Internal: a process\047s place in an area of channels, its beat, and the rings that it sends.\n\nKnows: joining, beats, rings. Does not know: how an end sleeps; what passes through a channel.\n\nInvariants:\n1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which\n   touch nothing that an end keeps.\n2. A ring is never waited for.\n3. The memory stays mapped while the membership is open, also if the region is closed: the thread of\n   the beat may be between two of its loads.\n4. The place is given back after the last store that this process can make: after buffers of loans,\n   and copies without the GIL. A forked child stores nothing.\n";
@@ -4187,7 +4196,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[10];
-    PyObject *__pyx_string_tab[164];
+    PyObject *__pyx_string_tab[166];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4250,7 +4259,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[15]
 #define __pyx_kp_u_a_word __pyx_string_tab[16]
 #define __pyx_kp_u_add_note __pyx_string_tab[17]
-#define __pyx_kp_u_all __pyx_string_tab[18]
+#define __pyx_kp_u_all_2 __pyx_string_tab[18]
 #define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[19]
 #define __pyx_kp_u_at_work __pyx_string_tab[20]
 #define __pyx_kp_u_channel __pyx_string_tab[21]
@@ -4323,79 +4332,81 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_doorbell_nowait __pyx_string_tab[88]
 #define __pyx_n_u_is_coroutine __pyx_string_tab[89]
 #define __pyx_n_u_after_in_child __pyx_string_tab[90]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[91]
-#define __pyx_n_u_at_2 __pyx_string_tab[92]
-#define __pyx_n_u_beat __pyx_string_tab[93]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[94]
-#define __pyx_n_u_close __pyx_string_tab[95]
-#define __pyx_n_u_closed __pyx_string_tab[96]
-#define __pyx_n_u_code __pyx_string_tab[97]
-#define __pyx_n_u_contextlib __pyx_string_tab[98]
-#define __pyx_n_u_count __pyx_string_tab[99]
-#define __pyx_n_u_current_id __pyx_string_tab[100]
-#define __pyx_n_u_decode __pyx_string_tab[101]
-#define __pyx_n_u_encode __pyx_string_tab[102]
-#define __pyx_n_u_end __pyx_string_tab[103]
-#define __pyx_n_u_endpoint __pyx_string_tab[104]
-#define __pyx_n_u_error_2 __pyx_string_tab[105]
-#define __pyx_n_u_errors __pyx_string_tab[106]
-#define __pyx_n_u_eventfds __pyx_string_tab[107]
-#define __pyx_n_u_found __pyx_string_tab[108]
-#define __pyx_n_u_free_place __pyx_string_tab[109]
-#define __pyx_n_u_get __pyx_string_tab[110]
-#define __pyx_n_u_getpid __pyx_string_tab[111]
-#define __pyx_n_u_i __pyx_string_tab[112]
-#define __pyx_n_u_identity __pyx_string_tab[113]
-#define __pyx_n_u_index __pyx_string_tab[114]
-#define __pyx_n_u_items __pyx_string_tab[115]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[116]
-#define __pyx_n_u_lease __pyx_string_tab[117]
-#define __pyx_n_u_left __pyx_string_tab[118]
-#define __pyx_n_u_limit __pyx_string_tab[119]
-#define __pyx_n_u_local __pyx_string_tab[120]
-#define __pyx_n_u_machine __pyx_string_tab[121]
-#define __pyx_n_u_mapping __pyx_string_tab[122]
-#define __pyx_n_u_memory __pyx_string_tab[123]
-#define __pyx_n_u_mute __pyx_string_tab[124]
-#define __pyx_n_u_name __pyx_string_tab[125]
-#define __pyx_n_u_next_beat __pyx_string_tab[126]
-#define __pyx_n_u_number __pyx_string_tab[127]
-#define __pyx_n_u_offset __pyx_string_tab[128]
-#define __pyx_n_u_one __pyx_string_tab[129]
-#define __pyx_n_u_os __pyx_string_tab[130]
-#define __pyx_n_u_peer __pyx_string_tab[131]
-#define __pyx_n_u_place_2 __pyx_string_tab[132]
-#define __pyx_n_u_places __pyx_string_tab[133]
-#define __pyx_n_u_pop __pyx_string_tab[134]
-#define __pyx_n_u_randbits __pyx_string_tab[135]
-#define __pyx_n_u_region __pyx_string_tab[136]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[137]
-#define __pyx_n_u_replace __pyx_string_tab[138]
-#define __pyx_n_u_run __pyx_string_tab[139]
-#define __pyx_n_u_secrets __pyx_string_tab[140]
-#define __pyx_n_u_self __pyx_string_tab[141]
-#define __pyx_n_u_setdefault __pyx_string_tab[142]
-#define __pyx_n_u_signal __pyx_string_tab[143]
-#define __pyx_n_u_silent __pyx_string_tab[144]
-#define __pyx_n_u_state __pyx_string_tab[145]
-#define __pyx_n_u_suppress __pyx_string_tab[146]
-#define __pyx_n_u_text __pyx_string_tab[147]
-#define __pyx_n_u_threading __pyx_string_tab[148]
-#define __pyx_n_u_update __pyx_string_tab[149]
-#define __pyx_n_u_use_setstate __pyx_string_tab[150]
-#define __pyx_n_u_values __pyx_string_tab[151]
-#define __pyx_n_u_vector __pyx_string_tab[152]
-#define __pyx_n_u_weakref __pyx_string_tab[153]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t1D_vQ_a_A_HA_6 __pyx_string_tab[163]
+#define __pyx_n_u_all __pyx_string_tab[91]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[92]
+#define __pyx_n_u_at_2 __pyx_string_tab[93]
+#define __pyx_n_u_beat __pyx_string_tab[94]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[95]
+#define __pyx_n_u_close __pyx_string_tab[96]
+#define __pyx_n_u_closed __pyx_string_tab[97]
+#define __pyx_n_u_code __pyx_string_tab[98]
+#define __pyx_n_u_contextlib __pyx_string_tab[99]
+#define __pyx_n_u_count __pyx_string_tab[100]
+#define __pyx_n_u_current_id __pyx_string_tab[101]
+#define __pyx_n_u_decode __pyx_string_tab[102]
+#define __pyx_n_u_encode __pyx_string_tab[103]
+#define __pyx_n_u_end __pyx_string_tab[104]
+#define __pyx_n_u_endpoint __pyx_string_tab[105]
+#define __pyx_n_u_error_2 __pyx_string_tab[106]
+#define __pyx_n_u_errors __pyx_string_tab[107]
+#define __pyx_n_u_eventfds __pyx_string_tab[108]
+#define __pyx_n_u_found __pyx_string_tab[109]
+#define __pyx_n_u_free_place __pyx_string_tab[110]
+#define __pyx_n_u_get __pyx_string_tab[111]
+#define __pyx_n_u_getpid __pyx_string_tab[112]
+#define __pyx_n_u_i __pyx_string_tab[113]
+#define __pyx_n_u_identity __pyx_string_tab[114]
+#define __pyx_n_u_index __pyx_string_tab[115]
+#define __pyx_n_u_items __pyx_string_tab[116]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[117]
+#define __pyx_n_u_lease __pyx_string_tab[118]
+#define __pyx_n_u_left __pyx_string_tab[119]
+#define __pyx_n_u_limit __pyx_string_tab[120]
+#define __pyx_n_u_local __pyx_string_tab[121]
+#define __pyx_n_u_machine __pyx_string_tab[122]
+#define __pyx_n_u_mapping __pyx_string_tab[123]
+#define __pyx_n_u_memory __pyx_string_tab[124]
+#define __pyx_n_u_mute __pyx_string_tab[125]
+#define __pyx_n_u_name __pyx_string_tab[126]
+#define __pyx_n_u_next_beat __pyx_string_tab[127]
+#define __pyx_n_u_number __pyx_string_tab[128]
+#define __pyx_n_u_offset __pyx_string_tab[129]
+#define __pyx_n_u_one __pyx_string_tab[130]
+#define __pyx_n_u_os __pyx_string_tab[131]
+#define __pyx_n_u_peer __pyx_string_tab[132]
+#define __pyx_n_u_place_2 __pyx_string_tab[133]
+#define __pyx_n_u_places __pyx_string_tab[134]
+#define __pyx_n_u_pop __pyx_string_tab[135]
+#define __pyx_n_u_randbits __pyx_string_tab[136]
+#define __pyx_n_u_region __pyx_string_tab[137]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[138]
+#define __pyx_n_u_replace __pyx_string_tab[139]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[140]
+#define __pyx_n_u_run __pyx_string_tab[141]
+#define __pyx_n_u_secrets __pyx_string_tab[142]
+#define __pyx_n_u_self __pyx_string_tab[143]
+#define __pyx_n_u_setdefault __pyx_string_tab[144]
+#define __pyx_n_u_signal __pyx_string_tab[145]
+#define __pyx_n_u_silent __pyx_string_tab[146]
+#define __pyx_n_u_state __pyx_string_tab[147]
+#define __pyx_n_u_suppress __pyx_string_tab[148]
+#define __pyx_n_u_text __pyx_string_tab[149]
+#define __pyx_n_u_threading __pyx_string_tab[150]
+#define __pyx_n_u_update __pyx_string_tab[151]
+#define __pyx_n_u_use_setstate __pyx_string_tab[152]
+#define __pyx_n_u_values __pyx_string_tab[153]
+#define __pyx_n_u_vector __pyx_string_tab[154]
+#define __pyx_n_u_weakref __pyx_string_tab[155]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t1D_vQ_a_A_HA_6 __pyx_string_tab[165]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4438,7 +4449,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<164; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<166; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4486,7 +4497,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<164; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<166; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5304,7 +5315,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
  *         """Do what an end does once a beat."""
  *         return 0             # <<<<<<<<<<<<<<
  * 
- * 
+ *     cdef bint is_rung(self) noexcept:
 */
   {
 
@@ -5318,6 +5329,44 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
  *         """Do what an end does once a beat."""
  *         return 0
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":69
+ *         return 0
+ * 
+ *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether peers ring this process for the end, although it can only read."""
+ *         return False
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/membership.pyx":71
+ *     cdef bint is_rung(self) noexcept:
+ *         """Whether peers ring this process for the end, although it can only read."""
+ *         return False             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":69
+ *         return 0
+ * 
+ *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether peers ring this process for the end, although it can only read."""
+ *         return False
 */
 
   /* function exit code */
@@ -5786,7 +5835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":70
+/* "ivshmem/channel/membership.pyx":74
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5797,21 +5846,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_
 static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_context, unsigned int __pyx_v_peer, unsigned int __pyx_v_vector) {
   struct __pyx_t_7ivshmem_7channel_10membership_Rings *__pyx_v_rings;
   int __pyx_t_1;
+  long __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":71
+  /* "ivshmem/channel/membership.pyx":75
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context             # <<<<<<<<<<<<<<
  *     if rings.count < MOST_RINGS:
- *         rings.targets[rings.count] = peer << 16 | vector
+ *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
 */
   __pyx_v_rings = ((struct __pyx_t_7ivshmem_7channel_10membership_Rings *)__pyx_v_context);
 
-  /* "ivshmem/channel/membership.pyx":72
+  /* "ivshmem/channel/membership.pyx":76
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
- *         rings.targets[rings.count] = peer << 16 | vector
+ *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1
 */
   __pyx_t_1 = (__pyx_v_rings->count < __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS);
@@ -5819,34 +5869,45 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":73
+    /* "ivshmem/channel/membership.pyx":77
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:
- *         rings.targets[rings.count] = peer << 16 | vector             # <<<<<<<<<<<<<<
+ *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector             # <<<<<<<<<<<<<<
  *         rings.count += 1
  * 
 */
-    (__pyx_v_rings->targets[__pyx_v_rings->count]) = ((__pyx_v_peer << 16) | __pyx_v_vector);
+    __pyx_t_1 = (__pyx_v_peer == __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER);
 
-    /* "ivshmem/channel/membership.pyx":74
+    if (__pyx_t_1) {
+
+      __pyx_t_2 = __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER;
+    } else {
+
+      __pyx_t_2 = ((__pyx_v_peer << 16) | __pyx_v_vector);
+    }
+
+    (__pyx_v_rings->targets[__pyx_v_rings->count]) = __pyx_t_2;
+
+
+    /* "ivshmem/channel/membership.pyx":78
  *     if rings.count < MOST_RINGS:
- *         rings.targets[rings.count] = peer << 16 | vector
+ *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1             # <<<<<<<<<<<<<<
  * 
  * 
 */
     __pyx_v_rings->count = (__pyx_v_rings->count + 1);
 
-    /* "ivshmem/channel/membership.pyx":72
+    /* "ivshmem/channel/membership.pyx":76
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
- *         rings.targets[rings.count] = peer << 16 | vector
+ *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":70
+  /* "ivshmem/channel/membership.pyx":74
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5858,7 +5919,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
 }
 
-/* "ivshmem/channel/membership.pyx":77
+/* "ivshmem/channel/membership.pyx":81
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5869,7 +5930,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED void *__pyx_v_context) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":78
+  /* "ivshmem/channel/membership.pyx":82
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:
  *     return now()             # <<<<<<<<<<<<<<
@@ -5882,7 +5943,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":77
+  /* "ivshmem/channel/membership.pyx":81
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5895,7 +5956,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":100
+/* "ivshmem/channel/membership.pyx":104
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5948,81 +6009,81 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_endpoint,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_beat,&__pyx_mstate_global->__pyx_n_u_lease,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 100, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 104, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 100, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 104, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 100, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 104, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 104, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 100, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 104, __pyx_L3_error)
     }
     __pyx_v_region = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 107, __pyx_L3_error)
     __pyx_v_endpoint = values[2];
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 105, __pyx_L3_error)
-    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L3_error)
-    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 107, __pyx_L3_error)
-    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 108, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 109, __pyx_L3_error)
+    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 110, __pyx_L3_error)
+    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 111, __pyx_L3_error)
+    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 112, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[7]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 100, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 104, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6033,8 +6094,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 102, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 113, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_region, __pyx_v_offset, __pyx_v_endpoint, __pyx_v_vector, __pyx_v_mapping, __pyx_v_beat, __pyx_v_lease, __pyx_v_name);
 
   /* function exit code */
@@ -6083,7 +6144,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":114
+  /* "ivshmem/channel/membership.pyx":118
  *         cdef char text[64]
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -6092,7 +6153,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/channel/membership.pyx":115
+  /* "ivshmem/channel/membership.pyx":119
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation             # <<<<<<<<<<<<<<
@@ -6101,7 +6162,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->generation = __pyx_v_7ivshmem_7channel_10membership_generation;
 
-  /* "ivshmem/channel/membership.pyx":116
+  /* "ivshmem/channel/membership.pyx":120
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation
  *         self.mapping = region             # <<<<<<<<<<<<<<
@@ -6113,7 +6174,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_region);
 
-  /* "ivshmem/channel/membership.pyx":117
+  /* "ivshmem/channel/membership.pyx":121
  *         self.generation = generation
  *         self.mapping = region
  *         self.endpoint = endpoint             # <<<<<<<<<<<<<<
@@ -6125,7 +6186,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->endpoint);
   __Pyx_DECREF_SET(__pyx_v_self->endpoint, __pyx_v_endpoint);
 
-  /* "ivshmem/channel/membership.pyx":118
+  /* "ivshmem/channel/membership.pyx":122
  *         self.mapping = region
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint             # <<<<<<<<<<<<<<
@@ -6134,13 +6195,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_t_1 = __pyx_v_endpoint;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 118, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
   __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":119
+  /* "ivshmem/channel/membership.pyx":123
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint
  *         self.vector = vector             # <<<<<<<<<<<<<<
@@ -6149,21 +6210,21 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->vector = __pyx_v_vector;
 
-  /* "ivshmem/channel/membership.pyx":120
+  /* "ivshmem/channel/membership.pyx":124
  *         self.doorbells = endpoint
  *         self.vector = vector
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":121
+  /* "ivshmem/channel/membership.pyx":125
  *         self.vector = vector
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()             # <<<<<<<<<<<<<<
@@ -6171,9 +6232,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.loops = weakref.WeakKeyDictionary()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6193,7 +6254,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6201,7 +6262,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->ends, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":122
+  /* "ivshmem/channel/membership.pyx":126
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()             # <<<<<<<<<<<<<<
@@ -6209,9 +6270,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         region.borrow()
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -6231,7 +6292,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6239,7 +6300,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->threads, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":123
+  /* "ivshmem/channel/membership.pyx":127
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()             # <<<<<<<<<<<<<<
@@ -6247,9 +6308,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.pinned = True
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_5 = 1;
@@ -6269,7 +6330,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6277,17 +6338,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->loops, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":124
+  /* "ivshmem/channel/membership.pyx":128
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()             # <<<<<<<<<<<<<<
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":125
+  /* "ivshmem/channel/membership.pyx":129
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()
  *         self.pinned = True             # <<<<<<<<<<<<<<
@@ -6296,7 +6357,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pinned = 1;
 
-  /* "ivshmem/channel/membership.pyx":126
+  /* "ivshmem/channel/membership.pyx":130
  *         region.borrow()
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start             # <<<<<<<<<<<<<<
@@ -6305,7 +6366,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.start = ((unsigned char *)__pyx_v_region->start);
 
-  /* "ivshmem/channel/membership.pyx":127
+  /* "ivshmem/channel/membership.pyx":131
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length             # <<<<<<<<<<<<<<
@@ -6316,7 +6377,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.size = __pyx_t_7;
 
-  /* "ivshmem/channel/membership.pyx":128
+  /* "ivshmem/channel/membership.pyx":132
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping             # <<<<<<<<<<<<<<
@@ -6325,7 +6386,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.mapping = ((enum ivshmem_mapping)__pyx_v_mapping);
 
-  /* "ivshmem/channel/membership.pyx":129
+  /* "ivshmem/channel/membership.pyx":133
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed             # <<<<<<<<<<<<<<
@@ -6336,7 +6397,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.readonly = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":130
+  /* "ivshmem/channel/membership.pyx":134
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)             # <<<<<<<<<<<<<<
@@ -6345,7 +6406,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_code = ivshmem_area_open((&__pyx_v_self->member.area), (&__pyx_v_memory), __pyx_v_offset);
 
-  /* "ivshmem/channel/membership.pyx":131
+  /* "ivshmem/channel/membership.pyx":135
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6357,20 +6418,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":132
+    /* "ivshmem/channel/membership.pyx":136
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
  *             raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 132, __pyx_L1_error)
+    __PYX_ERR(0, 136, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":131
+    /* "ivshmem/channel/membership.pyx":135
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6379,7 +6440,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":133
+  /* "ivshmem/channel/membership.pyx":137
  *         if code:
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)             # <<<<<<<<<<<<<<
@@ -6388,7 +6449,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->beat = ((int64_t)(__pyx_v_beat * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":134
+  /* "ivshmem/channel/membership.pyx":138
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)             # <<<<<<<<<<<<<<
@@ -6397,7 +6458,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.lease = ((int64_t)(__pyx_v_lease * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":135
+  /* "ivshmem/channel/membership.pyx":139
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings             # <<<<<<<<<<<<<<
@@ -6406,7 +6467,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.context = (&__pyx_v_self->rings);
 
-  /* "ivshmem/channel/membership.pyx":136
+  /* "ivshmem/channel/membership.pyx":140
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring             # <<<<<<<<<<<<<<
@@ -6415,7 +6476,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ring = __pyx_f_7ivshmem_7channel_10membership_note_ring;
 
-  /* "ivshmem/channel/membership.pyx":137
+  /* "ivshmem/channel/membership.pyx":141
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time             # <<<<<<<<<<<<<<
@@ -6424,7 +6485,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.now = __pyx_f_7ivshmem_7channel_10membership_tell_time;
 
-  /* "ivshmem/channel/membership.pyx":138
+  /* "ivshmem/channel/membership.pyx":142
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended             # <<<<<<<<<<<<<<
@@ -6433,7 +6494,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ended = ivshmem_process_ended;
 
-  /* "ivshmem/channel/membership.pyx":139
+  /* "ivshmem/channel/membership.pyx":143
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6447,16 +6508,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 139, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":140
+  /* "ivshmem/channel/membership.pyx":144
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6470,16 +6531,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 140, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->ending);
   __Pyx_DECREF_SET(__pyx_v_self->ending, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":141
+  /* "ivshmem/channel/membership.pyx":145
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))             # <<<<<<<<<<<<<<
@@ -6488,7 +6549,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pulses = ((struct ivshmem_pulse *)calloc(__pyx_v_self->member.area.places, (sizeof(struct ivshmem_pulse))));
 
-  /* "ivshmem/channel/membership.pyx":142
+  /* "ivshmem/channel/membership.pyx":146
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6500,16 +6561,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":143
+    /* "ivshmem/channel/membership.pyx":147
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 143, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 147, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":142
+    /* "ivshmem/channel/membership.pyx":146
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6518,7 +6579,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":144
+  /* "ivshmem/channel/membership.pyx":148
  *         if self.pulses == NULL:
  *             raise MemoryError
  *         self.member.pulses = self.pulses             # <<<<<<<<<<<<<<
@@ -6529,21 +6590,21 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_self->member.pulses = __pyx_t_9;
 
-  /* "ivshmem/channel/membership.pyx":145
+  /* "ivshmem/channel/membership.pyx":149
  *             raise MemoryError
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()             # <<<<<<<<<<<<<<
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
- *         if not region.fixed:
+ *         self.member.machine = identity.machine()
 */
   __pyx_v_self->member.looked = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":146
+  /* "ivshmem/channel/membership.pyx":150
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads             # <<<<<<<<<<<<<<
+ *         self.member.machine = identity.machine()
  *         if not region.fixed:
- *             self.member.process = os.getpid()
 */
   __pyx_t_10 = (__pyx_v_vector < 0);
 
@@ -6560,66 +6621,66 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __pyx_L5_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":147
+  /* "ivshmem/channel/membership.pyx":151
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
+ *         self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
+ *         if not region.fixed:
+ *             self.member.process = os.getpid()
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 151, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_v_self->member.machine = __pyx_t_11;
+
+  /* "ivshmem/channel/membership.pyx":152
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
+ *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
  *             self.member.process = os.getpid()
- *             self.member.machine = identity.machine()
+ *             self.member.started = ivshmem_process_start(self.member.process)
 */
   __pyx_t_8 = (!__pyx_v_region->fixed);
 
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/membership.pyx":148
- *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
+    /* "ivshmem/channel/membership.pyx":153
+ *         self.member.machine = identity.machine()
  *         if not region.fixed:
  *             self.member.process = os.getpid()             # <<<<<<<<<<<<<<
- *             self.member.machine = identity.machine()
- *             self.member.started = ivshmem_process_start(self.member.process)
-*/
-    __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 148, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_2);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_2);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 148, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.process = __pyx_t_11;
-
-    /* "ivshmem/channel/membership.pyx":149
- *         if not region.fixed:
- *             self.member.process = os.getpid()
- *             self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_5 = 1;
@@ -6639,33 +6700,33 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.machine = __pyx_t_11;
+    __pyx_v_self->member.process = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":150
+    /* "ivshmem/channel/membership.pyx":154
+ *         if not region.fixed:
  *             self.member.process = os.getpid()
- *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)             # <<<<<<<<<<<<<<
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
 */
     __pyx_v_self->member.started = ivshmem_process_start(__pyx_v_self->member.process);
 
-    /* "ivshmem/channel/membership.pyx":151
- *             self.member.machine = identity.machine()
+    /* "ivshmem/channel/membership.pyx":155
+ *             self.member.process = os.getpid()
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":152
+    /* "ivshmem/channel/membership.pyx":156
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -6674,7 +6735,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":153
+    /* "ivshmem/channel/membership.pyx":157
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -6690,13 +6751,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -6705,28 +6766,28 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 157, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 153, __pyx_L1_error)
-    __pyx_t_4 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 153, __pyx_L1_error)
+    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 157, __pyx_L1_error)
+    __pyx_t_4 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_encoded = ((PyObject*)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/membership.pyx":154
+    /* "ivshmem/channel/membership.pyx":158
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
 */
-    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 158, __pyx_L1_error)
     (void)(strncpy(__pyx_v_text, __pyx_t_12, (8 * IVSHMEM_NAME_WORDS)));
 
 
-    /* "ivshmem/channel/membership.pyx":155
+    /* "ivshmem/channel/membership.pyx":159
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
@@ -6734,9 +6795,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *                 raise self.fail(code, NULL, "")
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -6756,15 +6817,15 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_11, __pyx_v_text);
 
 
-    /* "ivshmem/channel/membership.pyx":156
+    /* "ivshmem/channel/membership.pyx":160
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
@@ -6776,20 +6837,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     if (unlikely(__pyx_t_8)) {
 
 
-      /* "ivshmem/channel/membership.pyx":157
+      /* "ivshmem/channel/membership.pyx":161
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
  *                 raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *             self.joined = True
  *         self.state = 0
 */
-      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
+      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_Raise(__pyx_t_4, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __PYX_ERR(0, 157, __pyx_L1_error)
+      __PYX_ERR(0, 161, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":156
+      /* "ivshmem/channel/membership.pyx":160
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
@@ -6798,34 +6859,44 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":158
+    /* "ivshmem/channel/membership.pyx":162
  *             if code:
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True             # <<<<<<<<<<<<<<
  *         self.state = 0
- * 
+ *         self.flush()
 */
     __pyx_v_self->joined = 1;
 
-    /* "ivshmem/channel/membership.pyx":147
- *         self.member.looked = now()
+    /* "ivshmem/channel/membership.pyx":152
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
+ *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
  *             self.member.process = os.getpid()
- *             self.member.machine = identity.machine()
+ *             self.member.started = ivshmem_process_start(self.member.process)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":159
+  /* "ivshmem/channel/membership.pyx":163
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
  *         self.state = 0             # <<<<<<<<<<<<<<
+ *         self.flush()
  * 
- *     cdef int name_peer(self) except -1:
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/channel/membership.pyx":100
+  /* "ivshmem/channel/membership.pyx":164
+ *             self.joined = True
+ *         self.state = 0
+ *         self.flush()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int name_peer(self) except -1:
+*/
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":104
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6853,8 +6924,8 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":161
- *         self.state = 0
+/* "ivshmem/channel/membership.pyx":166
+ *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
@@ -6876,7 +6947,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("name_peer", 0);
 
-  /* "ivshmem/channel/membership.pyx":162
+  /* "ivshmem/channel/membership.pyx":167
  * 
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()             # <<<<<<<<<<<<<<
@@ -6895,17 +6966,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_current_id, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 167, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_6;
   }
 
   __pyx_v_peer = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":163
+  /* "ivshmem/channel/membership.pyx":168
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6917,7 +6988,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":164
+    /* "ivshmem/channel/membership.pyx":169
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:
  *             peer |= IVSHMEM_PEER_MUTE             # <<<<<<<<<<<<<<
@@ -6926,7 +6997,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
     __pyx_v_peer = (__pyx_v_peer | IVSHMEM_PEER_MUTE);
 
-    /* "ivshmem/channel/membership.pyx":163
+    /* "ivshmem/channel/membership.pyx":168
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6936,7 +7007,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":166
+  /* "ivshmem/channel/membership.pyx":171
  *             peer |= IVSHMEM_PEER_MUTE
  *         else:
  *             peer |= <uint64_t>self.vector << 16             # <<<<<<<<<<<<<<
@@ -6948,7 +7019,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":167
+  /* "ivshmem/channel/membership.pyx":172
  *         else:
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer             # <<<<<<<<<<<<<<
@@ -6957,7 +7028,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
   __pyx_v_self->member.peer = __pyx_v_peer;
 
-  /* "ivshmem/channel/membership.pyx":168
+  /* "ivshmem/channel/membership.pyx":173
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer
  *         return 0             # <<<<<<<<<<<<<<
@@ -6970,8 +7041,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":161
- *         self.state = 0
+  /* "ivshmem/channel/membership.pyx":166
+ *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
@@ -6991,7 +7062,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":170
+/* "ivshmem/channel/membership.pyx":175
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7024,7 +7095,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":172
+  /* "ivshmem/channel/membership.pyx":177
  *     @property
  *     def readonly(self):
  *         return bool(self.mapping.fixed)             # <<<<<<<<<<<<<<
@@ -7033,7 +7104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 */
   __pyx_t_1 = __pyx_v_self->mapping->fixed;
 
-  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -7047,7 +7118,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":170
+  /* "ivshmem/channel/membership.pyx":175
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7066,7 +7137,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":174
+/* "ivshmem/channel/membership.pyx":179
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7098,14 +7169,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":176
+  /* "ivshmem/channel/membership.pyx":181
  *     @property
  *     def closed(self):
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef bint is_own(self) noexcept:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7118,7 +7189,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":174
+  /* "ivshmem/channel/membership.pyx":179
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7137,7 +7208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":178
+/* "ivshmem/channel/membership.pyx":183
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7148,7 +7219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":180
+  /* "ivshmem/channel/membership.pyx":185
  *     cdef bint is_own(self) noexcept:
  *         """Whether this process made it: it is not a forked child's copy."""
  *         return self.generation == generation             # <<<<<<<<<<<<<<
@@ -7161,7 +7232,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":178
+  /* "ivshmem/channel/membership.pyx":183
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7175,7 +7246,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":182
+/* "ivshmem/channel/membership.pyx":187
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7188,7 +7259,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":185
+  /* "ivshmem/channel/membership.pyx":190
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
  *         return (
  *             self.is_own()             # <<<<<<<<<<<<<<
@@ -7206,7 +7277,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":186
+  /* "ivshmem/channel/membership.pyx":191
  *         return (
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7224,7 +7295,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":187
+  /* "ivshmem/channel/membership.pyx":192
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7242,7 +7313,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":182
+  /* "ivshmem/channel/membership.pyx":187
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7256,7 +7327,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":190
+/* "ivshmem/channel/membership.pyx":195
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7276,7 +7347,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/membership.pyx":191
+  /* "ivshmem/channel/membership.pyx":196
  * 
  *     cdef int check(self) except -1:
  *         if not self.usable():             # <<<<<<<<<<<<<<
@@ -7288,20 +7359,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":192
+    /* "ivshmem/channel/membership.pyx":197
  *     cdef int check(self) except -1:
  *         if not self.usable():
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 197, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 192, __pyx_L1_error)
+    __PYX_ERR(0, 197, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":191
+    /* "ivshmem/channel/membership.pyx":196
  * 
  *     cdef int check(self) except -1:
  *         if not self.usable():             # <<<<<<<<<<<<<<
@@ -7310,7 +7381,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":195
+  /* "ivshmem/channel/membership.pyx":200
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7334,7 +7405,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":197
+  /* "ivshmem/channel/membership.pyx":202
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
  *         ) != self.member.number:             # <<<<<<<<<<<<<<
@@ -7348,7 +7419,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":195
+  /* "ivshmem/channel/membership.pyx":200
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7358,30 +7429,30 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":198
+    /* "ivshmem/channel/membership.pyx":203
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
  *         ) != self.member.number:
  *             self.lose_place()             # <<<<<<<<<<<<<<
  *             raise self.unusable()
  *         return 0
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 203, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":199
+    /* "ivshmem/channel/membership.pyx":204
  *         ) != self.member.number:
  *             self.lose_place()
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 199, __pyx_L1_error)
+    __PYX_ERR(0, 204, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":195
+    /* "ivshmem/channel/membership.pyx":200
  *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
  *         # memory is slow to read: there only the thread of the beat looks.)
  *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7390,7 +7461,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":200
+  /* "ivshmem/channel/membership.pyx":205
  *             self.lose_place()
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7403,7 +7474,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":190
+  /* "ivshmem/channel/membership.pyx":195
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7422,7 +7493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":202
+/* "ivshmem/channel/membership.pyx":207
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -7445,7 +7516,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("unusable", 0);
 
-  /* "ivshmem/channel/membership.pyx":203
+  /* "ivshmem/channel/membership.pyx":208
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -7457,7 +7528,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":204
+    /* "ivshmem/channel/membership.pyx":209
  *     cdef object unusable(self):
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
@@ -7470,7 +7541,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_forked_child_may_only_close_wh};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 209, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7484,7 +7555,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":203
+    /* "ivshmem/channel/membership.pyx":208
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -7493,7 +7564,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":205
+  /* "ivshmem/channel/membership.pyx":210
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -7502,7 +7573,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   if (__pyx_v_self->lost) {
 
-    /* "ivshmem/channel/membership.pyx":206
+    /* "ivshmem/channel/membership.pyx":211
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -7510,7 +7581,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *                 " server on the memory, because it was silent: open the channels again"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 206, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7529,7 +7600,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7543,7 +7614,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":205
+    /* "ivshmem/channel/membership.pyx":210
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -7552,7 +7623,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":210
+  /* "ivshmem/channel/membership.pyx":215
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7569,9 +7640,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 
     goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_7 = (!__pyx_t_6);
 
@@ -7583,7 +7654,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":211
+    /* "ivshmem/channel/membership.pyx":216
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -7591,7 +7662,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  * 
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 216, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7610,7 +7681,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7624,7 +7695,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":210
+    /* "ivshmem/channel/membership.pyx":215
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7633,7 +7704,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":212
+  /* "ivshmem/channel/membership.pyx":217
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")
  *         return ClosedError("the region is closed")             # <<<<<<<<<<<<<<
@@ -7641,7 +7712,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *     cdef int lose_place(self) except -1:
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 212, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 217, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7660,7 +7731,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -7674,7 +7745,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":202
+  /* "ivshmem/channel/membership.pyx":207
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -7695,7 +7766,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":214
+/* "ivshmem/channel/membership.pyx":219
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -7710,7 +7781,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":215
+  /* "ivshmem/channel/membership.pyx":220
  * 
  *     cdef int lose_place(self) except -1:
  *         self.lost = True             # <<<<<<<<<<<<<<
@@ -7719,7 +7790,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->lost = 1;
 
-  /* "ivshmem/channel/membership.pyx":216
+  /* "ivshmem/channel/membership.pyx":221
  *     cdef int lose_place(self) except -1:
  *         self.lost = True
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -7728,20 +7799,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":217
+  /* "ivshmem/channel/membership.pyx":222
  *         self.lost = True
  *         self.joined = False
  *         return self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int use_memory(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":214
+  /* "ivshmem/channel/membership.pyx":219
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -7758,7 +7829,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":219
+/* "ivshmem/channel/membership.pyx":224
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -7776,7 +7847,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("use_memory", 0);
 
-  /* "ivshmem/channel/membership.pyx":221
+  /* "ivshmem/channel/membership.pyx":226
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7788,20 +7859,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":222
+    /* "ivshmem/channel/membership.pyx":227
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 222, __pyx_L1_error)
+    __PYX_ERR(0, 227, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":221
+    /* "ivshmem/channel/membership.pyx":226
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -7810,7 +7881,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":223
+  /* "ivshmem/channel/membership.pyx":228
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7823,7 +7894,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":219
+  /* "ivshmem/channel/membership.pyx":224
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -7842,7 +7913,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":225
+/* "ivshmem/channel/membership.pyx":230
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -7858,7 +7929,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":226
+  /* "ivshmem/channel/membership.pyx":231
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7870,17 +7941,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":227
+    /* "ivshmem/channel/membership.pyx":232
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":226
+    /* "ivshmem/channel/membership.pyx":231
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -7889,7 +7960,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":228
+  /* "ivshmem/channel/membership.pyx":233
  *         if ivshmem_leave(&self.state):
  *             self.release()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7902,7 +7973,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":225
+  /* "ivshmem/channel/membership.pyx":230
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -7919,7 +7990,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":232
+/* "ivshmem/channel/membership.pyx":237
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -7936,7 +8007,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":235
+  /* "ivshmem/channel/membership.pyx":240
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target
  *         while self.rings.count:             # <<<<<<<<<<<<<<
@@ -7949,7 +8020,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":236
+    /* "ivshmem/channel/membership.pyx":241
  *         cdef uint32_t target
  *         while self.rings.count:
  *             self.rings.count -= 1             # <<<<<<<<<<<<<<
@@ -7958,7 +8029,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_self->rings.count = (__pyx_v_self->rings.count - 1);
 
-    /* "ivshmem/channel/membership.pyx":237
+    /* "ivshmem/channel/membership.pyx":242
  *         while self.rings.count:
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]             # <<<<<<<<<<<<<<
@@ -7967,7 +8038,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_target = (__pyx_v_self->rings.targets[__pyx_v_self->rings.count]);
 
-    /* "ivshmem/channel/membership.pyx":238
+    /* "ivshmem/channel/membership.pyx":243
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7978,17 +8049,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":239
+      /* "ivshmem/channel/membership.pyx":244
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:
  *                 self.ring(target)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":238
+      /* "ivshmem/channel/membership.pyx":243
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7998,7 +8069,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":240
+  /* "ivshmem/channel/membership.pyx":245
  *             if self.doorbells is not None:
  *                 self.ring(target)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8011,7 +8082,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":232
+  /* "ivshmem/channel/membership.pyx":237
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -8029,11 +8100,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":242
+/* "ivshmem/channel/membership.pyx":247
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
- *         cdef Doorbell bell = self.bells.get(target)
+ *         cdef Doorbell bell
  *         cdef int code
 */
 
@@ -8043,65 +8114,305 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   CYTHON_UNUSED long __pyx_v__;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  long __pyx_t_3;
-  int __pyx_t_4;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  int __pyx_t_11;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
   int __pyx_t_12;
+  long __pyx_t_13;
+  int __pyx_t_14;
+  int __pyx_t_15;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/channel/membership.pyx":243
- * 
- *     cdef int ring(self, uint32_t target) except -1:
- *         cdef Doorbell bell = self.bells.get(target)             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/membership.pyx":250
+ *         cdef Doorbell bell
  *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+*/
+  __pyx_t_1 = (__pyx_v_target == ((uint32_t)__pyx_e_7ivshmem_7channel_10membership_EVERY_PEER));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":251
+ *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:
+ *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+*/
+    /*with:*/ {
+      __pyx_t_3 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_6 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_5))) {
+        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_5);
+        assert(__pyx_t_3);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+        __Pyx_INCREF(__pyx_t_3);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+        __pyx_t_6 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_4, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
+        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_2);
+      }
+      __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 251, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_4 = NULL;
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 251, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_6 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (likely(PyMethod_Check(__pyx_t_3))) {
+        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
+        assert(__pyx_t_4);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+        __Pyx_INCREF(__pyx_t_4);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+        __pyx_t_6 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+        __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+      }
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      /*try:*/ {
+        {
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __Pyx_ExceptionSave(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
+          __Pyx_XGOTREF(__pyx_t_8);
+          __Pyx_XGOTREF(__pyx_t_9);
+          __Pyx_XGOTREF(__pyx_t_10);
+          /*try:*/ {
+
+            /* "ivshmem/channel/membership.pyx":252
+ *         if target == <uint32_t>EVERY_PEER:
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *             return 0
+*/
+            __pyx_t_1 = (((PyObject *)__pyx_v_self->doorbells->registers) == Py_None);
+            if (__pyx_t_1) {
+
+
+              /* "ivshmem/channel/membership.pyx":253
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)             # <<<<<<<<<<<<<<
+ *             return 0
+ *         bell = self.bells.get(target)
+*/
+              __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
+              __Pyx_INCREF(__pyx_t_5);
+              __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 253, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_3);
+              __pyx_t_6 = 0;
+              {
+                PyObject *__pyx_callargs[3] = {__pyx_t_5, Py_None, __pyx_t_3};
+                __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+                __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L8_error)
+                __Pyx_GOTREF(__pyx_t_2);
+              }
+              __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+              /* "ivshmem/channel/membership.pyx":252
+ *         if target == <uint32_t>EVERY_PEER:
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *             return 0
+*/
+            }
+
+            /* "ivshmem/channel/membership.pyx":251
+ *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:
+ *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+*/
+          }
+          __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+          goto __pyx_L13_try_end;
+          __pyx_L8_error:;
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          /*except:*/ {
+            __Pyx_AddTraceback("ivshmem.channel.membership.Membership.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
+            if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_3, &__pyx_t_5) < 0) __PYX_ERR(0, 251, __pyx_L10_except_error)
+            __Pyx_XGOTREF(__pyx_t_2);
+            __Pyx_XGOTREF(__pyx_t_3);
+            __Pyx_XGOTREF(__pyx_t_5);
+            {
+              PyObject* __pyx_temp[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_5};
+              __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L10_except_error)
+              __Pyx_GOTREF(__pyx_t_4);
+            }
+            __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_4, NULL);
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 251, __pyx_L10_except_error)
+            __Pyx_GOTREF(__pyx_t_11);
+            __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_11);
+            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 251, __pyx_L10_except_error)
+            __pyx_t_12 = (!__pyx_t_1);
+
+
+            if (unlikely(__pyx_t_12)) {
+
+              __Pyx_GIVEREF(__pyx_t_2);
+              __Pyx_GIVEREF(__pyx_t_3);
+              __Pyx_XGIVEREF(__pyx_t_5);
+              __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_3, __pyx_t_5);
+              __pyx_t_2 = 0;  __pyx_t_3 = 0;  __pyx_t_5 = 0; 
+              __PYX_ERR(0, 251, __pyx_L10_except_error)
+            }
+            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            goto __pyx_L9_exception_handled;
+          }
+          __pyx_L10_except_error:;
+          __Pyx_XGIVEREF(__pyx_t_8);
+          __Pyx_XGIVEREF(__pyx_t_9);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+          goto __pyx_L1_error;
+          __pyx_L9_exception_handled:;
+          __Pyx_XGIVEREF(__pyx_t_8);
+          __Pyx_XGIVEREF(__pyx_t_9);
+          __Pyx_XGIVEREF(__pyx_t_10);
+          __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+          __pyx_L13_try_end:;
+        }
+      }
+      /*finally:*/ {
+        /*normal exit:*/{
+          if (__pyx_t_7) {
+            __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_mstate_global->__pyx_tuple[1], NULL);
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 251, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_10);
+            __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+          }
+          goto __pyx_L7;
+        }
+        __pyx_L7:;
+      }
+      goto __pyx_L18;
+      __pyx_L4_error:;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L1_error;
+      __pyx_L18:;
+    }
+
+    /* "ivshmem/channel/membership.pyx":254
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *             return 0             # <<<<<<<<<<<<<<
+ *         bell = self.bells.get(target)
  *         for _ in range(2):
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":250
+ *         cdef Doorbell bell
+ *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":255
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
+ *             return 0
+ *         bell = self.bells.get(target)             # <<<<<<<<<<<<<<
+ *         for _ in range(2):
+ *             if bell is None:
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 243, __pyx_L1_error)
+    __PYX_ERR(0, 255, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_1, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 243, __pyx_L1_error)
-  __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2);
-  __pyx_t_2 = 0;
+  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_3 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_5, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 255, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3);
+  __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":245
- *         cdef Doorbell bell = self.bells.get(target)
- *         cdef int code
+  /* "ivshmem/channel/membership.pyx":256
+ *             return 0
+ *         bell = self.bells.get(target)
  *         for _ in range(2):             # <<<<<<<<<<<<<<
  *             if bell is None:
  *                 try:
 */
-  for (__pyx_t_3 = 0; __pyx_t_3 < 2; __pyx_t_3+=1) {
-    __pyx_v__ = __pyx_t_3;
+  for (__pyx_t_13 = 0; __pyx_t_13 < 2; __pyx_t_13+=1) {
+    __pyx_v__ = __pyx_t_13;
 
-    /* "ivshmem/channel/membership.pyx":246
- *         cdef int code
+    /* "ivshmem/channel/membership.pyx":257
+ *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
 */
-    __pyx_t_4 = (((PyObject *)__pyx_v_bell) == Py_None);
-    if (__pyx_t_4) {
+    __pyx_t_12 = (((PyObject *)__pyx_v_bell) == Py_None);
+    if (__pyx_t_12) {
 
 
-      /* "ivshmem/channel/membership.pyx":247
+      /* "ivshmem/channel/membership.pyx":258
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8111,40 +8422,40 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       {
         __Pyx_PyThreadState_declare
         __Pyx_PyThreadState_assign
-        __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
-        __Pyx_XGOTREF(__pyx_t_5);
-        __Pyx_XGOTREF(__pyx_t_6);
+        __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_10, &__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_10);
+        __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":248
+          /* "ivshmem/channel/membership.pyx":259
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
 */
-          __pyx_t_1 = ((PyObject *)__pyx_v_self->doorbells);
-          __Pyx_INCREF(__pyx_t_1);
-          __pyx_t_8 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 248, __pyx_L6_error)
-          __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 248, __pyx_L6_error)
-          __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_10 = 0;
+          __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
+          __Pyx_INCREF(__pyx_t_5);
+          __pyx_t_2 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L22_error)
+          __Pyx_GOTREF(__pyx_t_2);
+          __pyx_t_4 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L22_error)
+          __Pyx_GOTREF(__pyx_t_4);
+          __pyx_t_6 = 0;
           {
-            PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_t_8, __pyx_t_9};
-            __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L6_error)
-            __Pyx_GOTREF(__pyx_t_2);
+            PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_2, __pyx_t_4};
+            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L22_error)
+            __Pyx_GOTREF(__pyx_t_3);
           }
-          if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 248, __pyx_L6_error)
-          __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2));
-          __pyx_t_2 = 0;
+          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 259, __pyx_L22_error)
+          __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3));
+          __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":247
+          /* "ivshmem/channel/membership.pyx":258
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8152,34 +8463,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 except NoInterrupts:
 */
         }
-        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        goto __pyx_L13_try_end;
-        __pyx_L6_error:;
-        __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+        goto __pyx_L29_try_end;
+        __pyx_L22_error:;
+        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/membership.pyx":249
+        /* "ivshmem/channel/membership.pyx":260
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
 */
-        __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_9, &__pyx_t_8);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L8_except_error)
-        __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_1);
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __Pyx_ErrRestore(__pyx_t_2, __pyx_t_9, __pyx_t_8);
-        __pyx_t_2 = 0; __pyx_t_9 = 0; __pyx_t_8 = 0;
-        if (__pyx_t_11) {
+        __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_4, &__pyx_t_2);
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 260, __pyx_L24_except_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_3, __pyx_t_5);
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_ErrRestore(__pyx_t_3, __pyx_t_4, __pyx_t_2);
+        __pyx_t_3 = 0; __pyx_t_4 = 0; __pyx_t_2 = 0;
+        if (__pyx_t_14) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":250
+          /* "ivshmem/channel/membership.pyx":261
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -8191,7 +8502,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":251
+          /* "ivshmem/channel/membership.pyx":262
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -8202,27 +8513,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
             __pyx_r = 0;
           }
-          goto __pyx_L9_except_return;
+          goto __pyx_L25_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":252
+        /* "ivshmem/channel/membership.pyx":263
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
 */
-        __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_2);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 252, __pyx_L8_except_error)
-        __Pyx_GOTREF(__pyx_t_1);
-        __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_8, __pyx_t_1);
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        __Pyx_ErrRestore(__pyx_t_8, __pyx_t_9, __pyx_t_2);
-        __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_2 = 0;
-        if (__pyx_t_11) {
+        __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3);
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 263, __pyx_L24_except_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_5);
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_ErrRestore(__pyx_t_2, __pyx_t_4, __pyx_t_3);
+        __pyx_t_2 = 0; __pyx_t_4 = 0; __pyx_t_3 = 0;
+        if (__pyx_t_14) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":253
+          /* "ivshmem/channel/membership.pyx":264
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -8233,33 +8544,33 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
             __pyx_r = 0;
           }
-          goto __pyx_L9_except_return;
+          goto __pyx_L25_except_return;
         }
-        goto __pyx_L8_except_error;
+        goto __pyx_L24_except_error;
 
-        /* "ivshmem/channel/membership.pyx":247
+        /* "ivshmem/channel/membership.pyx":258
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
 */
-        __pyx_L8_except_error:;
-        __Pyx_XGIVEREF(__pyx_t_5);
-        __Pyx_XGIVEREF(__pyx_t_6);
+        __pyx_L24_except_error:;
         __Pyx_XGIVEREF(__pyx_t_7);
-        __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_10, __pyx_t_9);
         goto __pyx_L1_error;
-        __pyx_L9_except_return:;
-        __Pyx_XGIVEREF(__pyx_t_5);
-        __Pyx_XGIVEREF(__pyx_t_6);
+        __pyx_L25_except_return:;
         __Pyx_XGIVEREF(__pyx_t_7);
-        __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_10, __pyx_t_9);
         goto __pyx_L0;
-        __pyx_L13_try_end:;
+        __pyx_L29_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":254
+      /* "ivshmem/channel/membership.pyx":265
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -8268,15 +8579,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 254, __pyx_L1_error)
+        __PYX_ERR(0, 265, __pyx_L1_error)
       }
-      __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_2, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 254, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_3, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 265, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":246
- *         cdef int code
+      /* "ivshmem/channel/membership.pyx":257
+ *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
  *                 try:
@@ -8284,7 +8595,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":255
+    /* "ivshmem/channel/membership.pyx":266
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8294,13 +8605,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     {
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_6, &__pyx_t_5);
+      __Pyx_ExceptionSave(&__pyx_t_9, &__pyx_t_10, &__pyx_t_7);
+      __Pyx_XGOTREF(__pyx_t_9);
+      __Pyx_XGOTREF(__pyx_t_10);
       __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_6);
-      __Pyx_XGOTREF(__pyx_t_5);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":256
+        /* "ivshmem/channel/membership.pyx":267
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -8308,15 +8619,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L18_error)
-          __pyx_t_11 = __pyx_t_12;
+          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L34_error)
+          __pyx_t_14 = __pyx_t_15;
         } else {
 
-          __pyx_t_11 = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_bell->bell), 1);
+          __pyx_t_14 = __pyx_f_7ivshmem_6native_4bell_ring_bell((&__pyx_v_bell->bell), 1);
         }
-        __pyx_v_code = __pyx_t_11;
+        __pyx_v_code = __pyx_t_14;
 
-        /* "ivshmem/channel/membership.pyx":255
+        /* "ivshmem/channel/membership.pyx":266
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8324,28 +8635,28 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *             except OSError:
 */
       }
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      goto __pyx_L25_try_end;
-      __pyx_L18_error:;
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L41_try_end;
+      __pyx_L34_error:;
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/membership.pyx":257
+      /* "ivshmem/channel/membership.pyx":268
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
  *                 return 0
  *             if code != ESHUTDOWN:
 */
-      __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
-      if (__pyx_t_11) {
+      __pyx_t_14 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_OSError))));
+      if (__pyx_t_14) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":258
+        /* "ivshmem/channel/membership.pyx":269
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8356,45 +8667,45 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 
           __pyx_r = 0;
         }
-        goto __pyx_L21_except_return;
+        goto __pyx_L37_except_return;
       }
-      goto __pyx_L20_except_error;
+      goto __pyx_L36_except_error;
 
-      /* "ivshmem/channel/membership.pyx":255
+      /* "ivshmem/channel/membership.pyx":266
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
 */
-      __pyx_L20_except_error:;
+      __pyx_L36_except_error:;
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_XGIVEREF(__pyx_t_10);
       __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_6);
-      __Pyx_XGIVEREF(__pyx_t_5);
-      __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_6, __pyx_t_5);
+      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_7);
       goto __pyx_L1_error;
-      __pyx_L21_except_return:;
+      __pyx_L37_except_return:;
+      __Pyx_XGIVEREF(__pyx_t_9);
+      __Pyx_XGIVEREF(__pyx_t_10);
       __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_6);
-      __Pyx_XGIVEREF(__pyx_t_5);
-      __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_6, __pyx_t_5);
+      __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_7);
       goto __pyx_L0;
-      __pyx_L25_try_end:;
+      __pyx_L41_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":259
+    /* "ivshmem/channel/membership.pyx":270
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
 */
-    __pyx_t_4 = (__pyx_v_code != ESHUTDOWN);
+    __pyx_t_12 = (__pyx_v_code != ESHUTDOWN);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_12) {
 
 
-      /* "ivshmem/channel/membership.pyx":260
+      /* "ivshmem/channel/membership.pyx":271
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8407,7 +8718,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":259
+      /* "ivshmem/channel/membership.pyx":270
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -8416,7 +8727,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":261
+    /* "ivshmem/channel/membership.pyx":272
  *             if code != ESHUTDOWN:
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
@@ -8425,15 +8736,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 261, __pyx_L1_error)
+      __PYX_ERR(0, 272, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_11 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_2, Py_None); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 261, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 272, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_14 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_3, Py_None); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-    /* "ivshmem/channel/membership.pyx":262
+    /* "ivshmem/channel/membership.pyx":273
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
@@ -8444,7 +8755,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":263
+  /* "ivshmem/channel/membership.pyx":274
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -8457,20 +8768,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":242
+  /* "ivshmem/channel/membership.pyx":247
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
- *         cdef Doorbell bell = self.bells.get(target)
+ *         cdef Doorbell bell
  *         cdef int code
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -8482,7 +8793,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":265
+/* "ivshmem/channel/membership.pyx":276
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -8503,7 +8814,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":267
+  /* "ivshmem/channel/membership.pyx":278
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
@@ -8515,7 +8826,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":268
+  /* "ivshmem/channel/membership.pyx":279
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -8526,7 +8837,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":269
+    /* "ivshmem/channel/membership.pyx":280
  *         cdef FdArray kick = self.kick
  *         if kick is not None:
  *             kick.signal(0)             # <<<<<<<<<<<<<<
@@ -8540,12 +8851,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":268
+    /* "ivshmem/channel/membership.pyx":279
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -8554,7 +8865,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":270
+  /* "ivshmem/channel/membership.pyx":281
  *         if kick is not None:
  *             kick.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8567,7 +8878,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":265
+  /* "ivshmem/channel/membership.pyx":276
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -8588,7 +8899,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":272
+/* "ivshmem/channel/membership.pyx":283
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -8610,7 +8921,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hurry", 0);
 
-  /* "ivshmem/channel/membership.pyx":274
+  /* "ivshmem/channel/membership.pyx":285
  *     cdef int hurry(self) except -1:
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -8622,7 +8933,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":275
+  /* "ivshmem/channel/membership.pyx":286
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -8644,7 +8955,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":276
+    /* "ivshmem/channel/membership.pyx":287
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -8658,12 +8969,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":275
+    /* "ivshmem/channel/membership.pyx":286
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -8672,7 +8983,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":277
+  /* "ivshmem/channel/membership.pyx":288
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8685,7 +8996,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":272
+  /* "ivshmem/channel/membership.pyx":283
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -8706,7 +9017,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":281
+/* "ivshmem/channel/membership.pyx":292
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -8787,7 +9098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":285
+  /* "ivshmem/channel/membership.pyx":296
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
@@ -8796,7 +9107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":289
+  /* "ivshmem/channel/membership.pyx":300
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8808,7 +9119,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":290
+    /* "ivshmem/channel/membership.pyx":301
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -8825,7 +9136,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":289
+    /* "ivshmem/channel/membership.pyx":300
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8834,7 +9145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":291
+  /* "ivshmem/channel/membership.pyx":302
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -8846,7 +9157,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":292
+  /* "ivshmem/channel/membership.pyx":303
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -8855,7 +9166,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":293
+  /* "ivshmem/channel/membership.pyx":304
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -8864,7 +9175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":294
+    /* "ivshmem/channel/membership.pyx":305
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -8872,9 +9183,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 294, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 305, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -8882,7 +9193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":295
+      /* "ivshmem/channel/membership.pyx":306
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -8891,7 +9202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":296
+      /* "ivshmem/channel/membership.pyx":307
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8904,7 +9215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":297
+            /* "ivshmem/channel/membership.pyx":308
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -8913,7 +9224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":298
+            /* "ivshmem/channel/membership.pyx":309
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -8936,7 +9247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":299
+              /* "ivshmem/channel/membership.pyx":310
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
@@ -8960,7 +9271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":298
+              /* "ivshmem/channel/membership.pyx":309
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -8969,7 +9280,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":300
+            /* "ivshmem/channel/membership.pyx":311
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -8981,7 +9292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":301
+              /* "ivshmem/channel/membership.pyx":312
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
@@ -8990,7 +9301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":300
+              /* "ivshmem/channel/membership.pyx":311
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -8999,7 +9310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":302
+            /* "ivshmem/channel/membership.pyx":313
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9025,7 +9336,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":303
+              /* "ivshmem/channel/membership.pyx":314
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
@@ -9034,7 +9345,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":304
+              /* "ivshmem/channel/membership.pyx":315
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9046,7 +9357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":305
+                /* "ivshmem/channel/membership.pyx":316
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -9055,7 +9366,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":304
+                /* "ivshmem/channel/membership.pyx":315
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9064,7 +9375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":306
+              /* "ivshmem/channel/membership.pyx":317
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -9073,7 +9384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":302
+              /* "ivshmem/channel/membership.pyx":313
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9083,7 +9394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":296
+          /* "ivshmem/channel/membership.pyx":307
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9100,16 +9411,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":307
+      /* "ivshmem/channel/membership.pyx":318
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *         finally:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 307, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 318, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -9117,17 +9428,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":308
+        /* "ivshmem/channel/membership.pyx":319
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L5_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 319, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":307
+        /* "ivshmem/channel/membership.pyx":318
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -9138,7 +9449,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":310
+  /* "ivshmem/channel/membership.pyx":321
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9152,17 +9463,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":311
+        /* "ivshmem/channel/membership.pyx":322
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L1_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":310
+        /* "ivshmem/channel/membership.pyx":321
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9193,17 +9504,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":311
+          /* "ivshmem/channel/membership.pyx":322
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L25_error)
+          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L25_error)
 
 
-          /* "ivshmem/channel/membership.pyx":310
+          /* "ivshmem/channel/membership.pyx":321
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9237,7 +9548,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":281
+  /* "ivshmem/channel/membership.pyx":292
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9264,12 +9575,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":313
+/* "ivshmem/channel/membership.pyx":324
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
- *         cdef ivshmem_memory *memory = &self.member.area.memory
+ *         """Find out whether some process at work cannot ring this one: then its sleepers poll.
+ * 
 */
 
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
@@ -9282,132 +9593,134 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   int __pyx_v_polls;
   unsigned int __pyx_v_i;
   int __pyx_t_1;
-  int __pyx_t_2;
+  uint32_t __pyx_t_2;
   uint32_t __pyx_t_3;
-  uint32_t __pyx_t_4;
-  unsigned int __pyx_t_5;
+  unsigned int __pyx_t_4;
+  int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":315
- *     cdef void look_for_mutes(self) noexcept nogil:
- *         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
+  /* "ivshmem/channel/membership.pyx":329
+ *         A process that can only read polls, unless all its ends are rung always.
+ *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
  *         cdef uint64_t at, number, peer, process, machine
- *         cdef bint polls = self.vector < 0 or memory.readonly
+ *         cdef bint polls = self.vector < 0
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":317
+  /* "ivshmem/channel/membership.pyx":331
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, number, peer, process, machine
- *         cdef bint polls = self.vector < 0 or memory.readonly             # <<<<<<<<<<<<<<
+ *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
  *         cdef unsigned i
+ *         if memory.readonly:
+*/
+  __pyx_v_polls = (__pyx_v_self->vector < 0);
+
+  /* "ivshmem/channel/membership.pyx":333
+ *         cdef bint polls = self.vector < 0
+ *         cdef unsigned i
+ *         if memory.readonly:             # <<<<<<<<<<<<<<
+ *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_2 = (__pyx_v_self->vector < 0);
+  __pyx_t_1 = (__pyx_v_memory->readonly != 0);
 
-  if (!__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L3_bool_binop_done;
-  }
-  __pyx_t_2 = (__pyx_v_memory->readonly != 0);
+  if (__pyx_t_1) {
 
 
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L3_bool_binop_done:;
-  __pyx_v_polls = __pyx_t_1;
-
-  /* "ivshmem/channel/membership.pyx":319
- *         cdef bint polls = self.vector < 0 or memory.readonly
+    /* "ivshmem/channel/membership.pyx":334
  *         cdef unsigned i
+ *         if memory.readonly:
+ *             return  # `after_beat` asks the ends             # <<<<<<<<<<<<<<
+ *         for i in range(self.member.area.places):
+ *             if polls:
+*/
+    {
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":333
+ *         cdef bint polls = self.vector < 0
+ *         cdef unsigned i
+ *         if memory.readonly:             # <<<<<<<<<<<<<<
+ *             return  # `after_beat` asks the ends
+ *         for i in range(self.member.area.places):
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":335
+ *         if memory.readonly:
+ *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
  *             if polls:
  *                 break
 */
 
-  __pyx_t_3 = __pyx_v_self->member.area.places;
-  __pyx_t_4 = __pyx_t_3;
+  __pyx_t_2 = __pyx_v_self->member.area.places;
+  __pyx_t_3 = __pyx_t_2;
 
-  for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
-    __pyx_v_i = __pyx_t_5;
+  for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+    __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":320
- *         cdef unsigned i
+    /* "ivshmem/channel/membership.pyx":336
+ *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
  *                 break
- *             if not memory.readonly and i == self.member.place.index:
+ *             if i == self.member.place.index:
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":321
+      /* "ivshmem/channel/membership.pyx":337
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
- *             if not memory.readonly and i == self.member.place.index:
+ *             if i == self.member.place.index:
  *                 continue
 */
-      goto __pyx_L6_break;
+      goto __pyx_L5_break;
 
-      /* "ivshmem/channel/membership.pyx":320
- *         cdef unsigned i
+      /* "ivshmem/channel/membership.pyx":336
+ *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
  *                 break
- *             if not memory.readonly and i == self.member.place.index:
+ *             if i == self.member.place.index:
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":322
+    /* "ivshmem/channel/membership.pyx":338
  *             if polls:
  *                 break
- *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
+ *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-    __pyx_t_2 = (!(__pyx_v_memory->readonly != 0));
+    __pyx_t_1 = (__pyx_v_i == __pyx_v_self->member.place.index);
 
-    if (__pyx_t_2) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_2;
-
-      goto __pyx_L9_bool_binop_done;
-    }
-    __pyx_t_2 = (__pyx_v_i == __pyx_v_self->member.place.index);
-
-
-    __pyx_t_1 = __pyx_t_2;
-
-    __pyx_L9_bool_binop_done:;
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":323
+      /* "ivshmem/channel/membership.pyx":339
  *                 break
- *             if not memory.readonly and i == self.member.place.index:
+ *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
 */
-      goto __pyx_L5_continue;
+      goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":322
+      /* "ivshmem/channel/membership.pyx":338
  *             if polls:
  *                 break
- *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
+ *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":324
- *             if not memory.readonly and i == self.member.place.index:
+    /* "ivshmem/channel/membership.pyx":340
+ *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
  *             number = ivshmem_load(memory, at)
@@ -9415,7 +9728,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":325
+    /* "ivshmem/channel/membership.pyx":341
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -9424,7 +9737,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":326
+    /* "ivshmem/channel/membership.pyx":342
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -9433,7 +9746,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":327
+    /* "ivshmem/channel/membership.pyx":343
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9445,16 +9758,16 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":328
+      /* "ivshmem/channel/membership.pyx":344
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
 */
-      goto __pyx_L5_continue;
+      goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":327
+      /* "ivshmem/channel/membership.pyx":343
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9463,7 +9776,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":329
+    /* "ivshmem/channel/membership.pyx":345
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
@@ -9475,16 +9788,16 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":330
+      /* "ivshmem/channel/membership.pyx":346
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue             # <<<<<<<<<<<<<<
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
 */
-      goto __pyx_L5_continue;
+      goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":329
+      /* "ivshmem/channel/membership.pyx":345
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
@@ -9493,7 +9806,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":331
+    /* "ivshmem/channel/membership.pyx":347
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -9505,7 +9818,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":332
+      /* "ivshmem/channel/membership.pyx":348
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -9514,17 +9827,17 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":331
+      /* "ivshmem/channel/membership.pyx":347
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
 */
-      goto __pyx_L13;
+      goto __pyx_L10;
     }
 
-    /* "ivshmem/channel/membership.pyx":333
+    /* "ivshmem/channel/membership.pyx":349
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -9536,7 +9849,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":335
+      /* "ivshmem/channel/membership.pyx":351
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -9545,7 +9858,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":336
+      /* "ivshmem/channel/membership.pyx":352
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -9554,40 +9867,40 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":338
+      /* "ivshmem/channel/membership.pyx":354
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
 */
-      __pyx_t_2 = (ivshmem_value(__pyx_v_process) != __pyx_v_self->member.process);
+      __pyx_t_5 = (ivshmem_value(__pyx_v_process) != __pyx_v_self->member.process);
 
-      if (!__pyx_t_2) {
+      if (!__pyx_t_5) {
 
       } else {
 
-        __pyx_t_1 = __pyx_t_2;
+        __pyx_t_1 = __pyx_t_5;
 
-        goto __pyx_L14_bool_binop_done;
+        goto __pyx_L11_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":339
+      /* "ivshmem/channel/membership.pyx":355
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
  *                 )
  *         self.polls = polls
 */
-      __pyx_t_2 = (ivshmem_value(__pyx_v_machine) != __pyx_v_self->member.machine);
+      __pyx_t_5 = (ivshmem_value(__pyx_v_machine) != __pyx_v_self->member.machine);
 
 
-      __pyx_t_1 = __pyx_t_2;
+      __pyx_t_1 = __pyx_t_5;
 
-      __pyx_L14_bool_binop_done:;
+      __pyx_L11_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":333
+      /* "ivshmem/channel/membership.pyx":349
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -9595,30 +9908,31 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
 */
     }
-    __pyx_L13:;
-    __pyx_L5_continue:;
+    __pyx_L10:;
+    __pyx_L4_continue:;
   }
-  __pyx_L6_break:;
+  __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":341
+  /* "ivshmem/channel/membership.pyx":357
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
  * 
- *     cdef int after_beat(self, int code) except -1:
+ *     cdef int look_for_quiet_ends(self) except -1:
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":313
+  /* "ivshmem/channel/membership.pyx":324
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
- *         cdef ivshmem_memory *memory = &self.member.area.memory
+ *         """Find out whether some process at work cannot ring this one: then its sleepers poll.
+ * 
 */
 
   /* function exit code */
+  __pyx_L0:;
 
 
 
@@ -9629,8 +9943,179 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":343
+/* "ivshmem/channel/membership.pyx":359
  *         self.polls = polls
+ * 
+ *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Find out, where memory can only be read, whether peers ring for each end."""
+ *         self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  PyObject *__pyx_7genexpr__pyx_v_end = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  Py_ssize_t __pyx_t_7;
+  PyObject *(*__pyx_t_8)(PyObject *);
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
+
+  /* "ivshmem/channel/membership.pyx":361
+ *     cdef int look_for_quiet_ends(self) except -1:
+ *         """Find out, where memory can only be read, whether peers ring for each end."""
+ *         self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_self->vector < 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_4 = NULL;
+  { /* enter inner scope */
+    __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L7_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    if (likely(PyList_CheckExact(__pyx_v_self->ends)) || PyTuple_CheckExact(__pyx_v_self->ends)) {
+      __pyx_t_6 = __pyx_v_self->ends; __Pyx_INCREF(__pyx_t_6);
+      __pyx_t_7 = 0;
+      __pyx_t_8 = NULL;
+    } else {
+      __pyx_t_7 = -1; __pyx_t_6 = PyObject_GetIter(__pyx_v_self->ends); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 361, __pyx_L7_error)
+      __Pyx_GOTREF(__pyx_t_6);
+      __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_6); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 361, __pyx_L7_error)
+    }
+    for (;;) {
+      if (likely(!__pyx_t_8)) {
+        if (likely(PyList_CheckExact(__pyx_t_6))) {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_6);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 361, __pyx_L7_error)
+            #endif
+            if (__pyx_t_7 >= __pyx_temp) break;
+          }
+          __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_6, __pyx_t_7, __Pyx_ReferenceSharing_OwnStrongReference);
+          ++__pyx_t_7;
+        } else {
+          {
+            Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_6);
+            #if !CYTHON_ASSUME_SAFE_SIZE
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 361, __pyx_L7_error)
+            #endif
+            if (__pyx_t_7 >= __pyx_temp) break;
+          }
+          #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+          __pyx_t_9 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_6, __pyx_t_7));
+          #else
+          __pyx_t_9 = __Pyx_PySequence_ITEM(__pyx_t_6, __pyx_t_7);
+          #endif
+          ++__pyx_t_7;
+        }
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 361, __pyx_L7_error)
+      } else {
+        __pyx_t_9 = __pyx_t_8(__pyx_t_6);
+        if (unlikely(!__pyx_t_9)) {
+          PyObject* exc_type = PyErr_Occurred();
+          if (exc_type) {
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 361, __pyx_L7_error)
+            PyErr_Clear();
+          }
+          break;
+        }
+      }
+      __Pyx_GOTREF(__pyx_t_9);
+      __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_9);
+      __pyx_t_9 = 0;
+      __pyx_t_9 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_7genexpr__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_7genexpr__pyx_v_end))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 361, __pyx_L7_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __Pyx_GIVEREF(__pyx_t_9);
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_5, __pyx_t_9))) __PYX_ERR(0, 361, __pyx_L7_error)
+      __pyx_t_9 = 0;
+    }
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_XDECREF(__pyx_7genexpr__pyx_v_end); __pyx_7genexpr__pyx_v_end = 0;
+    goto __pyx_L11_exit_scope;
+    __pyx_L7_error:;
+    __Pyx_XDECREF(__pyx_7genexpr__pyx_v_end); __pyx_7genexpr__pyx_v_end = 0;
+    goto __pyx_L1_error;
+    __pyx_L11_exit_scope:;
+  } /* exit inner scope */
+  __pyx_t_10 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 361, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_11 = (!__pyx_t_2);
+
+
+
+  __pyx_t_1 = __pyx_t_11;
+
+  __pyx_L3_bool_binop_done:;
+  __pyx_v_self->polls = __pyx_t_1;
+
+  /* "ivshmem/channel/membership.pyx":362
+ *         """Find out, where memory can only be read, whether peers ring for each end."""
+ *         self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int after_beat(self, int code) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":359
+ *         self.polls = polls
+ * 
+ *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Find out, where memory can only be read, whether peers ring for each end."""
+ *         self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.look_for_quiet_ends", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_7genexpr__pyx_v_end);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":364
+ *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
  *         """Do, with the GIL, what a beat showed to be necessary."""
@@ -9661,7 +10146,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":345
+  /* "ivshmem/channel/membership.pyx":366
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -9673,20 +10158,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":346
+    /* "ivshmem/channel/membership.pyx":367
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":345
+    /* "ivshmem/channel/membership.pyx":366
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -9695,34 +10180,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":347
+  /* "ivshmem/channel/membership.pyx":368
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 368, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":348
+    /* "ivshmem/channel/membership.pyx":369
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":347
+    /* "ivshmem/channel/membership.pyx":368
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -9731,7 +10216,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":349
+  /* "ivshmem/channel/membership.pyx":370
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9747,7 +10232,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":350
+      /* "ivshmem/channel/membership.pyx":371
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9772,17 +10257,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":351
+        /* "ivshmem/channel/membership.pyx":372
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L5_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":350
+        /* "ivshmem/channel/membership.pyx":371
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9791,7 +10276,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":349
+      /* "ivshmem/channel/membership.pyx":370
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9806,15 +10291,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":352
+    /* "ivshmem/channel/membership.pyx":373
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
- *         for end in list(self.ends):
+ *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 352, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 373, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -9826,7 +10311,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":349
+    /* "ivshmem/channel/membership.pyx":370
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -9847,14 +10332,72 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":354
+  /* "ivshmem/channel/membership.pyx":375
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         if code > 0:             # <<<<<<<<<<<<<<
+ *             ivshmem_ring_places(&self.member)  # it freed places
+ *         if self.mapping.fixed:
+*/
+  __pyx_t_1 = (__pyx_v_code > 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":376
+ *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         if code > 0:
+ *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
+ *         if self.mapping.fixed:
+ *             self.look_for_quiet_ends()
+*/
+    ivshmem_ring_places((&__pyx_v_self->member));
+
+    /* "ivshmem/channel/membership.pyx":375
+ *         except (IvshmemError, OSError):
+ *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         if code > 0:             # <<<<<<<<<<<<<<
+ *             ivshmem_ring_places(&self.member)  # it freed places
+ *         if self.mapping.fixed:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":377
+ *         if code > 0:
+ *             ivshmem_ring_places(&self.member)  # it freed places
+ *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
+ *             self.look_for_quiet_ends()
+ *         for end in list(self.ends):
+*/
+  if (__pyx_v_self->mapping->fixed) {
+
+    /* "ivshmem/channel/membership.pyx":378
+ *             ivshmem_ring_places(&self.member)  # it freed places
+ *         if self.mapping.fixed:
+ *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
+ *         for end in list(self.ends):
+ *             with contextlib.suppress(IvshmemError, OSError):
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/membership.pyx":377
+ *         if code > 0:
+ *             ivshmem_ring_places(&self.member)  # it freed places
+ *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
+ *             self.look_for_quiet_ends()
+ *         for end in list(self.ends):
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":379
+ *         if self.mapping.fixed:
+ *             self.look_for_quiet_ends()
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -9863,19 +10406,19 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 354, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 379, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 379, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":355
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+    /* "ivshmem/channel/membership.pyx":380
+ *             self.look_for_quiet_ends()
  *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *                 (<Dependent>end).beat()
@@ -9883,12 +10426,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9908,13 +10451,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 355, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 380, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 380, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L18_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 380, __pyx_L20_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9933,7 +10476,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L18_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 380, __pyx_L20_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -9948,18 +10491,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":356
+            /* "ivshmem/channel/membership.pyx":381
  *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L24_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L26_error)
 
 
-            /* "ivshmem/channel/membership.pyx":355
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+            /* "ivshmem/channel/membership.pyx":380
+ *             self.look_for_quiet_ends()
  *         for end in list(self.ends):
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *                 (<Dependent>end).beat()
@@ -9969,31 +10512,31 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-          goto __pyx_L31_try_end;
-          __pyx_L24_error:;
+          goto __pyx_L33_try_end;
+          __pyx_L26_error:;
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 355, __pyx_L26_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 380, __pyx_L28_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_3);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L26_except_error)
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 380, __pyx_L28_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
             __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 355, __pyx_L26_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 380, __pyx_L28_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 355, __pyx_L26_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 380, __pyx_L28_except_error)
             __pyx_t_7 = (!__pyx_t_1);
 
 
@@ -10004,25 +10547,25 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
               __Pyx_XGIVEREF(__pyx_t_3);
               __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
               __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 355, __pyx_L26_except_error)
+              __PYX_ERR(0, 380, __pyx_L28_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            goto __pyx_L25_exception_handled;
+            goto __pyx_L27_exception_handled;
           }
-          __pyx_L26_except_error:;
+          __pyx_L28_except_error:;
           __Pyx_XGIVEREF(__pyx_t_5);
           __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
           goto __pyx_L1_error;
-          __pyx_L25_exception_handled:;
+          __pyx_L27_exception_handled:;
           __Pyx_XGIVEREF(__pyx_t_5);
           __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
-          __pyx_L31_try_end:;
+          __pyx_L33_try_end:;
         }
       }
       /*finally:*/ {
@@ -10030,24 +10573,24 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           if (__pyx_t_6) {
             __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 355, __pyx_L1_error)
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 380, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
-          goto __pyx_L23;
+          goto __pyx_L25;
         }
-        __pyx_L23:;
+        __pyx_L25:;
       }
-      goto __pyx_L35;
-      __pyx_L18_error:;
+      goto __pyx_L37;
+      __pyx_L20_error:;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       goto __pyx_L1_error;
-      __pyx_L35:;
+      __pyx_L37:;
     }
 
-    /* "ivshmem/channel/membership.pyx":354
- *         except (IvshmemError, OSError):
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+    /* "ivshmem/channel/membership.pyx":379
+ *         if self.mapping.fixed:
+ *             self.look_for_quiet_ends()
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
@@ -10055,21 +10598,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":357
+  /* "ivshmem/channel/membership.pyx":382
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":343
- *         self.polls = polls
+  /* "ivshmem/channel/membership.pyx":364
+ *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
  *         """Do, with the GIL, what a beat showed to be necessary."""
@@ -10092,7 +10635,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":359
+/* "ivshmem/channel/membership.pyx":384
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -10178,7 +10721,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":361
+  /* "ivshmem/channel/membership.pyx":386
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -10187,29 +10730,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":366
+  /* "ivshmem/channel/membership.pyx":391
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":367
+  /* "ivshmem/channel/membership.pyx":392
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":368
+  /* "ivshmem/channel/membership.pyx":393
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -10223,7 +10766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":369
+    /* "ivshmem/channel/membership.pyx":394
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10232,7 +10775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":370
+    /* "ivshmem/channel/membership.pyx":395
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -10241,7 +10784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":371
+    /* "ivshmem/channel/membership.pyx":396
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10267,7 +10810,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":372
+      /* "ivshmem/channel/membership.pyx":397
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10276,7 +10819,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":371
+      /* "ivshmem/channel/membership.pyx":396
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10285,7 +10828,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":373
+    /* "ivshmem/channel/membership.pyx":398
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -10294,7 +10837,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":374
+    /* "ivshmem/channel/membership.pyx":399
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -10303,7 +10846,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":375
+    /* "ivshmem/channel/membership.pyx":400
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -10312,7 +10855,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":401
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -10321,7 +10864,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":377
+    /* "ivshmem/channel/membership.pyx":402
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -10330,46 +10873,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":378
+    /* "ivshmem/channel/membership.pyx":403
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":405
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":381
+    /* "ivshmem/channel/membership.pyx":406
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 406, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":407
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 407, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -10379,53 +10922,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":383
+    /* "ivshmem/channel/membership.pyx":408
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 383, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 408, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":384
+    /* "ivshmem/channel/membership.pyx":409
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 384, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 409, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 384, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 409, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":385
+    /* "ivshmem/channel/membership.pyx":410
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 410, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":386
+    /* "ivshmem/channel/membership.pyx":411
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 411, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -10436,13 +10979,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 386, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 411, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 386, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 411, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -10452,34 +10995,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 386, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 411, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 386, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 411, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":405
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 380, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 405, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -10488,21 +11031,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":379
+    /* "ivshmem/channel/membership.pyx":404
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 379, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":388
+  /* "ivshmem/channel/membership.pyx":413
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -10520,7 +11063,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":359
+  /* "ivshmem/channel/membership.pyx":384
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -10557,7 +11100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":390
+/* "ivshmem/channel/membership.pyx":415
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10570,7 +11113,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":391
+  /* "ivshmem/channel/membership.pyx":416
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -10598,7 +11141,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":390
+  /* "ivshmem/channel/membership.pyx":415
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10612,7 +11155,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":393
+/* "ivshmem/channel/membership.pyx":418
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10660,32 +11203,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 393, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 418, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 393, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 393, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 418, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 393, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 418, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 393, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 393, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 393, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 418, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10721,22 +11264,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   Py_ssize_t __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
   size_t __pyx_t_10;
+  int __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":421
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":397
+  /* "ivshmem/channel/membership.pyx":422
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10748,7 +11292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":398
+    /* "ivshmem/channel/membership.pyx":423
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -10756,9 +11300,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 398, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 398, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -10770,7 +11314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 398, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -10780,14 +11324,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 398, __pyx_L1_error)
+    __PYX_ERR(0, 423, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":397
+    /* "ivshmem/channel/membership.pyx":422
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10796,7 +11340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":424
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10805,7 +11349,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":400
+    /* "ivshmem/channel/membership.pyx":425
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -10813,7 +11357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 400, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10832,14 +11376,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 400, __pyx_L1_error)
+    __PYX_ERR(0, 425, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":399
+    /* "ivshmem/channel/membership.pyx":424
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10848,7 +11392,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":426
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -10857,51 +11401,113 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":404
+  /* "ivshmem/channel/membership.pyx":429
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
- *         return ivshmem_value(number) != 0 and bool(             # <<<<<<<<<<<<<<
- *             ivshmem_place_free(&self.member.area, index, number)
- *         )
+ *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
+ *             &self.member.area, index, number
+ *         ):
 */
-  __pyx_t_2 = (ivshmem_value(__pyx_v_number) != 0);
+  __pyx_t_11 = (ivshmem_value(__pyx_v_number) == 0);
 
-  if (__pyx_t_2) {
+  if (!__pyx_t_11) {
 
   } else {
-    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __pyx_t_4;
-    __pyx_t_4 = 0;
 
-    goto __pyx_L5_bool_binop_done;
+    __pyx_t_2 = __pyx_t_11;
+
+    goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":405
+  /* "ivshmem/channel/membership.pyx":430
  *         )
- *         return ivshmem_value(number) != 0 and bool(
- *             ivshmem_place_free(&self.member.area, index, number)             # <<<<<<<<<<<<<<
+ *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
+ *             &self.member.area, index, number             # <<<<<<<<<<<<<<
+ *         ):
+ *             return False
+*/
+  __pyx_t_11 = (!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0));
+
+
+  __pyx_t_2 = __pyx_t_11;
+
+  __pyx_L6_bool_binop_done:;
+
+  /* "ivshmem/channel/membership.pyx":429
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
+ *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
+ *             &self.member.area, index, number
+ *         ):
+*/
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":432
+ *             &self.member.area, index, number
+ *         ):
+ *             return False             # <<<<<<<<<<<<<<
+ *         ivshmem_ring_places(&self.member)
+ *         self.flush()
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(Py_False);
+        __pyx_r = Py_False;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":429
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
+ *         )
+ *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
+ *             &self.member.area, index, number
+ *         ):
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":433
+ *         ):
+ *             return False
+ *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
+ *         self.flush()
+ *         return True
+*/
+  ivshmem_ring_places((&__pyx_v_self->member));
+
+  /* "ivshmem/channel/membership.pyx":434
+ *             return False
+ *         ivshmem_ring_places(&self.member)
+ *         self.flush()             # <<<<<<<<<<<<<<
+ *         return True
  * 
 */
-  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_3 = __pyx_t_4;
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_L5_bool_binop_done:;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":435
+ *         ivshmem_ring_places(&self.member)
+ *         self.flush()
+ *         return True             # <<<<<<<<<<<<<<
+ * 
+ *     # -- the end ----------------------------------------------------------------------------------
+*/
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
+      __Pyx_INCREF(Py_True);
+      __pyx_r = Py_True;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":393
+  /* "ivshmem/channel/membership.pyx":418
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10925,7 +11531,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":410
+/* "ivshmem/channel/membership.pyx":439
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11000,7 +11606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":416
+  /* "ivshmem/channel/membership.pyx":445
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -11010,7 +11616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":417
+  /* "ivshmem/channel/membership.pyx":446
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -11027,9 +11633,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -11042,9 +11648,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -11056,14 +11662,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":418
+    /* "ivshmem/channel/membership.pyx":447
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -11072,18 +11678,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 418, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 447, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 447, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":419
+      /* "ivshmem/channel/membership.pyx":448
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -11099,7 +11705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":420
+          /* "ivshmem/channel/membership.pyx":449
  *             for end in list(self.ends):
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -11113,12 +11719,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 449, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":419
+          /* "ivshmem/channel/membership.pyx":448
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -11134,7 +11740,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":421
+        /* "ivshmem/channel/membership.pyx":450
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -11144,7 +11750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 421, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 450, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -11152,7 +11758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":422
+            /* "ivshmem/channel/membership.pyx":451
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -11163,7 +11769,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":421
+          /* "ivshmem/channel/membership.pyx":450
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -11184,7 +11790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":419
+        /* "ivshmem/channel/membership.pyx":448
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -11205,7 +11811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":418
+      /* "ivshmem/channel/membership.pyx":447
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
@@ -11215,7 +11821,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":417
+    /* "ivshmem/channel/membership.pyx":446
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -11224,17 +11830,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":423
+  /* "ivshmem/channel/membership.pyx":452
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":424
+  /* "ivshmem/channel/membership.pyx":453
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11245,7 +11851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":425
+    /* "ivshmem/channel/membership.pyx":454
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -11253,9 +11859,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 425, __pyx_L1_error)
+    __PYX_ERR(0, 454, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":424
+    /* "ivshmem/channel/membership.pyx":453
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11264,7 +11870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":410
+  /* "ivshmem/channel/membership.pyx":439
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11291,7 +11897,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":427
+/* "ivshmem/channel/membership.pyx":456
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11314,7 +11920,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":458
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -11326,7 +11932,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":430
+  /* "ivshmem/channel/membership.pyx":459
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11338,7 +11944,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":431
+    /* "ivshmem/channel/membership.pyx":460
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -11351,7 +11957,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":430
+    /* "ivshmem/channel/membership.pyx":459
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11360,7 +11966,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":432
+  /* "ivshmem/channel/membership.pyx":461
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -11372,17 +11978,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":433
+    /* "ivshmem/channel/membership.pyx":462
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 462, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":463
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -11396,12 +12002,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 463, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":432
+    /* "ivshmem/channel/membership.pyx":461
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -11410,7 +12016,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":435
+  /* "ivshmem/channel/membership.pyx":464
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -11436,17 +12042,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":436
+    /* "ivshmem/channel/membership.pyx":465
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 465, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":435
+    /* "ivshmem/channel/membership.pyx":464
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -11455,7 +12061,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":437
+  /* "ivshmem/channel/membership.pyx":466
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -11468,7 +12074,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":427
+  /* "ivshmem/channel/membership.pyx":456
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11489,7 +12095,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":439
+/* "ivshmem/channel/membership.pyx":468
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11509,7 +12115,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":442
+  /* "ivshmem/channel/membership.pyx":471
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -11521,7 +12127,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":443
+  /* "ivshmem/channel/membership.pyx":472
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11532,7 +12138,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":473
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -11546,12 +12152,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 473, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":472
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11560,7 +12166,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":445
+  /* "ivshmem/channel/membership.pyx":474
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -11572,7 +12178,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":446
+  /* "ivshmem/channel/membership.pyx":475
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -11584,21 +12190,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":447
+  /* "ivshmem/channel/membership.pyx":476
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":448
+  /* "ivshmem/channel/membership.pyx":477
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11607,7 +12213,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":478
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -11616,7 +12222,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":450
+    /* "ivshmem/channel/membership.pyx":479
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -11625,7 +12231,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":451
+    /* "ivshmem/channel/membership.pyx":480
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -11634,7 +12240,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":477
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11643,7 +12249,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":452
+  /* "ivshmem/channel/membership.pyx":481
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -11656,7 +12262,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":439
+  /* "ivshmem/channel/membership.pyx":468
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11676,7 +12282,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":454
+/* "ivshmem/channel/membership.pyx":483
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11688,7 +12294,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":455
+  /* "ivshmem/channel/membership.pyx":484
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -11710,7 +12316,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":456
+    /* "ivshmem/channel/membership.pyx":485
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -11719,7 +12325,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":455
+    /* "ivshmem/channel/membership.pyx":484
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -11728,7 +12334,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":457
+  /* "ivshmem/channel/membership.pyx":486
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -11737,7 +12343,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":483
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11749,7 +12355,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":459
+/* "ivshmem/channel/membership.pyx":488
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11772,7 +12378,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":489
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11781,7 +12387,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":490
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -11790,7 +12396,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":462
+    /* "ivshmem/channel/membership.pyx":491
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -11799,7 +12405,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":460
+    /* "ivshmem/channel/membership.pyx":489
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11808,7 +12414,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":463
+  /* "ivshmem/channel/membership.pyx":492
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -11817,7 +12423,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":459
+  /* "ivshmem/channel/membership.pyx":488
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11829,7 +12435,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":465
+/* "ivshmem/channel/membership.pyx":494
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -11865,7 +12471,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":467
+  /* "ivshmem/channel/membership.pyx":496
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -11876,12 +12482,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 467, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 496, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 467, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -11895,7 +12501,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 467, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 496, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -11908,7 +12514,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":468
+  /* "ivshmem/channel/membership.pyx":497
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11934,7 +12540,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":469
+    /* "ivshmem/channel/membership.pyx":498
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -11946,11 +12552,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 469, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 498, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 498, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 469, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 498, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11962,7 +12568,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":499
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -11970,38 +12576,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 470, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 499, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":500
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 500, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 500, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 500, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 500, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":501
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 501, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -12015,7 +12621,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":500
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -12034,7 +12640,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 471, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 500, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -12059,7 +12665,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 470, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 499, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12073,7 +12679,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":497
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -12082,7 +12688,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":475
+  /* "ivshmem/channel/membership.pyx":504
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -12094,7 +12700,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":476
+    /* "ivshmem/channel/membership.pyx":505
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -12102,7 +12708,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 476, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 505, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12121,7 +12727,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 505, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12135,7 +12741,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":504
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -12144,7 +12750,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":480
+  /* "ivshmem/channel/membership.pyx":509
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12156,7 +12762,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":481
+    /* "ivshmem/channel/membership.pyx":510
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -12164,7 +12770,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 481, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 510, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12183,7 +12789,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 510, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12197,7 +12803,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":480
+    /* "ivshmem/channel/membership.pyx":509
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12206,7 +12812,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":511
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12218,7 +12824,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":483
+    /* "ivshmem/channel/membership.pyx":512
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12226,19 +12832,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 483, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 512, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":484
+    /* "ivshmem/channel/membership.pyx":513
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 513, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all;
+    __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_7;
     __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_places_of_the_area_are_taken_iv;
     __pyx_t_5 = 68;
@@ -12247,7 +12853,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 484, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 513, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -12268,7 +12874,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 512, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12282,7 +12888,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":482
+    /* "ivshmem/channel/membership.pyx":511
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12291,7 +12897,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":487
+  /* "ivshmem/channel/membership.pyx":516
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12303,7 +12909,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":488
+    /* "ivshmem/channel/membership.pyx":517
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -12311,11 +12917,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 517, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 517, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 517, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -12336,7 +12942,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 488, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 517, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12350,7 +12956,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":487
+    /* "ivshmem/channel/membership.pyx":516
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12359,7 +12965,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":518
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12371,7 +12977,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":490
+    /* "ivshmem/channel/membership.pyx":519
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -12379,19 +12985,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 519, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":491
+    /* "ivshmem/channel/membership.pyx":520
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 520, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 491, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 520, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -12412,7 +13018,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 490, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 519, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12426,7 +13032,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":489
+    /* "ivshmem/channel/membership.pyx":518
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12435,7 +13041,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":493
+  /* "ivshmem/channel/membership.pyx":522
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12447,7 +13053,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":494
+    /* "ivshmem/channel/membership.pyx":523
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12455,19 +13061,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " the device in another way (resource2_wc)"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 523, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":495
+    /* "ivshmem/channel/membership.pyx":524
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"             # <<<<<<<<<<<<<<
  *                 " the device in another way (resource2_wc)"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 524, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 495, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 524, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -12488,7 +13094,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 494, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 523, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12502,7 +13108,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":493
+    /* "ivshmem/channel/membership.pyx":522
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12511,17 +13117,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":498
+  /* "ivshmem/channel/membership.pyx":527
  *                 " the device in another way (resource2_wc)"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 527, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 527, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 527, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -12536,7 +13142,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 498, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 527, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -12558,7 +13164,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 498, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 527, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12572,7 +13178,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":494
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -12601,7 +13207,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":31
+/* "ivshmem/channel/membership.pxd":33
  *     cdef Rings rings
  *     cdef Mapping mapping
  *     cdef readonly object endpoint             # <<<<<<<<<<<<<<
@@ -12668,7 +13274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8endpoint_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":33
+/* "ivshmem/channel/membership.pxd":35
  *     cdef readonly object endpoint
  *     cdef Doorbells doorbells  # None: a region alone
  *     cdef readonly Py_ssize_t vector  # -1: this process cannot be rung             # <<<<<<<<<<<<<<
@@ -12707,7 +13313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 33, __pyx_L4_error)
+        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 35, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -12750,12 +13356,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":40
+/* "ivshmem/channel/membership.pxd":42
  *     cdef object ends  # a WeakSet of the ends that are open
  *     cdef object threads  # a threading.local, with the Wakeup of each thread
  *     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys             # <<<<<<<<<<<<<<
  *     cdef bint told  # the endpoint writes to `kick` after its waits
- *     cdef bint polls  # some process in the area cannot ring this one, or be rung
+ *     cdef bint polls  # not every process that this one waits for can ring it
 */
 
 /* Python wrapper */
@@ -13835,6 +14441,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Depend
   /*--- Exttype __pyx_obj_7ivshmem_7channel_10membership_Dependent ---*/
   __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent = &__pyx_vtable_7ivshmem_7channel_10membership_Dependent;
   __pyx_vtable_7ivshmem_7channel_10membership_Dependent.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_beat;
+  __pyx_vtable_7ivshmem_7channel_10membership_Dependent.is_rung = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 62, __pyx_L1_error)
   #else
@@ -13879,6 +14486,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.ring = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t))__pyx_f_7ivshmem_7channel_10membership_10Membership_ring;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.look_for_mutes = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.after_beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int))__pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.look_for_quiet_ends = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.release = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_release;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.is_silent = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place))__pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_abandon;
@@ -13895,14 +14503,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.kick_all = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 81, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 85, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = &__pyx_type_7ivshmem_7channel_10membership_Membership;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 85, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
@@ -13912,9 +14520,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 85, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 85, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 85, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14646,64 +15254,64 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":281
+  /* "ivshmem/channel/membership.pyx":292
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":359
+  /* "ivshmem/channel/membership.pyx":384
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 359, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 359, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 384, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":393
+  /* "ivshmem/channel/membership.pyx":418
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 418, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 393, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":410
+  /* "ivshmem/channel/membership.pyx":439
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 410, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 439, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -14797,7 +15405,11 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 /* #### Code section: cached_builtins ### */
 
 static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 361, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -14809,6 +15421,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
   return 0;
+  __pyx_L1_error:;
+  return -1;
 }
 /* #### Code section: cached_constants ### */
 
@@ -14820,7 +15434,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/membership.pyx":153
+  /* "ivshmem/channel/membership.pyx":157
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -14829,21 +15443,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 157, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":355
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
- *         for end in list(self.ends):
+  /* "ivshmem/channel/membership.pyx":251
+ *         cdef int code
+ *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<Dependent>end).beat()
- *         return self.flush()
+ *                 if self.doorbells.registers is None:  # a guest's device knows no peers
+ *                     self.doorbells.ring_all_nowait(None, self.vector)
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 251, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -14898,38 +15512,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{21},{64},{2},{15},{59},{17},{24},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{118},{147},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{17},{7},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{137},{263},{92}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{21},{64},{2},{15},{59},{17},{24},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{118},{147},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{17},{7},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{164},{263},{92}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1950 bytes) */
-static const char cstring[] = "x\332\215VMS\334\310\031\366$\330`\214cX\360\232\324\222\244YX\0036\260a\241l\007{+a\215\327v%\313\232\217\252uRI\311=R\017\323\031\215Z\323\335\232a\252\222\nG\216:\352\250\243\216s\234\343\034}\344\250#?\301?a\237n\r\303x}\t\005R\253\273\337\257\347y\372m\010\325\204\210\n\341MU\255\263\272\343Vi\0200\177\275JB\237\272L\2315]e\204JF\315\203hZc\301S\362\256o@\372\006\204\007\025\361\216\370\\ie\014\352\013\047\313Z2F*\222\036\327Y\240WV\266\211\022uFB)\340\327lBh\227\006\244%\271\206_a\343\300\245\220mR\245\212\250Pp\237y\204\353U\302\025\341\365P(\305\313>#\313\253\244U\345n\225\224\231/\202ce\214\225/4Y\337&\333W\351\032\047\177\336\023\001\333\023&\200\211\367\274\255\253\"0\356<\346\3632\223T3\277M\224\226\334\325L\232M\001y\363\342\315\332\326\223-B\003\217H\366o\346\242$\025\225]\237*U R\216\270\257y@t;dj\235\274\256\220\266\210H\300\220-R\t\261o\330\000\t\005D1m3[\002\\BS\315E\340\300\234\007\307K\304\343\022Ax\323\242\360=\365\025[\247\244\"d\r\376\334*\367=R\247m\"\002d\352\372B1T\217Z\270\266\025\"\235>\007\212\222\226\220\036\365<\007!\030\365}\224 \020T\016@\227\200\267i\262D&}\253U\"\244\375\266\204\027|\003\237\276\005\342\300g\355\222e\217+\n\006X`\237R\302\364\330\345\252\370\366\372\232X\277\024\321\345\267\335\250\372__\367W\277\306\030\004\250*\017\327\303\366I @I\205F\276&\216#\231\027\271\314q\210\027YL\002\021\254\201\242&\247>V]\036p\3558E\276&\363\241j\224\025\251E\3113\323\222\035\003i\013\024\"H!\352\006\330\301\356m [c\006\312r\373J\323\212Ip\261\2666\360y\370\372\037/\336Y\240\260m\327\262\005\225\256\273P\231f\313\227\333\2765\333V\206\242\002\306O2\301\\\235\206!80y\300\201\007\tXn\377\257M\333\246\214\242rsv\312\346\200\261\341\000K\352c(\300\047%M\340l\374\3323\300\r\024\232\324\002\321\0020L2\313\267\211g\203T~y\016\021\320\025\365\020\316\326\330\211\361}\314.\317\037%\215\210\201\"\243|`)B\026Xk\217592\304\t\271\024`\013\002^\226L\211H\272\354\033\247\345\256\014\253\014I\0275\321:\316\363\307|\266\220\202\255q\325\200oF\005\363""\313+}>(\302\267\n\316$\021\301P\372\260`.\215\224%\330\370Qh(\201\036J\364\n\252c\312\203\347\305\327s!e\024\352\376\327\013#\336\347\226F;\334e0\366\340f0X\037\010\326\265\355\305q\206\227p\360\025\316\373\325\342\353Be\326\331\017\2033p5\372\324\335Gk\237\370\033Z\265j\033\372\276Bkh\262h\354C\0232\n\366D\277Z\265\047^\007\350\204\006\000u`\025e\023\375\211\321\332_Y{\027m\022ST\266\315\304!\3031|\323>\301\237Yp\366\330\211>`\025\307\351\3678\234`\307\361\314\n~\230qk\007\047\334NT\242\3005\357\343\313\202\360S\007\013\366-\274\310\2673\001\255\027o\3262/t\n\334Q\314\255\251\250^|ATh\032\305\270\357\307\014Mk.FQ\020r\267\006o\003V\212\371\2466M\3138mD\324\277\214s\331z>!a0\301N\314\007h\030\344\246\206*\370\204\036\307\321L\231\202i\305\000`\332z\201\211\047\204\304\005\346\243Y\267( \341\312q\205\024\021.\026V\354\005\026\266\375S\325\016\\.\326\007\313h\313e\264\036\327\307\330\354\322\022\224\226\251[\263\002(z\216+<\346\n\200~\242q\323\271\"\n\264\033Ii\312\347\236Y\362\320\306\213\0470\361p\331Z\336\205,\2725kbg\305S\025\030zW:\002Y\370\r\271\307\271A\222\3536\2079\030eu\365\313\366\177\325\340}F\025\363Y\005\231\324\271\366\205K\375:Ei\001\353\267\235\342\274\326#\315\014\246\001rvL\201Ad<\210J\005\250\342\036\027*\304\245c\363(D\034\212P\342\226.s\255\212\356g\236\312@G\265EZ\026\033\241p\300\202N\207\373\3307\316\372W\215\342\307\001\256[\333\025,k*\nC\010J\031\324t\265\337x\243\320\303\022\332\310\200\334&\365#\246\232\366\032h\341 HV\001zd\271)\270G\036\340\337\225@?\332r\364\3125\ts\307\220|Z\312G\256\347#\237\305\363f4~\3660\3367\203\245\264\221\335\310\350i\351b\344\017I\343\234\374\261s\253\373\264W;\337?\310G\246\343?%\257\322\235t?\037\031=\375O\3748\231\317\307\036f\033\331\337\272\277\351\321|\344\326\331\306i\351\303\330\265\361/\314\302d\\2\217\321\270\221\334H\374l\336\3304\317~\212_$3\311~>\206\270\371\330\275\270qa\036f\255\221\217\3359\277\363 [\314h\326\352\324z\367\336\227.>\236\231:\335\271\030\273\237\322Tg\217;_u\032\037\306\257\335""\274}\366}|\031l\342\354E|7\246\261N\036\247_\245\215|b\352|j>\235J\347\323\255\264\225\035w\366\363\211\273\361?1\261\214l&\356\234\3757\331I\336\246\207\331\257\262\205\354_\335\371\356\223\336&\312\230\234\312\047\246\343gI#\035\313~\235}\223\301j*\376-*\262\2575\300S\312\047\220}\374(\231N^\246\033\371\304\357\023\232\234\244*\373\362|\365/\275\033p\001\373o\323R\372y*\317W\236v7\273\324\330\336KJ\306\367\344\335x?\237\234Kv\323\361l>{\326i\344\223\277K\366\223J\372]\212\330\263\311x\272\2265:7:nw\272\373\035,\355*\340\313\236t6;\345.|\314\304/\223\r\023\031\360\2345Nw>\334\030\300p\353\354Q<\035\357&\243I\224\356\230,\037\330\022\367\317\357?\355ntw{\243\275\350\375\216\331\266uv\002\324\261\341!\274\323|l*\236\003)\023\267\317\216\220\347\365\344\357\347\367\037uh\247\321\035\351\276\354=~?o\"]\241\265\230y\235\371\242\354F:\222\276\004\033K]\220\003\352o~\231N\247v0\201\030\306d?\361Rl\276]$7\233L%\213\tOe6\225\331|\267\201\306\330M\223\311b\354\001\344I\243\206\273\237\3473s\311N>s\017\\n\247G\331\014X\230]H7\020k3s;\237u6\314Zd\335\263t3\345\200l\024\351\216v\233\275\203^#\237]\204J\017\263\353\331~F\315N\225,$\207\000\334d\276\326m\364J\275\231\336\333\367\007\357\355\316\347\206\272l\267S\312g\277H\266\022\235>\3116\362\271\205\364\031\234\226:3\220\315\354\\\362#\346&\247\343-$\204\330\263\311-$\263s\321\027QQ#\210y\225\354\000\206\211k7\247\214\036\r\314\255\330\205\336\217\322\231\364mv\004gG\335\331\036\004f\316\005<A\005V\024H\261\t\374Q\374\377\240\002[;\324\374*\336)P3\3221\222\373\031\to\023\241";
-    PyObject *data = __Pyx_DecompressString(cstring, 1950, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1982 bytes) */
+static const char cstring[] = "x\332\215VAs\023\311\025F\211\301\002L\260\326fq\n\222\264\027\026l\300\336xq\0011P\033\255\315\002\225\204`p\325\262[I\r\255\231\226\325\321hz\324\335#YUI\305G\037\3478\3079\316QG\035u\344\350\343\034\375\023\370\t\371\272G\222\305r\211\313\236\351\351\356\367\336\367\276\357\365k\023\252\t\021u\302;\252\321b-\307m\320 `\376z\203\204>u\2312k\272\301\010\225\214\232\007\321\264\311\202\307\344\375\310\200\214\014\010\017\352\342=\361\271\322\312\030\264n\034\254h\311\030\251K\272\337b\201^]\335\"J\264\030\t\245\200_\263\t\241]\032\220\256\344\032~\205\215\003\227B\366H\203*\242B\301}\346\021\256\357\021\256\010o\205B)^\363\031Y\271G\272\r\3566H\215\371\"\330W\306X\371B\223\365-\262u\n\3278\371\356\225\010\330+a\002\230x\333=\335\020\201q\3471\237\327\230\244\232\371=\242\264\344\256f\322l\n\310\353g\257\3276\037m\022\032xD\262\1771\027)\251\250\346\372T\251\202\221Z\304}\315\003\242{!S\353\344e\235\364DD\002\006\264\200\022b\337\264\001\000\005D1m\221\335\006]BS\315E\340\300\234\007\373\267\211\307%\202\360\216e\341\007\352+\266NI]\310&\374\271\r\356{\244E{D\004@\352\372B1d\217\\\270\266\031\002\316H\003EIWH\217z\236\203\020\214\372>R\020\010*\047\244K\320\3331(\201ddu\217\010i\277\255\340\205\336\340gd\2018\360\331\034\253\354qE\241\000\013\354SJ\230\356\273\\\025\337\336\250&\326\307E4\376\266\033\325\350\353\233\321\3527\030C\000\325\340\341z\330;\010\004$\251\323\310\327\304q$\363\"\2279\016\361\"\313I \2025H\324\341\324\307\252\313\003\256\035\247\300k\220Oe\243l\221Z\226<3-\331>\230\266D!\202\024\242e\210\235\354\336\002\263Mf\250\254\365NkZ1\t-\326\326&>\337\276\374\371\331{K\024\266\355X\265P\245\353.\252L\263\225\361\266\247f\333\352TT\320\370\031\022\314\265h\030B\003\203\003\016<\224\200\325\366\377\332\264e\322(27g\247f\016\030\233\016p[}J\005\364\244\244\003\236\215_{\006\270\241B\223f \272 \206If\3656\361l\220\372/\317!\002\272\242\025\302\331\032;0\276\367\331\370\374Q\322\216\030$2\225\017.E\310\002k\355\261\016\007B\234\220q\001vQ\300+\222)\021I""\227}\353t\335\325\351*\003\350\"\047\332\302y\376T\317. \330\034\357\031\362\315\250P~eu\244\007E\370n\241\231$\"\230\202\017\013\346\322HY\201\215\037\205\206\022\350)\240\247T\355S\036l\027_\333B\312(\324\243\257g\246x\267\255\214v\270\303`\354\301\315d\260>)X\327\266\027\307\231^\302\301W8\357\247\213/\213*\263\316\37669\003\247\243\317\335}\262\366\231\277\251U[mS\337\247lMM\026\215}jBF\301+1\312V\275\022/\003tBC\200zc+\312\002\375\221\321\346_Xo\007m\022ST\366\314\304[\206c\370\272w\200?\263\340\274b\007\372\r\253;\316\250\307\341\004;\216gV\360\303\214[;8\340v\242\036\005\256y\357\217\023\302O\013*\330\267\360\"\337\316\004\264U\274Y\327\274\320)pG1\267\251\242V\361\205\242B\323(\306#?fhZs1\212\202\220\273Mx\233\250R\314w\264iZ\306i;\242\3768\316\270\365|&\302d\202\035\230\017\3100\301\246\2462\370L\036\307\321L\231\204i\335\020`\332z\301\211\047\204\304\005\346\243Yw)(\341\312q\205\024\021.\026V\354\005\027\266\375\243\223S\325\013\\.\326\047;\320\231k\350>\256\217\261\331\250%T\255Q\267ik\240h;\256\360\230+\300\373\201\306e\347\212(\320n$\245a\200{f\311C\047/\236\240\305\303}k\245\027\262h\330\254\203\235uO\325a\350\235\226\022\364\302o\310=\316\r\231\\\3678\314!*k\251_\336\000\247=\336gT1\237\325\201\244\305\265/\\\352\267(\262\013\330\250\363\024G\266\025ifh\r\200\3311\t\006\221\361 \352u\020\213\253\\\250\020\367\216\305Q\324q(B\211\213\272\306\265*\032\240y*\303\036\325\226lYl\224\010\341\320\t\333\250y\260\204\336\207\033\3327\276G\227\217\342\373\001.`\333\047\254\216*\nC\224\2302$\352\306\250\025G\241\207%4\226\211\334\035\352GLu\354\305\320\305\321\220\254\0162\311JGp\217\334\301?0\201~\260\351\350\3253\026\207\221\375\260\224\317\234\315g\276\210\227\315\350\302\321\335x\327\014n\247\355\354\\F\017K\0473\177H\332\307\344\217\375\213\203\307\303\346\361\356\233|f!\376S\362\"\255\246\273\371\314\354\341\277\343\207\311r^\276\233md\177\035\374fH\363\231\213G\033\207\245\217\3453\027\256\231\205\371\270d\036\263q;9\227\370\331\262\261\351\034\375\030?K""\026\223\335\274\214\270y\371j\334>1\017\263\326\316\313\227\217/\337\311nf4\353\366\233\303\253\037J\047\237\316T\016\253\047\345[)Mu\366\260\377u\277\375\361\302\231\363\227\216~\210\307\301\346\216\236\305Wb\032\353\344a\372u\332\316\347*\307\225\345\264\222.\247\233i7\333\357\357\346sW\342\177`b\005h\346.\037\375\047\251&\357\322\267\331\257\262\033\331?\007\313\203G\303\373Hc\276\222\317-\304O\222vZ\316~\235}\233\301\252\022\377\026\031\331\327\032\350)\345s@\037?H\026\222\347\351F>\367\373\204&\007\251\312\276:\276\367\347\3419\270\200\375\323\264\224~\231\312\343\325\307\203\373\003jl\257&%\343{\376J\274\233\317_Ov\322\013\331r\366\244\337\316\347\177\227\354&\365\364\373\024\261\227\222\013\351Z\326\356\237\353\273\203\205\301\367\260\264\253\240/{\324\277\337\257\r\340c1~\236l\230\310\240\347\250}X\375xnB\303\305\243\007\361B\274\223\314&QZ5(\357\330\024w\217o=\036l\014v\206\263\303\350C\325l\333<:\000\353\330p\027\336i^\256\304\327!\312\334\245\243=\340<\233\374t|\353A\237\366\333\203\231\301\363\341\303\017\313\0470y\232\224\222\245t\0018\335l\361x\355\273A{\274\1776\351\246\364\004Io\344\345k\200VM\366\322\212\221\303b*0\226\317\234\377\n\306v0\207\360\206\373\335\304KA\353\245\002\367RRIn&<\225Y%\263\251l\201\250\362y\003\362f\354\201\377yS(W\276\314\027\257\047\325|\361*d\336J\367\262E\010\264t#\335H\237g\3673\267\377E\177\303\254E\326=K\357\247\034l\316\"\223\331Ag\370f\330\316\227n\242\200\337fg\263\335\214\232\235*\271\221\274\205\02673\257\2776h\017K\303\305\341\273\017o>\330\235\333F\325l\247_\312\227\256%\233\211N\037e\033\371\365\033\351\0238-\365\027QQK\327\223\277cn~!\336\004 \304^J.\002L\365dT_E\216\320\354ER\005\rsg\316WL\251\032\005\272\261\213\243\260\227.\246\357\262=8\333\033,\rQ{\346\310\300\023\n\304\326\013 v \r\222\377/\n\304\346\016f_\304\325\2025SU\246\032\377\007\253\313$$";
+    PyObject *data = __Pyx_DecompressString(cstring, 1982, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2581 bytes) */
-static const char cstring[] = "\377 at  of \377ivshmem_\377channel.\377h places\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)):\377 some pr\361oU\000!\001x\000can \377write to\3723\001 \201\000ory h\377as spoil\377ed it, i\377s imposs\377ible (, \377which be\357longn\000o s\377lot .: :\371 \246\006A\001?None\353No]\001h\350\000Cyt\367honK\001deli\377berately\377 stricte\371r\267\000\216\000PEP-4\37784 and r\357ejec\320\000sub\337class\214#bu\377iltin ty\377pes. If ?you ne\253\000\305\000\345p%\000 &\010\275 n s\353et\334\002\047\335 ota\337tion_<\000in\277g\047 dirb\000i\375v\201\"False.\277a fork\373\000c\377hild may\367 on\247\000clos\031e\373\000\264@it\242\"\272@\256D\377sa worda\357dd_n\357\000all\352\300\000o\273@r\354&rem\343ov\242\001\320@\344D, o\002\364\001e\353C\352C\354 \240D\234`Q\000\275k\336Edisa\377 e\355n\001\002rr8\000gci\225s\n\003d\276d.\275e\010\005e*%\001s\334d/\334d/\354`\376 \377ship.pyx\377no defau\377lt __red\377uce__ du\336\225bnon-\240@vi\373al\033\000cinitS__\234\204\002\260bt\304\007s\240\204\002:\241\"d\264\204\001reg\347 \313b\236_\000room\325!\256\204\005s\355:\327 ke\340` byn\312\204\007ser\211@--\320%? SIZE`\244\"$\000\375D\251Bory.crUe\275`(\367%=#\001)k\010\267is y\016is\312@p\367ped\203\002read\330\200`\327B+\013ma\020\022: \210\246 \364\003\270\205\001b\335\205\001\364`\341\007\047\371s\324\006\253\206\002of a \257vers\203!t\200\205\001i\375sA\000t know\377n hereth\344\216\004\205\002f\370\205\r\227@com\177pare-ex\234\207\001\373ge\370\205\005a quex\240@\366\204\001\311 open\301\206\002_devic\324 n\370f\377way (res\377ource2_w\303c)q\002\206\207\004\262\000\310Cam\357ong \303Jwas\177 freed,\240A\314\006\001\364C()\265\204\001\264@a \357new \257Br o\371n\274\207\010/\000ecaus\374\334BD\001silent\363: \240\006\331Fagai\373nC\367\210\003Corru\253pt\007\004E\342\204\001C\363\205\001d\366\006\002De\343\000dentj\000\006.\250\204\006c\332\207\002__\017\t\377setstate\345_\025\005I\345\211\003S\002Mem\000""\375\204\004\000\007=\017\017\n?\016/\010\231\207\002?\010\360\244\047T\010\323\212\003e\010runN\375o\365\004sNoInt\315e\374\002sR\270\205\002\374\002We\377akKeyDic\356\266\210\001ary\r\001Set\237__Pyx\001\000\025\001_\377NextRef_\375_\335\210\004e____d\227ict\004\001eS\001\004\002x~\272\206\001__func\035\001\311g\231%+\000m\203@1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001\016\322`ult\006\003\343#\022\002\227\212\001~\033\003unpickK\000\314\261F3\003vt\307\210\001\237\001qu\303al`\005\363\207\005\303N\215\210\006ex\222\323\001s\371\000\224\005s\267\010\336N_\357_tes\376\001aft\347er_\323\212\001\216#doo\377rbell_no\377wait_is_\377coroutin\335e&\003in_\372\212\002as\277yncio.\026\006s\377atbeatcl\372(\000_#\000trace\317back\232\213\002\370\210\003co\357deco\311@xtl\377ibcountc_urreng\000d\027\001\357deen!\001endn\000\000poi\363Bor\250\212\003\377eventfds\305f6\000d\354\205\007\252@\255@pi\367dii\200\205\001ityi\234<\000\317@ems\357\212\r\327\212\007l\177easelef\207\000\377mitlocal\317mach\346\000\343\210\001in\275g\361\216\003mute\354An\332\305`_\335\001nu\233\205\001of\377fsetoneo\237speer\224\220\002\230\220\003p\377oprandbi\323ts\343\212\003\353\212\001s\343!at\366\345\"re\302\220\002runs?ecrets\204\000I\001~\344\213\004signal\220\207\003\376\240\206\002suppres\336@\000xtth\227\212\004up\377dateuse_\376\304\206\005valuesv\377ectorwea\357kref\273  (v\177oid *, \310 \37764_t)\000ri\373ng\307\000ll\200\001\330\177\004\005\330\004\022\220!\006\001\337\n\210+\220Q\017\001\047\240\377q\250\006\250a\200\001\340\377\004\037\230q\320 0\260\377\013\270;\300k\320QR\377\330\004\023\2209\230H\240\377A\240Q\330\004\007\200|\377\2207\230!\330\010+\250\3771\250L\270\016\300a\330\377\004\013\2101\200\001\360\010\367\000\n\033\025\001\020\220\001\330\377\010\020\220\007\220q\230\006\357\230l\250!0\001v\210W\377\220E\230\024\230Q\330\010~u\000\330\010\027\220q\340\001\001\376L\001q\330\010\017\320\017*\377\250$\250a\250w\260k\337\300\027\310\001\340\004\013\021""\200\377A\340\010&\240a\240t\377\2507\260%\260q\360\n?\000\t\r\210F\220\203\000h\002\377\014\210E\220\025\220a\220\377t\2307\240%\240q\330\377\014\021\320\021!\240\021\240\377!\2404\240w\250g\260\277Q\330\014\025\220\\\016\000(\376\213\000\014\017\210}\230A\230\377X\240S\250\002\250#\250\177]\270!\2708\3003\304\000\377\020\021\330\014\023\220<\230\377q\240\010\250\003\2502\250\2563\000\021\220\031\350\000\014\003\001-\356\234 \001\330\014\263 \2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\237\320,@\300\006\207 =\000=\377\240\001\240\026\240r\320)\337;\2703\270a\210\000\220\027\367\230\001\330Y\000\020\025\220Q\377\330\020\034\230D\240\n\250\377!\250<\260q\330\020\035\377\230Q\230f\240B\240a\377\330\020\030\230\n\240-\250\377q\260\006\260c\270\023\270\361B7\000\031\002\274 \2508\2603\367\260b\270A\000\024\220G\230\3711v\001\234 \210q\200A\360\375\006\376\006\013\2106\220\023\220\177D\230\007\230u\240A\242\001\375*\336\002Q\320&;\2701\377\270D\300\007\300u\310A\377\330\010\013\2104\210x\220\356\236 \022\220+y\000a\330\010\367\021\220\034\222@\014\r\210T\376\245\000\005\230Y\320&6\260\377a\260q\270\004\270G\300\3477\310!f\001\244\047$\250d\373\260!\361\003q\240\004\240G\346\213@\047\270\232@\370@\t\"\240\227\023\240A\005\001\014a\000\335!Q\327\230d\240*\000\rr\0016\220\377\030\230\021\230$\230i\240\247r\250\021\217`\206\000:\213 \010]\t\315!$\220d\315`\020\220`\377\330\025\026\330\024\034\230A\367\330\024\027\311@:\240T\250\275\024\203@\030#\2401i\0003\277\250c\260\022\2601\030\001u\376\275@Q\230e\2403\240i\372\260 \007\254\000\007\270v\300R\177\300q\330\030$\240A\326@\337\005\250Q\250aB\001s\230\347#\230S\356 \266\001-\270q\377\300\001\300\024\300X\310R\365\310%\002C\267A\250D\260\001\377\330\030\033\2304\230t\240\3778\2501\330\034#\240<\356\205@\001\260\024\264`\030\034\230=O\021\000\020\023\2204\332`y\0007\030\230\013\212\000A\340\276d\336\003\277\020\024\220H\230A\215@\014\347\000\t\021\371\204\001\343!w\220c\377\230\024\230T\240\024\240X{\250TJ""\000T\270\030\300\336`\232\224\205\001t\303@D\240\220b\346\000v\235\230\224`\027\220\177\203`\367\002\010/\014\210H\220\247B6\266b\357a";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2581, 3355);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2624 bytes) */
+static const char cstring[] = "\377 at  of \377ivshmem_\377channel.\377h places\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)):\377 some pr\361oU\000!\001x\000can \377write to\3723\001 \201\000ory h\377as spoil\377ed it, i\377s imposs\377ible (, \377which be\357longn\000o s\377lot .: :\371 \246\006A\001?None\353No]\001h\350\000Cyt\367honK\001deli\377berately\377 stricte\371r\267\000\216\000PEP-4\37784 and r\357ejec\320\000sub\337class\214#bu\377iltin ty\377pes. If ?you ne\253\000\305\000\345p%\000 &\010\275 n s\353et\334\002\047\335 ota\337tion_<\000in\277g\047 dirb\000i\375v\201\"False.\277a fork\373\000c\377hild may\367 on\247\000clos\031e\373\000\264@it\242\"\272@\256D\377sa worda\357dd_n\357\000all\352\300\000o\273@r\354&rem\343ov\242\001\320@\344D, o\002\364\001e\353C\352C\354 \240D\234`Q\000\275k\336Edisa\377 e\355n\001\002rr8\000gci\225s\n\003d\276d.\275e\010\005e*%\001s\334d/\334d/\354`\376 \377ship.pyx\377no defau\377lt __red\377uce__ du\336\225bnon-\240@vi\373al\033\000cinitS__\234\204\002\260bt\304\007s\240\204\002:\241\"d\264\204\001reg\347 \313b\236_\000room\325!\256\204\005s\355:\327 ke\340` byn\312\204\007ser\211@--\320%? SIZE`\244\"$\000\375D\251Bory.crUe\275`(\367%=#\001)k\010\267is y\016is\312@p\367ped\203\002read\330\200`\327B+\013ma\020\022: \210\246 \364\003\270\205\001b\335\205\001\364`\341\007\047\371s\324\006\253\206\002of a \257vers\203!t\200\205\001i\375sA\000t know\377n hereth\344\216\004\205\002f\370\205\r\227@com\177pare-ex\234\207\001\373ge\370\205\005a quex\240@\366\204\001\311 open\301\206\002_devic\324 n\370f\377way (res\377ource2_w\303c)q\002\206\207\004\262\000\310Cam\357ong \303Jwas\177 freed,\240A\314\006\001\364C()\265\204\001\264@a \357new \257Br o\371n\274\207\010/\000ecaus\374\334BD\001silent\363: \240\006\331Fagai\373nC\367\210\003Corru\253pt\007\004E\342\204\001C\363\205\001d\366\006\002De\343\000dentj\000\006.\250\204\006c\332\207\002__\017\t\377setstate\345_\025\005I\345\211\003S\002Mem\000""\375\204\004\000\007=\017\017\n?\016/\010\231\207\002?\010\360\244\047T\010\323\212\003e\010runN\375o\365\004sNoInt\315e\374\002sR\270\205\002\374\002We\377akKeyDic\356\266\210\001ary\r\001Set\237__Pyx\001\000\025\001_\377NextRef_\375_\335\210\004e____d\227ict\004\001eS\001\004\002x~\272\206\001__func\035\001\311g\231%+\000m\203@1\001mowdul:\002nam\002\003\353ewJ\001pk\000che\177cksum__\n\001\016\322`ult\006\003\343#\022\002\227\212\001~\033\003unpickK\000\314\261F3\003vt\307\210\001\237\001qu\303al`\005\363\207\005\303N\215\210\006ex\222\323\001s\371\000\224\005s\267\010\336N_\357_tes\376\001aft\347er_\323\212\001\216#doo\377rbell_no\377wait_is_\377coroutin\335e&\003in_\372\212\002al\377lasyncio\375.\031\006satbea\327tcl+\000_&\000tr\177aceback\235\213\002~\373\210\003codeco\314@\377xtlibcou\377ntcurrenzj\000d\027\001deen!\001wend\000\000poi\366B\373or\253\212\003event/fdsf6\000d\357\205\007\255@\276\260@pidii\203\205\001i\347tyi<\000\322@ems\374\362\212\r\332\212\007leasel\373ef\207\000mitlo\177calmach\351\000\356\346\210\001ing\364\216\003mut\325e\357An\310`_\335\001nu\376\236\205\001offseto\377neospeer\374\227\220\002\233\220\003popran\237dbits\346\212\003\356\212\001s\266\346!at\350\"re\305\220\002r\337ing_a\345&ru\377nsecrets\370\223\000X\001\366\213\004signa\371l\242\207\003\262\206\002suppr{esO\000xtth\251\212\004\377updateus\373e_\326\206\005value\377svectorw\277eakref\312  \377(void *,\375 \327 64_t)\000\374\203\002\363A\200\001\330\004\005\330\357\004\022\220!\006\001\n\210+\373\220Q\017\001\047\240q\250\006\377\250a\200\001\340\004\037\230\377q\320 0\260\013\270;\377\300k\320QR\330\004\023\377\2209\230H\240A\240Q\377\330\004\007\200|\2207\230\377!\330\010+\2501\250L\377\270\016\300a\330\004\013\210\3771\200\001\360\010\000\n\033\376\025\001\020\220\001\330\010\020\220\377\007\220q\230\006\230l\250\375!0\001v\210W\220E\230\337\024\230Q\330\010u\000\330\010\317\027\220q\340\001\001L\001q\330\377\010\017\320\017*\250$\250\377a\250w\260k\300\027\310\373\001""\340\004\013\021\200A\340\010\377&\240a\240t\2507\260\377%\260q\360\n\000\t\r\347\210F\220\203\000h\002\014\210E\377\220\025\220a\220t\2307\377\240%\240q\330\014\021\320\377\021!\240\021\240!\2404\377\240w\250g\260Q\330\014\327\025\220\\\016\000(\213\000\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\357\2708\3003\304\000\020\021\330\377\014\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220\325\031\350\000\014\003\001-\234 \001\330\375\014\263 \2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\363\300\006\207 =\000=\240\001\240\377\026\240r\320);\2703\373\270a\210\000\220\027\230\001\330\376Y\000\020\025\220Q\330\020\034\377\230D\240\n\250!\250<\377\260q\330\020\035\230Q\230\377f\240B\240a\330\020\030\377\230\n\240-\250q\260\006?\260c\270\023\270B7\000\031\002\376\274 \2508\2603\260b\270>A\000\024\220G\2301v\001\234 \277\210q\200A\360\006\376\006\013\377\2106\220\023\220D\230\007\257\230u\240A\242\001*\336\002Q\377\320&;\2701\270D\300\377\007\300u\310A\330\010\013\337\2104\210x\220\236 \022\220\375+y\000a\330\010\021\220\034\336\222@\014\r\210T\245\000\005\230\377Y\320&6\260a\260q\377\270\004\270G\3007\310!\375\3400\000=\230\001\230\030\240\375\023\245\000c\250\024\320-?\371\270\336 *\003\007\230w\240a\275\340\262 1\330\010\033\230\000A\177\230T\240\021\330\010\014\225C\275\017\237\002\010\000\t\":\000A\346\234`\t\014|\000\370!Q\230d\337\240!\330\014\r\215\0016\220\377\030\230\021\230$\230i\240\247r\250\021\252`\241\000:\246 \010]\t\350!$\220d\350`\020\253`\377\330\025\026\330\024\034\230A\367\330\024\027\344@:\240T\250\375\024\236@\030#\2401\240G\377\2503\250c\260\022\2601\372\030\001u\330@Q\230e\2403\353\240i\313 \007\307\000\007\270v\377\300R\300q\330\030$\240}A\361@\005\250Q\250aB\001\337s\230#\230S\211@$\250\377d\260-\270q\300\001\300\277\024\300X\310R\310%\002C\376\322A\250D\260\001\330\030\033\377\2304\230t\2408\2501\337\330\034#\240<\240@\001\260\275\024\317`\030\034\230O\021\000\020\347\023\2204\365`y\000\030\230\013""\346\212\000A\340\331d\336\003\020\024\220\367H\230A\250@\014\000\t\021|\224\205\001\376!w\220c\230\024\250 \337\024\240X\250TJ\000T\270\323\030\300\371`\257\205\001t\336@D\240\354\253b\346\000v\230\257`\027\220\177X\236`\367\002\327 H\220\302B6\321b\000\212\204\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2624, 3400);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3355 bytes) */
-static const char bytes[] = " at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, is impossible (, which belongs to slot .: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childasyncio.coroutinesatbeatcline_i""n_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010""\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3400 bytes) */
+static const char bytes[] = " at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, is impossible (, which belongs to slot .: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatclin""e_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007""\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 154; i++) {
+    for (int i = 0; i < 156; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 41) PyUnicode_InternInPlace(&string);
@@ -14940,8 +15554,8 @@ static const char bytes[] = " at  of ivshmem_channel.h places of the area are ta
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 154; i < 164; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-154].length;
+    for (int i = 156; i < 166; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-156].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14951,14 +15565,14 @@ static const char bytes[] = " at  of ivshmem_channel.h places of the area are ta
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 164; i++) {
+    for (Py_ssize_t i = 0; i < 166; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 154;
+      PyObject **table = stringtab + 156;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -15061,22 +15675,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 359};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 384};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 393};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 418};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 439};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t1D_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -15184,6 +15798,246 @@ end:
     return (__Pyx_RefNannyAPIStruct *)r;
 }
 #endif
+
+/* FastTypeChecks (used by GivenExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyErrFetchRestore (used by GivenExceptionMatches) */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *tmp_value;
+    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
+    if (value) {
+        #if CYTHON_COMPILING_IN_CPYTHON
+        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
+        #endif
+            PyException_SetTraceback(value, tb);
+    }
+    tmp_value = tstate->current_exception;
+    tstate->current_exception = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+#else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    tmp_type = tstate->curexc_type;
+    tmp_value = tstate->curexc_value;
+    tmp_tb = tstate->curexc_traceback;
+    tstate->curexc_type = type;
+    tstate->curexc_value = value;
+    tstate->curexc_traceback = tb;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#endif
+}
+static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject* exc_value;
+    exc_value = tstate->current_exception;
+    tstate->current_exception = 0;
+    *value = exc_value;
+    *type = NULL;
+    *tb = NULL;
+    if (exc_value) {
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
+        Py_XINCREF(*tb);
+        #else
+        *tb = PyException_GetTraceback(exc_value);
+        #endif
+    }
+#else
+    *type = tstate->curexc_type;
+    *value = tstate->curexc_value;
+    *tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+#endif
+}
+#endif
+
+/* GivenExceptionMatches (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
+        }
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
+#endif
+
+/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
+#endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* PyObjectGetAttrStr (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
+    }
+#endif
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
+#endif
+}
+
+/* GetBuiltinName */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
 
 /* DivInt[int64_t] */
 static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
@@ -15511,59 +16365,6 @@ static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, P
     return 0;
 }
 
-/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
-}
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
-
-/* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
-
 /* UnpackUnboundCMethod_impl (used by UnpackUnboundCMethod) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030C0000
 static PyObject *__Pyx_SelflessCall(PyObject *method, PyObject *args, PyObject *kwargs) {
@@ -15771,154 +16572,6 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *tmp_value;
-    assert(type == NULL || (value != NULL && type == (PyObject*) Py_TYPE(value)));
-    if (value) {
-        #if CYTHON_COMPILING_IN_CPYTHON
-        if (unlikely(((PyBaseExceptionObject*) value)->traceback != tb))
-        #endif
-            PyException_SetTraceback(value, tb);
-    }
-    tmp_value = tstate->current_exception;
-    tstate->current_exception = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-#else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    tmp_type = tstate->curexc_type;
-    tmp_value = tstate->curexc_value;
-    tmp_tb = tstate->curexc_traceback;
-    tstate->curexc_type = type;
-    tstate->curexc_value = value;
-    tstate->curexc_traceback = tb;
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#endif
-}
-static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject* exc_value;
-    exc_value = tstate->current_exception;
-    tstate->current_exception = 0;
-    *value = exc_value;
-    *type = NULL;
-    *tb = NULL;
-    if (exc_value) {
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        *tb = ((PyBaseExceptionObject*) exc_value)->traceback;
-        Py_XINCREF(*tb);
-        #else
-        *tb = PyException_GetTraceback(exc_value);
-        #endif
-    }
-#else
-    *type = tstate->curexc_type;
-    *value = tstate->curexc_value;
-    *tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-#endif
-}
-#endif
-
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by GetAttr3) */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
-#else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
 /* GetAttr3 */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
@@ -15949,45 +16602,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *o, PyObject *n, PyObject
     r = PyObject_GetAttr(o, n);
     return (likely(r)) ? r : __Pyx_GetAttr3Default(d);
 #endif
-}
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
 }
 
 /* PyDictVersioning (used by GetModuleGlobalName) */
@@ -16844,94 +17458,25 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 }
 #endif
 
-/* PyObjectCall2Args (used by CallUnboundCMethod1) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
-    PyObject *args[3] = {NULL, arg1, arg2};
-    return __Pyx_PyObject_FastCall(function, args+1, 2 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
-}
-
-/* CallUnboundCMethod1 */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg) {
-    int was_initialized =  __Pyx_CachedCFunction_GetAndSetInitializing(cfunc);
-    if (likely(was_initialized == 2 && cfunc->func)) {
-        int flag = cfunc->flag;
-        if (flag == METH_O) {
-            return __Pyx_CallCFunction(cfunc, self, arg);
-        } else if (flag == METH_FASTCALL) {
-            return __Pyx_CallCFunctionFast(cfunc, self, &arg, 1);
-        } else if (flag == (METH_FASTCALL | METH_KEYWORDS)) {
-            return __Pyx_CallCFunctionFastWithKeywords(cfunc, self, &arg, 1, NULL);
+/* PyObjectLookupSpecial */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
+    PyObject *res;
+    PyTypeObject *tp = Py_TYPE(obj);
+    res = _PyType_Lookup(tp, attr_name);
+    if (likely(res)) {
+        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
+        if (!f) {
+            Py_INCREF(res);
+        } else {
+            res = f(res, obj, (PyObject *)tp);
         }
+    } else if (with_error) {
+        PyErr_SetObject(PyExc_AttributeError, attr_name);
     }
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-    else if (unlikely(was_initialized == 1)) {
-        __Pyx_CachedCFunction tmp_cfunc = {
-#ifndef __cplusplus
-            0
-#endif
-        };
-        tmp_cfunc.type = cfunc->type;
-        tmp_cfunc.method_name = cfunc->method_name;
-        return __Pyx__CallUnboundCMethod1(&tmp_cfunc, self, arg);
-    }
-#endif
-    PyObject* result = __Pyx__CallUnboundCMethod1(cfunc, self, arg);
-    __Pyx_CachedCFunction_SetFinishedInitializing(cfunc);
-    return result;
+    return res;
 }
 #endif
-static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg){
-    PyObject *result = NULL;
-    if (unlikely(!cfunc->func && !cfunc->method) && unlikely(__Pyx_TryUnpackUnboundCMethod(cfunc) < 0)) return NULL;
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (cfunc->func && (cfunc->flag & METH_VARARGS)) {
-        PyObject *args = PyTuple_New(1);
-        if (unlikely(!args)) return NULL;
-        Py_INCREF(arg);
-        PyTuple_SET_ITEM(args, 0, arg);
-        if (cfunc->flag & METH_KEYWORDS)
-            result = __Pyx_CallCFunctionWithKeywords(cfunc, self, args, NULL);
-        else
-            result = __Pyx_CallCFunction(cfunc, self, args);
-        Py_DECREF(args);
-    } else
-#endif
-    {
-        result = __Pyx_PyObject_Call2Args(cfunc->method, self, arg);
-    }
-    return result;
-}
-
-/* dict_getitem_default */
-static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value) {
-    PyObject* value;
-#if !CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07020000
-    value = PyDict_GetItemWithError(d, key);
-    if (unlikely(!value)) {
-        if (unlikely(PyErr_Occurred()))
-            return NULL;
-        value = default_value;
-    }
-    Py_INCREF(value);
-    if ((1));
-#else
-    if (PyBytes_CheckExact(key) || PyUnicode_CheckExact(key) || PyLong_CheckExact(key)) {
-        value = PyDict_GetItem(d, key);
-        if (unlikely(!value)) {
-            value = default_value;
-        }
-        Py_INCREF(value);
-    }
-#endif
-    else {
-        if (default_value == Py_None)
-            value = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key);
-        else
-            value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key, default_value);
-    }
-    return value;
-}
 
 /* GetTopmostException (used by SaveResetException) */
 #if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
@@ -17014,27 +17559,6 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
   #endif
 }
 #endif
-
-/* py_dict_pop_ignore */
-static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value) {
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d00A2 || defined(PyDict_Pop)
-    int result = PyDict_Pop(d, key, NULL);
-    CYTHON_UNUSED_VAR(default_value);
-    return (unlikely(result == -1)) ? -1 : 0;
-#else
-    PyObject *value;
-    CYTHON_UNUSED_VAR(default_value);
-    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030d0000
-    value = _PyDict_Pop(d, key, Py_None);
-    #else
-    value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_pop, d, key, Py_None);
-    #endif
-    if (unlikely(value == NULL))
-        return -1;
-    Py_DECREF(value);
-    return 0;
-#endif
-}
 
 /* GetException */
 #if CYTHON_FAST_THREAD_STATE
@@ -17139,6 +17663,116 @@ bad:
 #endif
 }
 
+/* PyObjectCall2Args (used by CallUnboundCMethod1) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
+    PyObject *args[3] = {NULL, arg1, arg2};
+    return __Pyx_PyObject_FastCall(function, args+1, 2 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
+}
+
+/* CallUnboundCMethod1 */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg) {
+    int was_initialized =  __Pyx_CachedCFunction_GetAndSetInitializing(cfunc);
+    if (likely(was_initialized == 2 && cfunc->func)) {
+        int flag = cfunc->flag;
+        if (flag == METH_O) {
+            return __Pyx_CallCFunction(cfunc, self, arg);
+        } else if (flag == METH_FASTCALL) {
+            return __Pyx_CallCFunctionFast(cfunc, self, &arg, 1);
+        } else if (flag == (METH_FASTCALL | METH_KEYWORDS)) {
+            return __Pyx_CallCFunctionFastWithKeywords(cfunc, self, &arg, 1, NULL);
+        }
+    }
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+    else if (unlikely(was_initialized == 1)) {
+        __Pyx_CachedCFunction tmp_cfunc = {
+#ifndef __cplusplus
+            0
+#endif
+        };
+        tmp_cfunc.type = cfunc->type;
+        tmp_cfunc.method_name = cfunc->method_name;
+        return __Pyx__CallUnboundCMethod1(&tmp_cfunc, self, arg);
+    }
+#endif
+    PyObject* result = __Pyx__CallUnboundCMethod1(cfunc, self, arg);
+    __Pyx_CachedCFunction_SetFinishedInitializing(cfunc);
+    return result;
+}
+#endif
+static PyObject* __Pyx__CallUnboundCMethod1(__Pyx_CachedCFunction* cfunc, PyObject* self, PyObject* arg){
+    PyObject *result = NULL;
+    if (unlikely(!cfunc->func && !cfunc->method) && unlikely(__Pyx_TryUnpackUnboundCMethod(cfunc) < 0)) return NULL;
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (cfunc->func && (cfunc->flag & METH_VARARGS)) {
+        PyObject *args = PyTuple_New(1);
+        if (unlikely(!args)) return NULL;
+        Py_INCREF(arg);
+        PyTuple_SET_ITEM(args, 0, arg);
+        if (cfunc->flag & METH_KEYWORDS)
+            result = __Pyx_CallCFunctionWithKeywords(cfunc, self, args, NULL);
+        else
+            result = __Pyx_CallCFunction(cfunc, self, args);
+        Py_DECREF(args);
+    } else
+#endif
+    {
+        result = __Pyx_PyObject_Call2Args(cfunc->method, self, arg);
+    }
+    return result;
+}
+
+/* dict_getitem_default */
+static PyObject* __Pyx_PyDict_GetItemDefault(PyObject* d, PyObject* key, PyObject* default_value) {
+    PyObject* value;
+#if !CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07020000
+    value = PyDict_GetItemWithError(d, key);
+    if (unlikely(!value)) {
+        if (unlikely(PyErr_Occurred()))
+            return NULL;
+        value = default_value;
+    }
+    Py_INCREF(value);
+    if ((1));
+#else
+    if (PyBytes_CheckExact(key) || PyUnicode_CheckExact(key) || PyLong_CheckExact(key)) {
+        value = PyDict_GetItem(d, key);
+        if (unlikely(!value)) {
+            value = default_value;
+        }
+        Py_INCREF(value);
+    }
+#endif
+    else {
+        if (default_value == Py_None)
+            value = __Pyx_CallUnboundCMethod1(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key);
+        else
+            value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_get, d, key, default_value);
+    }
+    return value;
+}
+
+/* py_dict_pop_ignore */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value) {
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d00A2 || defined(PyDict_Pop)
+    int result = PyDict_Pop(d, key, NULL);
+    CYTHON_UNUSED_VAR(default_value);
+    return (unlikely(result == -1)) ? -1 : 0;
+#else
+    PyObject *value;
+    CYTHON_UNUSED_VAR(default_value);
+    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030d0000
+    value = _PyDict_Pop(d, key, Py_None);
+    #else
+    value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_pop, d, key, Py_None);
+    #endif
+    if (unlikely(value == NULL))
+        return -1;
+    Py_DECREF(value);
+    return 0;
+#endif
+}
+
 /* SwapException */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
@@ -17193,31 +17827,32 @@ static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value,
 }
 #endif
 
-/* PyObjectLookupSpecial */
-#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
-    PyObject *res;
-    PyTypeObject *tp = Py_TYPE(obj);
-    res = _PyType_Lookup(tp, attr_name);
-    if (likely(res)) {
-        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
-        if (!f) {
-            Py_INCREF(res);
-        } else {
-            res = f(res, obj, (PyObject *)tp);
-        }
-    } else if (with_error) {
-        PyErr_SetObject(PyExc_AttributeError, attr_name);
-    }
-    return res;
-}
-#endif
-
-/* ListAppendAndDecrefInternal (used by ListAppend) */
+/* ListAppendAndDecrefInternal (used by ListCompAppendAndDecref) */
 #if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
 static CYTHON_INLINE void __Pyx__ListComp_AppendAndDecref(PyObject* list, Py_ssize_t len, PyObject* x) {
     PyList_SET_ITEM(list, len, x);
     Py_SET_SIZE(list, len + 1);
+}
+#endif
+
+/* ListCompAppendAndDecref */
+#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    PyListObject* L = (PyListObject*) list;
+    Py_ssize_t len = Py_SIZE(list);
+    if (likely(L->allocated > len)) {
+        __Pyx__ListComp_AppendAndDecref(list, len, x);
+        return 0;
+    }
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
+}
+#else
+static CYTHON_INLINE int __Pyx_ListComp_AppendAndDecref(PyObject* list, PyObject* x) {
+    int result = PyList_Append(list, x);
+    Py_DECREF(x);
+    return result;
 }
 #endif
 

@@ -10,6 +10,7 @@ from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pul
 
 cdef enum:
     MOST_RINGS = 192
+    EVERY_PEER = 0xffffffff  # as a target; there is no vector 65535
 
 
 cdef struct Rings:
@@ -21,6 +22,7 @@ cdef class Dependent:
     cdef object __weakref__
 
     cdef int beat(self) except -1
+    cdef bint is_rung(self) noexcept
 
 
 cdef class Membership:
@@ -39,7 +41,7 @@ cdef class Membership:
     cdef object threads  # a threading.local, with the Wakeup of each thread
     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys
     cdef bint told  # the endpoint writes to `kick` after its waits
-    cdef bint polls  # some process in the area cannot ring this one, or be rung
+    cdef bint polls  # not every process that this one waits for can ring it
     cdef int watchers  # ends whose descriptor a program watches
     cdef unsigned int state  # calls without the GIL, and whether it is closed
     cdef unsigned int generation
@@ -52,6 +54,7 @@ cdef class Membership:
     cdef int ring(self, uint32_t target) except -1
     cdef void look_for_mutes(self) noexcept nogil
     cdef int after_beat(self, int code) except -1
+    cdef int look_for_quiet_ends(self) except -1
     cdef int release(self) except -1
     cdef bint is_silent(self, ivshmem_place place)
     cdef int abandon(self) except -1

@@ -66,11 +66,15 @@ cdef class Dependent:
         """Do what an end does once a beat."""
         return 0
 
+    cdef bint is_rung(self) noexcept:
+        """Whether peers ring this process for the end, although it can only read."""
+        return False
+
 
 cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
     cdef Rings *rings = <Rings *>context
     if rings.count < MOST_RINGS:
-        rings.targets[rings.count] = peer << 16 | vector
+        rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
         rings.count += 1
 
 
@@ -144,9 +148,9 @@ cdef class Membership:
         self.member.pulses = self.pulses
         self.member.looked = now()
         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
+        self.member.machine = identity.machine()
         if not region.fixed:
             self.member.process = os.getpid()
-            self.member.machine = identity.machine()
             self.member.started = ivshmem_process_start(self.member.process)
             self.name_peer()
             memset(text, 0, sizeof(text))
@@ -157,6 +161,7 @@ cdef class Membership:
                 raise self.fail(code, NULL, "")
             self.joined = True
         self.state = 0
+        self.flush()
 
     cdef int name_peer(self) except -1:
         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
@@ -240,8 +245,14 @@ cdef class Membership:
         return 0
 
     cdef int ring(self, uint32_t target) except -1:
-        cdef Doorbell bell = self.bells.get(target)
+        cdef Doorbell bell
         cdef int code
+        if target == <uint32_t>EVERY_PEER:
+            with contextlib.suppress(IvshmemError, OSError):
+                if self.doorbells.registers is None:  # a guest's device knows no peers
+                    self.doorbells.ring_all_nowait(None, self.vector)
+            return 0
+        bell = self.bells.get(target)
         for _ in range(2):
             if bell is None:
                 try:
@@ -311,15 +322,20 @@ cdef class Membership:
                 self.release()
 
     cdef void look_for_mutes(self) noexcept nogil:
-        """Find out whether some process at work cannot ring this one: then its sleepers poll."""
+        """Find out whether some process at work cannot ring this one: then its sleepers poll.
+
+        A process that can only read polls, unless all its ends are rung always.
+        """
         cdef ivshmem_memory *memory = &self.member.area.memory
         cdef uint64_t at, number, peer, process, machine
-        cdef bint polls = self.vector < 0 or memory.readonly
+        cdef bint polls = self.vector < 0
         cdef unsigned i
+        if memory.readonly:
+            return  # `after_beat` asks the ends
         for i in range(self.member.area.places):
             if polls:
                 break
-            if not memory.readonly and i == self.member.place.index:
+            if i == self.member.place.index:
                 continue
             at = ivshmem_place_at(&self.member.area, i)
             number = ivshmem_load(memory, at)
@@ -340,6 +356,11 @@ cdef class Membership:
                 )
         self.polls = polls
 
+    cdef int look_for_quiet_ends(self) except -1:
+        """Find out, where memory can only be read, whether peers ring for each end."""
+        self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])
+        return 0
+
     cdef int after_beat(self, int code) except -1:
         """Do, with the GIL, what a beat showed to be necessary."""
         if code == IVSHMEM_CLOSED:
@@ -351,6 +372,10 @@ cdef class Membership:
                 self.name_peer()
         except (IvshmemError, OSError):
             pass  # a device's register that cannot be read now, or an endpoint that is closed
+        if code > 0:
+            ivshmem_ring_places(&self.member)  # it freed places
+        if self.mapping.fixed:
+            self.look_for_quiet_ends()
         for end in list(self.ends):
             with contextlib.suppress(IvshmemError, OSError):
                 (<Dependent>end).beat()
@@ -401,9 +426,13 @@ cdef class Membership:
         number = ivshmem_load(
             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
         )
-        return ivshmem_value(number) != 0 and bool(
-            ivshmem_place_free(&self.member.area, index, number)
-        )
+        if ivshmem_value(number) == 0 or not ivshmem_place_free(
+            &self.member.area, index, number
+        ):
+            return False
+        ivshmem_ring_places(&self.member)
+        self.flush()
+        return True
 
     # -- the end ----------------------------------------------------------------------------------
 

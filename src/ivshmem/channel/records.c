@@ -2179,13 +2179,14 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings;
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     MOST_RINGS = 192
- * 
+ *     EVERY_PEER = 0xffffffff  # as a target; there is no vector 65535
 */
 enum  {
-  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0,
+  __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER = 0xffffffff
 };
 
-/* "membership.pxd":15
+/* "membership.pxd":16
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2433,7 +2434,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2447,7 +2448,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2763,7 +2764,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2773,11 +2774,12 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
   int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
+  int (*is_rung)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2790,6 +2792,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -11091,7 +11094,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(6, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(6, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 20, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11101,8 +11104,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(7, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(7, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(7, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(7, 21, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -11111,8 +11114,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 28, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;

@@ -2195,13 +2195,14 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings;
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     MOST_RINGS = 192
- * 
+ *     EVERY_PEER = 0xffffffff  # as a target; there is no vector 65535
 */
 enum  {
-  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0,
+  __pyx_e_7ivshmem_7channel_10membership_EVERY_PEER = 0xffffffff
 };
 
-/* "membership.pxd":15
+/* "membership.pxd":16
  * 
  * 
  * cdef struct Rings:             # <<<<<<<<<<<<<<
@@ -2471,7 +2472,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2485,7 +2486,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2812,7 +2813,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":20
+/* "membership.pxd":21
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2822,11 +2823,12 @@ static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
   int (*beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
+  int (*is_rung)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":26
+/* "membership.pxd":28
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2839,6 +2841,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -4055,6 +4058,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint64_t __pyx_v_size); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
@@ -9205,7 +9209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
  * 
- *     cdef int hold(self, const ivshmem_message *message) except -1:
+ *     cdef bint is_rung(self) noexcept:
 */
   __pyx_t_5 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
   __Pyx_INCREF(__pyx_t_5);
@@ -9248,6 +9252,61 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 /* "ivshmem/channel/roles.pyx":295
  *         ChannelEnd.close(self)
  * 
+ *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
+ *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/channel/roles.pyx":296
+ * 
+ *     cdef bint is_rung(self) noexcept:
+ *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_2 = (ivshmem_is_rung_always((&__pyx_v_self->__pyx_base.membership->member), (&__pyx_v_self->__pyx_base.channel)) != 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L3_bool_binop_done:;
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":295
+ *         ChannelEnd.close(self)
+ * 
+ *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
+ *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":298
+ *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
+ * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
@@ -9263,7 +9322,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":298
+  /* "ivshmem/channel/roles.pyx":301
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9275,7 +9334,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":299
+    /* "ivshmem/channel/roles.pyx":302
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
@@ -9284,7 +9343,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-    /* "ivshmem/channel/roles.pyx":300
+    /* "ivshmem/channel/roles.pyx":303
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9296,16 +9355,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_1)) {
 
 
-      /* "ivshmem/channel/roles.pyx":301
+      /* "ivshmem/channel/roles.pyx":304
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.held = grown
  *             self.holds *= 2
 */
-      PyErr_NoMemory(); __PYX_ERR(0, 301, __pyx_L1_error)
+      PyErr_NoMemory(); __PYX_ERR(0, 304, __pyx_L1_error)
 
-      /* "ivshmem/channel/roles.pyx":300
+      /* "ivshmem/channel/roles.pyx":303
  *         if self.holding == self.holds:  # each thread that copies a large message holds it
  *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
  *             if grown == NULL:             # <<<<<<<<<<<<<<
@@ -9314,7 +9373,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":302
+    /* "ivshmem/channel/roles.pyx":305
  *             if grown == NULL:
  *                 raise MemoryError
  *             self.held = grown             # <<<<<<<<<<<<<<
@@ -9323,7 +9382,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->held = __pyx_v_grown;
 
-    /* "ivshmem/channel/roles.pyx":303
+    /* "ivshmem/channel/roles.pyx":306
  *                 raise MemoryError
  *             self.held = grown
  *             self.holds *= 2             # <<<<<<<<<<<<<<
@@ -9332,7 +9391,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
     __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":298
+    /* "ivshmem/channel/roles.pyx":301
  *         """Note that a message is being looked at."""
  *         cdef Held *grown
  *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
@@ -9341,7 +9400,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":304
+  /* "ivshmem/channel/roles.pyx":307
  *             self.held = grown
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
@@ -9352,7 +9411,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":305
+  /* "ivshmem/channel/roles.pyx":308
  *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
@@ -9363,7 +9422,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 
   (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":306
+  /* "ivshmem/channel/roles.pyx":309
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -9372,7 +9431,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":307
+  /* "ivshmem/channel/roles.pyx":310
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -9385,8 +9444,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":295
- *         ChannelEnd.close(self)
+  /* "ivshmem/channel/roles.pyx":298
+ *         return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is being looked at."""
@@ -9403,7 +9462,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":309
+/* "ivshmem/channel/roles.pyx":312
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9420,7 +9479,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":312
+  /* "ivshmem/channel/roles.pyx":315
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9434,7 +9493,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":313
+    /* "ivshmem/channel/roles.pyx":316
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9460,7 +9519,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":314
+      /* "ivshmem/channel/roles.pyx":317
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -9469,7 +9528,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":315
+      /* "ivshmem/channel/roles.pyx":318
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -9478,7 +9537,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":316
+      /* "ivshmem/channel/roles.pyx":319
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -9487,7 +9546,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":313
+      /* "ivshmem/channel/roles.pyx":316
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -9499,7 +9558,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":317
+  /* "ivshmem/channel/roles.pyx":320
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -9512,7 +9571,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":309
+  /* "ivshmem/channel/roles.pyx":312
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9527,7 +9586,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":319
+/* "ivshmem/channel/roles.pyx":322
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9550,7 +9609,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":321
+  /* "ivshmem/channel/roles.pyx":324
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -9561,17 +9620,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":323
+  /* "ivshmem/channel/roles.pyx":326
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":324
+  /* "ivshmem/channel/roles.pyx":327
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9585,7 +9644,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":325
+    /* "ivshmem/channel/roles.pyx":328
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9603,7 +9662,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":326
+    /* "ivshmem/channel/roles.pyx":329
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -9617,7 +9676,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":325
+    /* "ivshmem/channel/roles.pyx":328
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9627,7 +9686,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":328
+      /* "ivshmem/channel/roles.pyx":331
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
@@ -9638,7 +9697,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":325
+      /* "ivshmem/channel/roles.pyx":328
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9649,7 +9708,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":329
+  /* "ivshmem/channel/roles.pyx":332
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9661,7 +9720,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":330
+    /* "ivshmem/channel/roles.pyx":333
  *                 oldest = self.held[i].position
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
@@ -9670,7 +9729,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":331
+    /* "ivshmem/channel/roles.pyx":334
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9682,17 +9741,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":332
+      /* "ivshmem/channel/roles.pyx":335
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":331
+      /* "ivshmem/channel/roles.pyx":334
  *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9701,7 +9760,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":329
+    /* "ivshmem/channel/roles.pyx":332
  *             ):
  *                 oldest = self.held[i].position
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -9710,7 +9769,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":333
+  /* "ivshmem/channel/roles.pyx":336
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9723,7 +9782,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":319
+  /* "ivshmem/channel/roles.pyx":322
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9742,7 +9801,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":335
+/* "ivshmem/channel/roles.pyx":338
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9768,7 +9827,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":336
+  /* "ivshmem/channel/roles.pyx":339
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -9776,19 +9835,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 339, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":337
+  /* "ivshmem/channel/roles.pyx":340
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -9804,7 +9863,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 337, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9826,7 +9885,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9840,7 +9899,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":335
+  /* "ivshmem/channel/roles.pyx":338
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9864,7 +9923,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":341
+/* "ivshmem/channel/roles.pyx":344
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -9895,7 +9954,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":343
+  /* "ivshmem/channel/roles.pyx":346
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -9904,7 +9963,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":345
+  /* "ivshmem/channel/roles.pyx":348
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9930,7 +9989,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":346
+    /* "ivshmem/channel/roles.pyx":349
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -9939,7 +9998,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":347
+    /* "ivshmem/channel/roles.pyx":350
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -9948,7 +10007,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":348
+    /* "ivshmem/channel/roles.pyx":351
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -9957,7 +10016,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":351
+    /* "ivshmem/channel/roles.pyx":354
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9969,17 +10028,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":352
+      /* "ivshmem/channel/roles.pyx":355
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":351
+      /* "ivshmem/channel/roles.pyx":354
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9988,7 +10047,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":345
+    /* "ivshmem/channel/roles.pyx":348
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9998,7 +10057,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":354
+  /* "ivshmem/channel/roles.pyx":357
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -10006,20 +10065,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":355
+    /* "ivshmem/channel/roles.pyx":358
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":356
+    /* "ivshmem/channel/roles.pyx":359
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -10028,7 +10087,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":357
+      /* "ivshmem/channel/roles.pyx":360
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10041,7 +10100,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":358
+            /* "ivshmem/channel/roles.pyx":361
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -10051,7 +10110,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":357
+          /* "ivshmem/channel/roles.pyx":360
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -10068,17 +10127,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":359
+      /* "ivshmem/channel/roles.pyx":362
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":360
+      /* "ivshmem/channel/roles.pyx":363
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -10088,7 +10147,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":362
+    /* "ivshmem/channel/roles.pyx":365
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -10097,10 +10156,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":363
+        /* "ivshmem/channel/roles.pyx":366
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10126,17 +10185,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":362
+          /* "ivshmem/channel/roles.pyx":365
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":363
+          /* "ivshmem/channel/roles.pyx":366
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10172,7 +10231,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":364
+  /* "ivshmem/channel/roles.pyx":367
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10184,7 +10243,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":365
+    /* "ivshmem/channel/roles.pyx":368
  *                 self.membership.mapping.unpin()
  *         if code:
  *             self.reader.sources[message.writer].lost += 1             # <<<<<<<<<<<<<<
@@ -10194,7 +10253,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     __pyx_t_13 = __pyx_v_message->writer;
     (__pyx_v_self->reader.sources[__pyx_t_13]).lost = ((__pyx_v_self->reader.sources[__pyx_t_13]).lost + 1);
 
-    /* "ivshmem/channel/roles.pyx":364
+    /* "ivshmem/channel/roles.pyx":367
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10203,7 +10262,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":366
+  /* "ivshmem/channel/roles.pyx":369
  *         if code:
  *             self.reader.sources[message.writer].lost += 1
  *         return code             # <<<<<<<<<<<<<<
@@ -10214,7 +10273,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":341
+  /* "ivshmem/channel/roles.pyx":344
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -11146,6 +11205,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd ---*/
   __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.__pyx_base.is_rung = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_is_rung;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.hold = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.forget = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget;
@@ -11354,7 +11414,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 20, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 21, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11364,8 +11424,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -11374,8 +11434,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 26, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 26, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 28, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 11, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);

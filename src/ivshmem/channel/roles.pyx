@@ -292,6 +292,9 @@ cdef class ReaderEnd(ChannelEnd):
             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
         ChannelEnd.close(self)
 
+    cdef bint is_rung(self) noexcept:
+        return self.usable() and ivshmem_is_rung_always(&self.membership.member, &self.channel)
+
     cdef int hold(self, const ivshmem_message *message) except -1:
         """Note that a message is being looked at."""
         cdef Held *grown

@@ -27,7 +27,7 @@ enum ivshmem_overflow {
 
 enum ivshmem_option {
     IVSHMEM_TIMES = 1,      /* each message has the time of its publication */
-    IVSHMEM_RING_ALWAYS = 2 /* writers also ring peers that cannot say that they sleep */
+    IVSHMEM_RING_ALWAYS = 2 /* writers ring all peers: some cannot say that they sleep */
 };
 
 #define IVSHMEM_MOST_WRITERS 64u

@@ -13,7 +13,8 @@
 /* What the user of this header supplies. None of these may be NULL, except `ended`. */
 struct ivshmem_user {
     void *context;
-    /* Ring a peer's vector. It must not wait, whatever other peers did to the doorbell. */
+    /* Ring a peer's vector; of IVSHMEM_EVERY_PEER: that of each peer that one knows. It must not
+     * wait, whatever other peers did to the doorbell. */
     void (*ring)(void *context, unsigned peer, unsigned vector);
     int64_t (*now)(void *context); /* nanoseconds of a clock that never goes back */
     /* Whether the process of this machine is known to have ended; NULL: unknown. */
@@ -41,6 +42,7 @@ struct ivshmem_user {
 #define IVSHMEM_PLACE_NAME 72u
 #define IVSHMEM_NAME_WORDS 4u
 #define IVSHMEM_PEER_MUTE (UINT64_C(1) << 32)
+#define IVSHMEM_EVERY_PEER 0xffffffffu
 #define IVSHMEM_LIVE 1u
 #define IVSHMEM_JOINING 2u /* it has stored nothing outside this entry, and must still confirm it */
 
@@ -88,6 +90,24 @@ static inline int ivshmem_place_free(const struct ivshmem_area *area, unsigned i
 {
     return ivshmem_exchange(&area->memory, ivshmem_place_at(area, index), number,
                             ivshmem_word(0, 0, ivshmem_epoch(number)));
+}
+
+/* Ring each process that is at work. Whoever freed a place does that: some of the others may wait
+ * for what the former owner had. Each looks once a beat, too. */
+static inline void ivshmem_ring_places(const struct ivshmem_member *member)
+{
+    const struct ivshmem_memory *memory = &member->area.memory;
+    for (unsigned index = 0; index < member->area.places; index++) {
+        uint64_t at = ivshmem_place_at(&member->area, index);
+        uint64_t number = ivshmem_load(memory, at), peer;
+        if (ivshmem_flags(number) != IVSHMEM_LIVE || number == member->number)
+            continue;
+        peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER);
+        if (ivshmem_epoch(peer) == ivshmem_epoch(number) &&
+            !(ivshmem_value(peer) & IVSHMEM_PEER_MUTE))
+            member->user.ring(member->user.context, (unsigned)ivshmem_value(peer) & 0xffffu,
+                              (unsigned)(ivshmem_value(peer) >> 16) & 0xffffu);
+    }
 }
 
 /* Whether this process can prove that a place is gone; it frees the place then. */
@@ -141,6 +161,7 @@ static inline int ivshmem_join(struct ivshmem_member *member, uint64_t random, c
     const struct ivshmem_memory *memory = &area->memory;
     uint64_t value = (random & IVSHMEM_VALUE_MASK) != 0 ? random & IVSHMEM_VALUE_MASK : 1;
     uint64_t joining;
+    int freed = 0;
     if (memory->readonly)
         return IVSHMEM_READ_ONLY;
     for (unsigned index = 0; index < area->places; index++) {
@@ -149,6 +170,7 @@ static inline int ivshmem_join(struct ivshmem_member *member, uint64_t random, c
         if (ivshmem_value(number) != 0) {
             if (!ivshmem_place_prove(member, index))
                 continue;
+            freed = 1;
             number = ivshmem_load(memory, at);
             if (ivshmem_value(number) != 0)
                 continue;
@@ -169,8 +191,11 @@ static inline int ivshmem_join(struct ivshmem_member *member, uint64_t random, c
         }
         ivshmem_place_store(member);
         member->number = ivshmem_word(value, IVSHMEM_LIVE, member->place.epoch);
-        if (ivshmem_exchange(memory, at, joining, member->number))
-            return 0; /* else this took longer than a lease, and another process freed the place */
+        if (ivshmem_exchange(memory, at, joining, member->number)) {
+            if (freed)
+                ivshmem_ring_places(member);
+            return 0;
+        } /* else this took longer than a lease, and another process freed the place */
     }
     return IVSHMEM_TAKEN;
 }
@@ -198,7 +223,7 @@ static inline int ivshmem_is_silent(const struct ivshmem_member *member,
  *
  * IVSHMEM_CLOSED: another process freed the place of this one (a new server on the memory, or a
  * user's command). This process must close its slots and join again. Otherwise: the number of places
- * that were freed.
+ * that were freed; unless it is 0, ivshmem_ring_places comes next.
  */
 static inline int ivshmem_beat(struct ivshmem_member *member)
 {

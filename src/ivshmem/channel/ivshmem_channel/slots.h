@@ -175,6 +175,28 @@ static inline void ivshmem_wake_writers(const struct ivshmem_member *member,
                  channel->record.geometry.writers, IVSHMEM_MOST_WRITERS, rung);
 }
 
+/* Whether a process of this machine that cannot say that it sleeps is rung all the same: each
+ * writer is a process of this machine, which knows all peers, and rings them always. */
+static inline int ivshmem_is_rung_always(const struct ivshmem_member *member,
+                                         const struct ivshmem_channel *channel)
+{
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    if (!(channel->record.geometry.options & IVSHMEM_RING_ALWAYS))
+        return 0;
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * i);
+        uint64_t at, peer, machine;
+        if (!ivshmem_is_owned(channel, owner))
+            continue;
+        at = ivshmem_place_at(&channel->area, ivshmem_place_of(owner).index);
+        peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER);
+        machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE);
+        if (ivshmem_value(peer) & IVSHMEM_PEER_MUTE || ivshmem_value(machine) != member->machine)
+            return 0;
+    }
+    return 1;
+}
+
 /* A slot that sleeps, or not. */
 struct ivshmem_sleep {
     uint64_t at; /* of its sleeper word, in the channel */

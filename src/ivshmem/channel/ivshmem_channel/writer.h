@@ -346,6 +346,9 @@ static inline void ivshmem_writer_announce(struct ivshmem_writer *writer)
     const struct ivshmem_memory *memory = &channel->area.memory;
     ivshmem_announce(memory, writer->head_at, ivshmem_word(writer->next, 0, writer->epoch));
     ivshmem_wake_readers(writer->member, channel, IVSHMEM_MOST_READERS, &writer->rung);
+    if (channel->record.geometry.options & IVSHMEM_RING_ALWAYS)
+        writer->member->user.ring(writer->member->user.context, IVSHMEM_EVERY_PEER,
+                                  (unsigned)(writer->member->peer >> 16) & 0xffffu);
 }
 
 /* Publish a loan. IVSHMEM_AGAIN: there is no room now; the loan stays. */
