@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support.waiting import until
@@ -498,3 +499,39 @@ def test_close_ends_what_waits(channels: Channels) -> None:
 def test_a_region_without_room(region: Region) -> None:
     with Region.create("64K") as other, pytest.raises(channel.NoChannels, match="--channels SIZE"):
         channel.open(other)
+
+
+def test_asyncio_watches_once_for_many_sleeps(channels: Channels) -> None:
+    """And stops when the channels end."""
+    messages = channels.create_messages("a", limit=8)
+    watched: list[int] = []
+    removed: list[int] = []
+
+    class Loop(asyncio.SelectorEventLoop):
+        def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
+            watched.append(fd)
+            super().add_reader(fd, callback, *args)
+
+        def remove_reader(self, fd: Any) -> bool:
+            removed.append(fd)
+            return super().remove_reader(fd)
+
+    async def main() -> None:
+        with messages.writer() as writer, messages.reader() as reader:
+            for i in range(5):
+                task = asyncio.ensure_future(reader.get_async(PATIENCE))
+                await asyncio.sleep(0)
+                assert not task.done()
+                writer.put(b"%d" % i)
+                assert await task == b"%d" % i
+            assert len(watched) == 1
+            assert not removed
+            channels.close()
+            began = time.monotonic()
+            while removed != watched:
+                assert time.monotonic() - began < PATIENCE
+                await asyncio.sleep(0)
+
+    loop = Loop()
+    loop.run_until_complete(main())
+    loop.close()

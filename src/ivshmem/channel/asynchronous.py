@@ -10,10 +10,12 @@ cancellation, a time limit or a close takes nothing from another task.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import ClosedError
+from ..peer.waiting_tasks import Waiter
 from ..system.time_limits import seconds_of
 from .ends import ChannelEnd, Wakeup
 from .membership import Membership
@@ -22,28 +24,44 @@ _T = TypeVar("_T")
 
 
 class _LoopWatch:
-    """What a loop watches for one membership, while a task waits there."""
+    """What a loop watches for one membership: its descriptor, at most once without a waiter.
 
-    def __init__(self, membership: Membership) -> None:
+    To watch it for each sleep anew costs more than all else that a sleep costs.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, membership: Membership) -> None:
+        self._loop = weakref.ref(loop)
+        self._membership = membership
         self._wakeup = Wakeup(membership)
         self._fd = self._wakeup.fileno()
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._watched = False
+        self._waiting: dict[Waiter, None] = {}  # a set that keeps the order
 
-    def add(self, future: asyncio.Future[None]) -> None:
-        if not self._waiting:
-            future.get_loop().add_reader(self._fd, self._wake)
-        self._waiting.add(future)
+    def add(self, waiter: Waiter, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._watched:
+            loop.add_reader(self._fd, self._wake)
+            self._watched = True
+        self._waiting[waiter] = None
 
-    def discard(self, future: asyncio.Future[None]) -> None:
-        self._waiting.discard(future)
-        if not self._waiting and not future.get_loop().is_closed():
-            future.get_loop().remove_reader(self._fd)
+    def discard(self, waiter: Waiter) -> None:
+        self._waiting.pop(waiter, None)
 
     def _wake(self) -> None:
         self._wakeup.clear_rings()
-        for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
+        loop = self._loop()
+        assert loop is not None  # it is running
+        waiting = list(self._waiting)
+        if not waiting or self._membership.closed:
+            loop.remove_reader(self._fd)
+            self._watched = False
+        for number, waiter in enumerate(waiting):
+            try:
+                if waiter.callback is not None:
+                    waiter.resume(None)
+            except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
+                for other in waiting[number + 1 :]:
+                    loop.call_soon(other.expire)
+                raise
 
 
 def _watch_of(loop: asyncio.AbstractEventLoop, membership: Membership) -> _LoopWatch:
@@ -52,7 +70,7 @@ def _watch_of(loop: asyncio.AbstractEventLoop, membership: Membership) -> _LoopW
         raise ClosedError("the channels are closed")
     watch = loops.get(loop)
     if watch is None:
-        watch = loops[loop] = _LoopWatch(membership)
+        watch = loops[loop] = _LoopWatch(loop, membership)
     assert isinstance(watch, _LoopWatch)
     return watch
 
@@ -62,12 +80,12 @@ async def _sleep(end: ChannelEnd, membership: Membership, deadline: float | None
     loop = asyncio.get_running_loop()
     if deadline is not None and loop.time() >= deadline:
         return False
-    future = loop.create_future()
+    waiter = Waiter(loop)
     timer = None
     there = end._begin_waiting()
     try:
         watch = _watch_of(loop, membership)
-        watch.add(future)
+        watch.add(waiter, loop)
     except BaseException:
         end._end_waiting()
         raise
@@ -76,19 +94,14 @@ async def _sleep(end: ChannelEnd, membership: Membership, deadline: float | None
             await asyncio.sleep(0)
         else:
             if deadline is not None:
-                timer = loop.call_at(deadline, _expire, future)
-            await future
+                timer = loop.call_at(deadline, waiter.expire)
+            await waiter
     finally:
         if timer is not None:
             timer.cancel()
-        watch.discard(future)
+        watch.discard(waiter)
         end._end_waiting()
     return True
-
-
-def _expire(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 async def until_something(
