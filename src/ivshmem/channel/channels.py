@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
+from ..memory.pages import file_system
 from ..memory.region import Region
 from ..native.areas import find_area
 from ..peer.endpoint import Endpoint
@@ -496,9 +497,7 @@ def open(  # noqa: A001 - as guest.open
         raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
     region = place.region if isinstance(place, Endpoint) else place
     if mapping is None:
-        # How a guest's device was mapped. Where that is unknown: what is right for every mapping.
-        way: str = getattr(place, "memory", "device" if region.source == "device" else "host")
-        mapping = _WAYS.get(way, "write-combining")
+        mapping = _mapping_of(place, region)
     elif mapping not in _MAPPINGS:
         raise ValueError(f"mapping {mapping!r}: one of {', '.join(_MAPPINGS)}")
     if name is None:
@@ -507,3 +506,18 @@ def open(  # noqa: A001 - as guest.open
     if area is None:
         raise NoChannels(NO_ROOM)
     return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
+
+
+def _mapping_of(
+    place: Endpoint | Region, region: Region
+) -> Literal["write-back", "write-combining", "uncached"]:
+    """Return how the memory is mapped; where that is unknown, what is right for every mapping.
+
+    A client of a guest's broker has the device's file of sysfs, and cannot tell which of the two.
+
+    Raises:
+        ClosedError: the region is closed.
+    """
+    of_device = region.source == "device" or file_system(region.fileno()) == "sysfs"
+    way: str = getattr(place, "memory", "device" if of_device else "host")
+    return _WAYS.get(way, "write-combining")

@@ -521,7 +521,7 @@ cdef class Membership:
             )
         if code == IVSHMEM_NO_ATOMICS:
             return ChannelError(
-                f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"
-                " the device in another way (resource2_wc)"
+                f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"
+                " device, which queues and calls need: only a process of the host can take from it"
             )
         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")
