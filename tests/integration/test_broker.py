@@ -7,6 +7,7 @@ has the real one.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.children import NOBODY, Child, python
 from support.waiting import PATIENCE, until
 
 import ivshmem
-from ivshmem import testing
+from ivshmem import channel, testing
 from ivshmem.guest import Broker
 from ivshmem.native.descriptors import FdArray
 
@@ -175,6 +176,64 @@ def test_peers_in_the_directory_are_offered_as_they_come_and_go(directory: Path)
             assert client.next_event(PATIENCE) == ivshmem.PeerLeft(far.id)
         with pytest.raises(ivshmem.NoSuchPeer):
             client.ring(far.id, 1)
+
+
+def test_peers_that_use_channels_are_offered(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So clients wake them, and need not be told of them otherwise."""
+    monkeypatch.setattr("ivshmem.guest.broker._LOOK_SECONDS", 0.02)
+    with (
+        testing.server("1M", vectors=VECTORS) as server,
+        ivshmem.connect(server.path) as far,
+        ivshmem.connect(server.path) as device,
+    ):
+        ivshmem.Directory.create(far, channels="64K").close()
+        with (
+            channel.open(far.region),  # it polls, so its id is none to ring
+            Broker(device, directory / "guest").start() as broker,
+            ivshmem.connect(broker.path) as client,
+            channel.open(client),  # with the broker's own id
+        ):
+            with channel.open(far, vector=1):
+                assert client.next_event(PATIENCE) == ivshmem.PeerJoined(far.id)
+                client.ring(far.id, 1)
+                assert far.wait(1, PATIENCE)
+                assert broker.remote == [far.id]
+            assert client.next_event(PATIENCE) == ivshmem.PeerLeft(far.id)
+
+
+def test_two_clients_of_one_broker_exchange_messages(directory: Path) -> None:
+    """Neither can ring the other; both find out, and look by themselves."""
+    with ExitStack() as stack:
+        server = stack.enter_context(testing.server("1M", vectors=VECTORS))
+        device = stack.enter_context(ivshmem.connect(server.path))
+        ivshmem.Directory.create(device, channels="64K").close()
+        broker = stack.enter_context(Broker(device, directory / "guest").start())
+        own = stack.enter_context(ivshmem.connect(broker.path))
+        channels = stack.enter_context(channel.open(own, beat=0.2, lease=10))
+        calls = channels.create_calls("a", limit=8)
+        code = """
+            import sys
+            import ivshmem
+            from ivshmem import channel
+            with ivshmem.connect(sys.argv[1]) as client:
+                with channel.open(client, beat=0.2, lease=10) as channels:
+                    with channels.open("a").server() as server:
+                        print("READY")
+                        server.serve(bytes, 60)
+        """
+        child = stack.enter_context(python(code, broker.path))
+        child.expect("READY")
+        assert [place.id for place in channels.places()] == [device.id] * 2
+        with calls.caller() as caller:
+            assert caller.call(b"x", PATIENCE) == b"x"  # at the latest after a beat of both
+            times = []
+            for _ in range(5):
+                began = time.monotonic()
+                assert caller.call(b"x", PATIENCE) == b"x"
+                times.append(time.monotonic() - began)
+            assert min(times) < 0.1  # long before a beat
 
 
 def test_memory_that_cannot_be_handed_on(directory: Path) -> None:

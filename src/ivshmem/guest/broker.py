@@ -28,7 +28,7 @@ from functools import partial
 
 from .. import _core
 from ..errors import NoDirectory
-from ..native import descriptors
+from ..native import areas, descriptors
 from ..peer.directory import Directory
 from ..peer.endpoint import Endpoint
 from ..protocol.limits import MAX_ID
@@ -58,7 +58,8 @@ class Broker(Server):
         device: an open device (or any endpoint), which stays the caller's. Its memory must begin a
             file that can be passed to clients: "resource2" or "resource2_wc".
         path: of the socket, as Server takes it.
-        peers: ids that clients can ring, in addition to those in the directory of names.
+        peers: ids that clients can ring, in addition to those in the directory of names and those
+            that use channels.
         on_join, on_leave: as Server's.
 
     It runs as a Server does. When the device is unplugged, running it raises DeviceGone.
@@ -136,7 +137,8 @@ class Broker(Server):
         room = max(_BELLS // max(self.vectors, 1) - len(self._fixed), 1)
         if len(published) > room:
             self._complain(
-                f"the directory has {counted(len(published), 'peer')}, room is for {room}"
+                f"the directory and channels have {counted(len(published), 'peer')}, room is for"
+                f" {room}"
             )
         wanted = self._fixed.union(published[:room]) - {self._shared_id}
         self._remove([peer for peer in self._remote if peer not in wanted])
@@ -163,7 +165,7 @@ class Broker(Server):
             self._engine.say(partial(_log.warning, text))
 
     def _published(self) -> list[int]:
-        """Return the ids in the directory; entries that are known to be alive come first."""
+        """Return the ids in the directory, the live ones first, and then those of channels."""
         if self._directory is None:
             try:
                 self._directory = Directory.open(self.device.region)
@@ -171,8 +173,8 @@ class Broker(Server):
                 return []
             self._resources.callback(self._directory.close)
         entries = sorted(self._directory.entries(), key=lambda entry: (not entry.alive, entry.id))
-        others = {entry.id: None for entry in entries if entry.id != self._shared_id}
-        return [peer for peer in others if peer not in self._fixed]
+        ids = dict.fromkeys([*(entry.id for entry in entries), *areas.peers_of(self.device.region)])
+        return [peer for peer in ids if peer != self._shared_id and peer not in self._fixed]
 
     def _announce(self, peer: int) -> None:
         bells = descriptors.FdArray.eventfds(self.vectors)

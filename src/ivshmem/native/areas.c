@@ -1666,7 +1666,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 
-/* "ivshmem/native/areas.pyx":58
+/* "ivshmem/native/areas.pyx":62
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1675,7 +1675,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 */
 enum  {
 
-  /* "ivshmem/native/areas.pyx":61
+  /* "ivshmem/native/areas.pyx":65
  *     # Bytes of an area for each place and each record, if the caller does not say how many.
  *     FOR_A_PLACE = 1 << 14
  *     FOR_A_RECORD = 1 << 16             # <<<<<<<<<<<<<<
@@ -2666,8 +2666,9 @@ static const char __pyx_k_Areas_the_parts_of_regions_that[] = "Areas: the parts 
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, uint64_t __pyx_v_size, unsigned int __pyx_v_places, unsigned int __pyx_v_records); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index); /* proto */
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -2700,7 +2701,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_string_tab[49];
+    PyObject *__pyx_string_tab[50];
 /* #### Code section: module_state_contents ### */
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
@@ -2775,13 +2776,14 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_mapping __pyx_string_tab[39]
 #define __pyx_n_u_namedtuple __pyx_string_tab[40]
 #define __pyx_n_u_offset __pyx_string_tab[41]
-#define __pyx_n_u_places __pyx_string_tab[42]
-#define __pyx_n_u_pop __pyx_string_tab[43]
-#define __pyx_n_u_records __pyx_string_tab[44]
-#define __pyx_n_u_setdefault __pyx_string_tab[45]
-#define __pyx_n_u_size __pyx_string_tab[46]
-#define __pyx_n_u_sweep __pyx_string_tab[47]
-#define __pyx_n_u_values __pyx_string_tab[48]
+#define __pyx_n_u_peers_of __pyx_string_tab[42]
+#define __pyx_n_u_places __pyx_string_tab[43]
+#define __pyx_n_u_pop __pyx_string_tab[44]
+#define __pyx_n_u_records __pyx_string_tab[45]
+#define __pyx_n_u_setdefault __pyx_string_tab[46]
+#define __pyx_n_u_size __pyx_string_tab[47]
+#define __pyx_n_u_sweep __pyx_string_tab[48]
+#define __pyx_n_u_values __pyx_string_tab[49]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -2805,7 +2807,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<49; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<50; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* #### Code section: module_state_clear_end ### */
 return 0;
@@ -2831,7 +2833,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<49; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<50; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* #### Code section: module_state_traverse_end ### */
 return 0;
@@ -2839,7 +2841,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/areas.pyx":63
+/* "ivshmem/native/areas.pyx":67
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2856,17 +2858,17 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/areas.pyx":65
+  /* "ivshmem/native/areas.pyx":69
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()             # <<<<<<<<<<<<<<
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":66
+  /* "ivshmem/native/areas.pyx":70
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start             # <<<<<<<<<<<<<<
@@ -2875,7 +2877,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->start = ((unsigned char *)__pyx_v_mapping->start);
 
-  /* "ivshmem/native/areas.pyx":67
+  /* "ivshmem/native/areas.pyx":71
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length             # <<<<<<<<<<<<<<
@@ -2886,7 +2888,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->size = __pyx_t_2;
 
-  /* "ivshmem/native/areas.pyx":68
+  /* "ivshmem/native/areas.pyx":72
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING             # <<<<<<<<<<<<<<
@@ -2895,7 +2897,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->mapping = IVSHMEM_WRITE_COMBINING;
 
-  /* "ivshmem/native/areas.pyx":69
+  /* "ivshmem/native/areas.pyx":73
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed             # <<<<<<<<<<<<<<
@@ -2906,7 +2908,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->readonly = __pyx_t_3;
 
-  /* "ivshmem/native/areas.pyx":70
+  /* "ivshmem/native/areas.pyx":74
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed
  *     return 0             # <<<<<<<<<<<<<<
@@ -2919,7 +2921,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":63
+  /* "ivshmem/native/areas.pyx":67
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2936,7 +2938,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":73
+/* "ivshmem/native/areas.pyx":77
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -2962,7 +2964,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("described", 0);
 
-  /* "ivshmem/native/areas.pyx":74
+  /* "ivshmem/native/areas.pyx":78
  * 
  * cdef object described(const ivshmem_area *area):
  *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)             # <<<<<<<<<<<<<<
@@ -2970,19 +2972,19 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_10 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -3007,7 +3009,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 74, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 78, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -3021,7 +3023,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":73
+  /* "ivshmem/native/areas.pyx":77
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -3048,7 +3050,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":77
+/* "ivshmem/native/areas.pyx":81
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3100,75 +3102,75 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_places,&__pyx_mstate_global->__pyx_n_u_records,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 77, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 81, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 77, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 81, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 77, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 81, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 81, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 81, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 81, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 81, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
+      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
     } else {
       __pyx_v_places = ((unsigned int)0);
     }
     if (values[4]) {
-      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 78, __pyx_L3_error)
+      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 82, __pyx_L3_error)
     } else {
       __pyx_v_records = ((unsigned int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 77, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 81, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3179,7 +3181,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 81, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_make_area(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
 
   /* function exit code */
@@ -3234,7 +3236,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 
 
 
-  /* "ivshmem/native/areas.pyx":91
+  /* "ivshmem/native/areas.pyx":95
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3246,7 +3248,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":92
+    /* "ivshmem/native/areas.pyx":96
  *     cdef int code
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)             # <<<<<<<<<<<<<<
@@ -3259,7 +3261,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 16;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 92, __pyx_L1_error)
+      __PYX_ERR(0, 96, __pyx_L1_error)
     }
 
     __pyx_t_4 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE);
@@ -3289,7 +3291,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_places = __pyx_t_5;
 
 
-    /* "ivshmem/native/areas.pyx":91
+    /* "ivshmem/native/areas.pyx":95
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3298,7 +3300,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":93
+  /* "ivshmem/native/areas.pyx":97
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3310,7 +3312,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":94
+    /* "ivshmem/native/areas.pyx":98
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)             # <<<<<<<<<<<<<<
@@ -3323,7 +3325,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 8;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 94, __pyx_L1_error)
+      __PYX_ERR(0, 98, __pyx_L1_error)
     }
 
     __pyx_t_5 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD);
@@ -3353,7 +3355,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_records = __pyx_t_4;
 
 
-    /* "ivshmem/native/areas.pyx":93
+    /* "ivshmem/native/areas.pyx":97
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3362,17 +3364,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":95
+  /* "ivshmem/native/areas.pyx":99
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         with nogil:
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":96
+  /* "ivshmem/native/areas.pyx":100
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3381,7 +3383,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":97
+    /* "ivshmem/native/areas.pyx":101
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3394,7 +3396,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/areas.pyx":98
+          /* "ivshmem/native/areas.pyx":102
  *     try:
  *         with nogil:
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)             # <<<<<<<<<<<<<<
@@ -3404,7 +3406,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
           __pyx_v_code = ivshmem_area_make((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
         }
 
-        /* "ivshmem/native/areas.pyx":97
+        /* "ivshmem/native/areas.pyx":101
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3422,7 +3424,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     }
   }
 
-  /* "ivshmem/native/areas.pyx":100
+  /* "ivshmem/native/areas.pyx":104
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3437,7 +3439,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/areas.pyx":101
+  /* "ivshmem/native/areas.pyx":105
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3449,14 +3451,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":102
+    /* "ivshmem/native/areas.pyx":106
  *         mapping.unpin()
  *     if code == 0:
  *         return described(&area)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -3469,7 +3471,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/native/areas.pyx":101
+    /* "ivshmem/native/areas.pyx":105
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3478,7 +3480,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":103
+  /* "ivshmem/native/areas.pyx":107
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3490,7 +3492,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/areas.pyx":104
+    /* "ivshmem/native/areas.pyx":108
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(             # <<<<<<<<<<<<<<
@@ -3498,36 +3500,36 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  *             f" {places} processes and {records} channels"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/native/areas.pyx":105
+    /* "ivshmem/native/areas.pyx":109
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
  *             f" {places} processes and {records} channels"
  *         )
 */
-    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/native/areas.pyx":106
+    /* "ivshmem/native/areas.pyx":110
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
  *             f" {places} processes and {records} channels"             # <<<<<<<<<<<<<<
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")
 */
-    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_no_area_of;
     __pyx_t_15[1] = __pyx_t_10;
@@ -3541,7 +3543,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_15[9] = __pyx_t_14;
     __pyx_t_15[10] = __pyx_mstate_global->__pyx_kp_u_channels;
 
-    /* "ivshmem/native/areas.pyx":105
+    /* "ivshmem/native/areas.pyx":109
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
@@ -3560,7 +3562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 11, __pyx_t_16, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 105, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -3585,14 +3587,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 104, __pyx_L1_error)
+    __PYX_ERR(0, 108, __pyx_L1_error)
 
-    /* "ivshmem/native/areas.pyx":103
+    /* "ivshmem/native/areas.pyx":107
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3601,7 +3603,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":108
+  /* "ivshmem/native/areas.pyx":112
  *             f" {places} processes and {records} channels"
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")             # <<<<<<<<<<<<<<
@@ -3609,7 +3611,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  * 
 */
   __pyx_t_9 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 112, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_18 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -3628,14 +3630,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 112, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
   }
   __Pyx_Raise(__pyx_t_7, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __PYX_ERR(0, 108, __pyx_L1_error)
+  __PYX_ERR(0, 112, __pyx_L1_error)
 
-  /* "ivshmem/native/areas.pyx":77
+  /* "ivshmem/native/areas.pyx":81
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3667,7 +3669,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":111
+/* "ivshmem/native/areas.pyx":115
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3716,39 +3718,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 111, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 111, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 111, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 115, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 111, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 111, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 115, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 111, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3759,7 +3761,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 115, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_2area_of(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -3802,17 +3804,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("area_of", 0);
 
-  /* "ivshmem/native/areas.pyx":115
+  /* "ivshmem/native/areas.pyx":119
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":116
+  /* "ivshmem/native/areas.pyx":120
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3821,7 +3823,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":117
+    /* "ivshmem/native/areas.pyx":121
  *     memory_of(mapping, &memory)
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -3831,7 +3833,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_3) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 117, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_2 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -3852,7 +3854,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":119
+  /* "ivshmem/native/areas.pyx":123
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3901,7 +3903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     }
   }
 
-  /* "ivshmem/native/areas.pyx":111
+  /* "ivshmem/native/areas.pyx":115
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3923,7 +3925,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":122
+/* "ivshmem/native/areas.pyx":126
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -3971,32 +3973,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 122, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 122, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 122, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 126, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 122, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4007,7 +4009,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 126, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_4find_area(__pyx_self, __pyx_v_mapping);
 
   /* function exit code */
@@ -4050,17 +4052,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_area", 0);
 
-  /* "ivshmem/native/areas.pyx":127
+  /* "ivshmem/native/areas.pyx":131
  *     cdef ivshmem_area area
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 131, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/native/areas.pyx":132
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4069,7 +4071,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":129
+    /* "ivshmem/native/areas.pyx":133
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4081,7 +4083,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":130
+      /* "ivshmem/native/areas.pyx":134
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None             # <<<<<<<<<<<<<<
@@ -4098,7 +4100,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
       }
       goto __pyx_L3_return;
 
-      /* "ivshmem/native/areas.pyx":129
+      /* "ivshmem/native/areas.pyx":133
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4107,7 +4109,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/native/areas.pyx":131
+    /* "ivshmem/native/areas.pyx":135
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -4117,7 +4119,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_2) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_3 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -4138,7 +4140,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":133
+  /* "ivshmem/native/areas.pyx":137
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4187,7 +4189,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     }
   }
 
-  /* "ivshmem/native/areas.pyx":122
+  /* "ivshmem/native/areas.pyx":126
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -4210,7 +4212,469 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":136
+/* "ivshmem/native/areas.pyx":140
+ * 
+ * 
+ * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
+ *     """Return the ids of those that use channels and can be rung, without repetition.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_7peers_of(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_6peers_of, "peers_of(mapping)\n--\n\nReturn the ids of those that use channels and can be rung, without repetition.\n\nAny peer can write there, so an id need not be one of a peer. There is at most one for each\nplace of the area.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_7peers_of = {"peers_of", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_7peers_of, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_6peers_of};
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_7peers_of(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("peers_of (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 140, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 140, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "peers_of", 0) < (0)) __PYX_ERR(0, 140, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, i); __PYX_ERR(0, 140, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 140, __pyx_L3_error)
+    }
+    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 140, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.native.areas.peers_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6peers_of(__pyx_self, __pyx_v_mapping);
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = NULL;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
+  struct ivshmem_memory __pyx_v_memory;
+  struct ivshmem_area __pyx_v_area;
+  uint64_t __pyx_v_offset;
+  uint64_t __pyx_v_number;
+  uint64_t __pyx_v_peer;
+  unsigned int __pyx_v_i;
+  PyObject *__pyx_v_found = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  uint32_t __pyx_t_4;
+  uint32_t __pyx_t_5;
+  unsigned int __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_t_8;
+  char const *__pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("peers_of", 0);
+
+  /* "ivshmem/native/areas.pyx":150
+ *     cdef uint64_t offset, number, peer
+ *     cdef unsigned i
+ *     found = {}             # <<<<<<<<<<<<<<
+ *     memory_of(mapping, &memory)
+ *     try:
+*/
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_found = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/native/areas.pyx":151
+ *     cdef unsigned i
+ *     found = {}
+ *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
+ *     try:
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+
+
+  /* "ivshmem/native/areas.pyx":152
+ *     found = {}
+ *     memory_of(mapping, &memory)
+ *     try:             # <<<<<<<<<<<<<<
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+ *             return []
+*/
+  /*try:*/ {
+
+    /* "ivshmem/native/areas.pyx":153
+ *     memory_of(mapping, &memory)
+ *     try:
+ *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+*/
+    __pyx_t_3 = (ivshmem_find_area((&__pyx_v_memory), (&__pyx_v_offset)) != 0);
+
+    if (__pyx_t_3) {
+
+
+      /* "ivshmem/native/areas.pyx":154
+ *     try:
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+ *             return []             # <<<<<<<<<<<<<<
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             return []
+*/
+      __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_1;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_1 = 0;
+      goto __pyx_L3_return;
+
+      /* "ivshmem/native/areas.pyx":153
+ *     memory_of(mapping, &memory)
+ *     try:
+ *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":155
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         for i in range(area.places):
+*/
+    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) != 0);
+
+    if (__pyx_t_3) {
+
+
+      /* "ivshmem/native/areas.pyx":156
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             return []             # <<<<<<<<<<<<<<
+ *         for i in range(area.places):
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+*/
+      __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_1;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_1 = 0;
+      goto __pyx_L3_return;
+
+      /* "ivshmem/native/areas.pyx":155
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         for i in range(area.places):
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":157
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             return []
+ *         for i in range(area.places):             # <<<<<<<<<<<<<<
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+*/
+
+    __pyx_t_4 = __pyx_v_area.places;
+    __pyx_t_5 = __pyx_t_4;
+
+    for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
+      __pyx_v_i = __pyx_t_6;
+
+      /* "ivshmem/native/areas.pyx":158
+ *             return []
+ *         for i in range(area.places):
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))             # <<<<<<<<<<<<<<
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
+*/
+      __pyx_v_number = ivshmem_load((&__pyx_v_memory), ivshmem_place_at((&__pyx_v_area), __pyx_v_i));
+
+      /* "ivshmem/native/areas.pyx":159
+ *         for i in range(area.places):
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+*/
+      __pyx_v_peer = ivshmem_load((&__pyx_v_memory), (ivshmem_place_at((&__pyx_v_area), __pyx_v_i) + IVSHMEM_PLACE_PEER));
+
+      /* "ivshmem/native/areas.pyx":160
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+*/
+      __pyx_t_7 = (ivshmem_flags(__pyx_v_number) == IVSHMEM_LIVE);
+
+      if (__pyx_t_7) {
+
+      } else {
+
+        __pyx_t_3 = __pyx_t_7;
+
+        goto __pyx_L11_bool_binop_done;
+      }
+
+      /* "ivshmem/native/areas.pyx":161
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)             # <<<<<<<<<<<<<<
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+ *                 found[ivshmem_value(peer) & 0xffff] = None
+*/
+      __pyx_t_7 = (ivshmem_epoch(__pyx_v_peer) == ivshmem_epoch(__pyx_v_number));
+
+      if (__pyx_t_7) {
+
+      } else {
+
+        __pyx_t_3 = __pyx_t_7;
+
+        goto __pyx_L11_bool_binop_done;
+      }
+
+      /* "ivshmem/native/areas.pyx":162
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
+ *                 found[ivshmem_value(peer) & 0xffff] = None
+ *     finally:
+*/
+      __pyx_t_7 = (!((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0));
+
+
+      __pyx_t_3 = __pyx_t_7;
+
+      __pyx_L11_bool_binop_done:;
+
+      /* "ivshmem/native/areas.pyx":160
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+*/
+      if (__pyx_t_3) {
+
+
+        /* "ivshmem/native/areas.pyx":163
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+ *                 found[ivshmem_value(peer) & 0xffff] = None             # <<<<<<<<<<<<<<
+ *     finally:
+ *         mapping.unpin()
+*/
+        __pyx_t_1 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_1);
+        if (unlikely((PyDict_SetItem(__pyx_v_found, __pyx_t_1, Py_None) < 0))) __PYX_ERR(0, 163, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+        /* "ivshmem/native/areas.pyx":160
+ *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+ *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
+ *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+*/
+      }
+    }
+
+  }
+
+  /* "ivshmem/native/areas.pyx":165
+ *                 found[ivshmem_value(peer) & 0xffff] = None
+ *     finally:
+ *         mapping.unpin()             # <<<<<<<<<<<<<<
+ *     return list(found)
+ * 
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      goto __pyx_L5;
+    }
+    __pyx_L4_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_10);
+      __Pyx_XGOTREF(__pyx_t_11);
+      __Pyx_XGOTREF(__pyx_t_12);
+      __Pyx_XGOTREF(__pyx_t_13);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __pyx_t_2 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
+      {
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      }
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __Pyx_XGIVEREF(__pyx_t_10);
+      __Pyx_XGIVEREF(__pyx_t_11);
+      __Pyx_XGIVEREF(__pyx_t_12);
+      __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
+      goto __pyx_L1_error;
+    }
+    __pyx_L3_return: {
+      __pyx_t_15 = __pyx_r;
+      __pyx_r = 0;
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      __pyx_r = __pyx_t_15;
+      __pyx_t_15 = 0;
+      goto __pyx_L0;
+    }
+    __pyx_L5:;
+  }
+
+  /* "ivshmem/native/areas.pyx":166
+ *     finally:
+ *         mapping.unpin()
+ *     return list(found)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_1 = PySequence_List(__pyx_v_found); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/native/areas.pyx":140
+ * 
+ * 
+ * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
+ *     """Return the ids of those that use channels and can be rung, without repetition.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.native.areas.peers_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+
+
+
+
+  __Pyx_XDECREF(__pyx_v_found);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/areas.pyx":169
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4219,16 +4683,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_9sweep(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_6sweep, "sweep(mapping, offset)\n--\n\nFree all places of an area, and return how many there were; 0 if there is no area.\n\nThe caller knows that none of their processes is left: no other process has the memory, or its\ncontents came from a file or from another machine.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_7sweep = {"sweep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_7sweep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_6sweep};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_8sweep, "sweep(mapping, offset)\n--\n\nFree all places of an area, and return how many there were; 0 if there is no area.\n\nThe caller knows that none of their processes is left: no other process has the memory, or its\ncontents came from a file or from another machine.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_9sweep = {"sweep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_9sweep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_8sweep};
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_9sweep(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4259,39 +4723,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 136, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 169, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 169, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4302,8 +4766,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 136, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_8sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
   goto __pyx_L0;
@@ -4323,7 +4787,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
   struct ivshmem_memory __pyx_v_memory;
   struct ivshmem_area __pyx_v_area;
   unsigned int __pyx_v_freed;
@@ -4338,7 +4802,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sweep", 0);
 
-  /* "ivshmem/native/areas.pyx":144
+  /* "ivshmem/native/areas.pyx":177
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0             # <<<<<<<<<<<<<<
@@ -4347,17 +4811,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
 */
   __pyx_v_freed = 0;
 
-  /* "ivshmem/native/areas.pyx":145
+  /* "ivshmem/native/areas.pyx":178
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":146
+  /* "ivshmem/native/areas.pyx":179
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4366,7 +4830,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":147
+    /* "ivshmem/native/areas.pyx":180
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4392,7 +4856,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":148
+      /* "ivshmem/native/areas.pyx":181
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4405,7 +4869,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/areas.pyx":149
+            /* "ivshmem/native/areas.pyx":182
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:
  *                 freed = ivshmem_area_sweep(&area)             # <<<<<<<<<<<<<<
@@ -4415,7 +4879,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
             __pyx_v_freed = ivshmem_area_sweep((&__pyx_v_area));
           }
 
-          /* "ivshmem/native/areas.pyx":148
+          /* "ivshmem/native/areas.pyx":181
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4432,7 +4896,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
           }
       }
 
-      /* "ivshmem/native/areas.pyx":147
+      /* "ivshmem/native/areas.pyx":180
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4442,7 +4906,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     }
   }
 
-  /* "ivshmem/native/areas.pyx":151
+  /* "ivshmem/native/areas.pyx":184
  *                 freed = ivshmem_area_sweep(&area)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4457,14 +4921,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     __pyx_L5:;
   }
 
-  /* "ivshmem/native/areas.pyx":152
+  /* "ivshmem/native/areas.pyx":185
  *     finally:
  *         mapping.unpin()
  *     return freed             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -4477,7 +4941,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":136
+  /* "ivshmem/native/areas.pyx":169
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4499,7 +4963,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":155
+/* "ivshmem/native/areas.pyx":188
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
@@ -4508,16 +4972,16 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_9free_place(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_11free_place(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_8free_place, "free_place(mapping, offset, index)\n--\n\nFree one place of an area, at a user\047s word, and say whether it had an owner.\n\nFor a process that has no place: a user frees one if all are taken.\n\nRaises:\n    ValueError: there is no such place, or no area.\n    RegionError: the region is mapped for reading only.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_9free_place = {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_9free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_8free_place};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_9free_place(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_10free_place, "free_place(mapping, offset, index)\n--\n\nFree one place of an area, at a user\047s word, and say whether it had an owner.\n\nFor a process that has no place: a user frees one if all are taken.\n\nRaises:\n    ValueError: there is no such place, or no area.\n    RegionError: the region is mapped for reading only.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_11free_place = {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_11free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_10free_place};
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_11free_place(PyObject *__pyx_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -4549,46 +5013,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 155, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 188, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 155, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 188, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 155, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 188, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 188, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 188, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, i); __PYX_ERR(0, 155, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, i); __PYX_ERR(0, 188, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 188, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 188, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 155, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 188, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L3_error)
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 155, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 188, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4599,8 +5063,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 155, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_8free_place(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_index);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 188, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_10free_place(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_index);
 
   /* function exit code */
   goto __pyx_L0;
@@ -4621,7 +5085,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index) {
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index) {
   struct ivshmem_memory __pyx_v_memory;
   struct ivshmem_area __pyx_v_area;
   uint64_t __pyx_v_number;
@@ -4650,17 +5114,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/native/areas.pyx":167
+  /* "ivshmem/native/areas.pyx":200
  *     cdef ivshmem_area area
  *     cdef uint64_t number
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if memory.readonly:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":168
+  /* "ivshmem/native/areas.pyx":201
  *     cdef uint64_t number
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4669,7 +5133,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":169
+    /* "ivshmem/native/areas.pyx":202
  *     memory_of(mapping, &memory)
  *     try:
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -4681,7 +5145,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":170
+      /* "ivshmem/native/areas.pyx":203
  *     try:
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -4689,7 +5153,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
  *             raise ValueError(f"there is no area at {offset:#x}")
 */
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 170, __pyx_L4_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 203, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -4708,14 +5172,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 170, __pyx_L4_error)
+      __PYX_ERR(0, 203, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":169
+      /* "ivshmem/native/areas.pyx":202
  *     memory_of(mapping, &memory)
  *     try:
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -4724,7 +5188,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
 */
     }
 
-    /* "ivshmem/native/areas.pyx":171
+    /* "ivshmem/native/areas.pyx":204
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
@@ -4736,7 +5200,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":172
+      /* "ivshmem/native/areas.pyx":205
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")             # <<<<<<<<<<<<<<
@@ -4744,12 +5208,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
  *             raise ValueError(f"place {index}: the area has {area.places}")
 */
       __pyx_t_5 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 205, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_there_is_no_area_at, __pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_there_is_no_area_at, __pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -4758,14 +5222,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 172, __pyx_L4_error)
+      __PYX_ERR(0, 205, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":171
+      /* "ivshmem/native/areas.pyx":204
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
@@ -4774,7 +5238,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
 */
     }
 
-    /* "ivshmem/native/areas.pyx":173
+    /* "ivshmem/native/areas.pyx":206
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:             # <<<<<<<<<<<<<<
@@ -4786,7 +5250,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":174
+      /* "ivshmem/native/areas.pyx":207
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:
  *             raise ValueError(f"place {index}: the area has {area.places}")             # <<<<<<<<<<<<<<
@@ -4794,9 +5258,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
 */
       __pyx_t_4 = NULL;
-      __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 174, __pyx_L4_error)
+      __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 174, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_place;
       __pyx_t_8[1] = __pyx_t_5;
@@ -4808,7 +5272,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
       #endif
       __pyx_t_1 = 0;
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 174, __pyx_L4_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 207, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -4818,14 +5282,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 174, __pyx_L4_error)
+      __PYX_ERR(0, 207, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":173
+      /* "ivshmem/native/areas.pyx":206
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:             # <<<<<<<<<<<<<<
@@ -4834,7 +5298,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
 */
     }
 
-    /* "ivshmem/native/areas.pyx":175
+    /* "ivshmem/native/areas.pyx":208
  *         if index >= area.places:
  *             raise ValueError(f"place {index}: the area has {area.places}")
  *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))             # <<<<<<<<<<<<<<
@@ -4843,7 +5307,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
 */
     __pyx_v_number = ivshmem_load((&__pyx_v_memory), ivshmem_place_at((&__pyx_v_area), __pyx_v_index));
 
-    /* "ivshmem/native/areas.pyx":176
+    /* "ivshmem/native/areas.pyx":209
  *             raise ValueError(f"place {index}: the area has {area.places}")
  *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))             # <<<<<<<<<<<<<<
@@ -4855,14 +5319,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     if (__pyx_t_2) {
 
     } else {
-      __pyx_t_10 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 176, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_3 = __pyx_t_10;
       __pyx_t_10 = 0;
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_10 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 176, __pyx_L4_error)
+    __pyx_t_10 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_INCREF(__pyx_t_10);
     __pyx_t_3 = __pyx_t_10;
@@ -4880,7 +5344,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":178
+  /* "ivshmem/native/areas.pyx":211
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4930,7 +5394,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyOb
     }
   }
 
-  /* "ivshmem/native/areas.pyx":155
+  /* "ivshmem/native/areas.pyx":188
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
@@ -5420,91 +5884,103 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":55
+  /* "ivshmem/native/areas.pyx":59
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 59, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":56
+  /* "ivshmem/native/areas.pyx":60
  * 
  * Area = namedtuple("Area", "offset size places records unit units")
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":77
+  /* "ivshmem/native/areas.pyx":81
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
  *               unsigned records=0):
  *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 77, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 81, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":111
+  /* "ivshmem/native/areas.pyx":115
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":122
+  /* "ivshmem/native/areas.pyx":126
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
  *     """Return the Area that the region's directory of names tells of; None: there is none."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":136
+  /* "ivshmem/native/areas.pyx":140
+ * 
+ * 
+ * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
+ *     """Return the ids of those that use channels and can be rung, without repetition.
+ * 
+*/
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7peers_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_peers_of, __pyx_t_4) < (0)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/native/areas.pyx":169
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Free all places of an area, and return how many there were; 0 if there is no area.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_9sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 136, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":155
+  /* "ivshmem/native/areas.pyx":188
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
  *     """Free one place of an area, at a user's word, and say whether it had an owner.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_9free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_11free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_4) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_4) < (0)) __PYX_ERR(0, 188, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/areas.pyx":1
@@ -5574,7 +6050,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/areas.pyx":55
+  /* "ivshmem/native/areas.pyx":59
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
@@ -5583,7 +6059,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_Area, __pyx_mstate_global->__pyx_kp_u_offset_size_places_records_unit};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -5624,28 +6100,28 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{15},{1},{76},{179},{8},{14},{11},{37},{6},{64},{60},{20},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{10},{5},{5},{20},{9},{7},{10},{6},{6},{3},{7},{10},{4},{5},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{15},{1},{76},{179},{8},{14},{11},{37},{6},{64},{60},{20},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{10},{5},{5},{20},{9},{7},{10},{6},{8},{6},{3},{7},{10},{4},{5},{6}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (463 bytes) */
-static const char cstring[] = "x\332}RAn\3340\014\374\n\201\036rI}\312\241\330K\021\264)\320K\260\310\007\004Z\242c52\245\212\324v\335\327\227\222\263@N5`\310\2228\303\341\214a\336\225\004<2\314\004\033\006\002T\200qz\017K\256\000~EfJ\002y\001(5{\0221\010r\200O\327\351\004\272\032\246\022\302\212\002_\037yl\356\3016Q\005V2\316\n\202\273\234n\264\334\266\231\352 T\234\023\001\261\326\330o\032w\214\235\007T\234\236\263\222\321\233\240o\273\256\231!\n\004J\321\300\250\224v\020\203y5z+b8?\235\077\077|y\030\312*\375\"oT\322f\237p\0106\326\271\305\244\221A\367B2\301\317\005\366\334\200\211\002h\206bu\037\0016\030\203\220\216\t\357\314\204\254\2501\2633x\344\327;\010\261Z\223x\241\216\376\201Ih\302\020\234\325Q\274\310\272\3216Q\255\271\n\347\303!\223\220\227\245SJ\374KP\022\232\231\246\325\347\032d\014\17780.F[\343\310u\357\203oX\212\351\354\221\030U0\001\2209\355\047\270\221\177\314\320f\214\332\361\225^\343a\334\377\360G\277w\202\245\232\037\206\255\324a7v\013\341\321\326\227\301\367\324\247r\356\274_\355\375n\021\270g\272\352\013-\316\205\354\235=\033F\036k\016-Q\377b\334\306Z\014t\031\261\367\335\357\206\351vc\377\206:\327\273\271\274\370\024\231\234\221h5m3\3727\237S\352vg\226\303\325%r\030\345]\261\0333\330\t]\243\322&\267\000\030{@S/\223\r\337h\000\272\027f@o\034\264\225DG*G\036%\227\367D\354(\320\202-i\217K\376\020\225\013\246F\362\017\245\2412\371";
-    PyObject *data = __Pyx_DecompressString(cstring, 463, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (468 bytes) */
+static const char cstring[] = "x\332}RAn\3340\014\374\n\201\036rI}\312\241\330K\021\264)\320K\260\310\007\004Z\242c52\245\212\324v\335\327\227\222\263@N5`\310\2228\303\341\214a\336\225\004<2\314\004\033\006\002T\200qz\017K\256\000~EfJ\002y\001(5{\0221\010r\200O\327\351\004\272\032\246\022\302\212\002_\037yl\356\3016Q\005V2\316\n\202\273\234n\264\334\266\231\352 T\234\023\001\261\326\330o\032w\214\235\007T\234\236\263\222\321\233\240o\273\256\231!\n\004J\321\300\250\224v\020\203y5z+b8?\235\077\077|y\030\312*\375\"oT\322f\237p\0106\326\271\305\244\221A\367B2\301\317\005\366\334\200\211\002h\206bu\037\0016\030\203\220\216\t\357\314\204\254\2501\2633x\344\327;\010\261Z\223x\241\216\376\201Ih\302\020\234\325Q\274\310\272\3216Q\255\271\n\347\303!\223\220\227\245SJ\374KP\022\232\231\246\325\347\032d\014\17780.F[\343\310u\357\203oX\212\351\354\221\030U0\001\2209\355\047\270\221\177\314\320f\214\332\361\225^\343a\334\377\360G\277w\202\245\232\037\206\255\324a7v\013\341\321\326\227\301\367\324\247r\356\274_\355\375n\021\270g\272\352\013-\316\205\354\235=\033F\036k\016-Q\377b\334\306Z\014t\031\261\367\335\357\206\351vc\377\206:\327\273\271\274\370\024\231\234\221h5m3\3727\237S\352vg\226\303\325%r\030\345]\261\0333\330\t]\243\322&\267\000\030{@S/\223\r\337h\000\272\027f@o\034\264\225DG*\205\354\257\264\336G.%\227\367d\354*\320\202-i\217M\376\020\225\013\246F\362\017J\0226L";
+    PyObject *data = __Pyx_DecompressString(cstring, 468, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (822 bytes) */
-static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.: the area has ?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsplace the memory is mapped for reading only: no area can be made in itthe region is mapped for reading only: no place can be freedthere is no area at AreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areafree_placeindexitemsivshmem.native.areasmake_areamappingnamedtupleoffsetplacespoprecordssetdefaultsizesweepvalues";
+    #else /* compression: none (830 bytes) */
+static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.: the area has ?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsplace the memory is mapped for reading only: no area can be made in itthe region is mapped for reading only: no place can be freedthere is no area at AreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areafree_placeindexitemsivshmem.native.areasmake_areamappingnamedtupleoffsetpeers_ofplacespoprecordssetdefaultsizesweepvalues";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 49; i++) {
+    for (int i = 0; i < 50; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 19) PyUnicode_InternInPlace(&string);
@@ -5657,7 +6133,7 @@ static const char bytes[] = " bytes can be made at  bytes, for  channels of  pro
       pos += bytes_length;
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 49; i++) {
+    for (Py_ssize_t i = 0; i < 50; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }

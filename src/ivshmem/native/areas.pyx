@@ -30,6 +30,8 @@ cdef extern from "ivshmem_channel/places.h" nogil:
 
 cdef extern from "ivshmem_channel/records.h" nogil:
     enum: IVSHMEM_WRITE_COMBINING, IVSHMEM_NO_ROOM, IVSHMEM_MOST_PLACES, IVSHMEM_MOST_RECORDS
+    enum: IVSHMEM_LIVE, IVSHMEM_PLACE_PEER
+    uint64_t IVSHMEM_PEER_MUTE
 
     struct ivshmem_memory:
         unsigned char *start
@@ -48,6 +50,8 @@ cdef extern from "ivshmem_channel/records.h" nogil:
     uint64_t ivshmem_place_at(const ivshmem_area *, unsigned)
     uint64_t ivshmem_load(const ivshmem_memory *, uint64_t)
     uint64_t ivshmem_value(uint64_t)
+    unsigned ivshmem_flags(uint64_t)
+    unsigned ivshmem_epoch(uint64_t)
     int ivshmem_place_free(const ivshmem_area *, unsigned, uint64_t)
     int ivshmem_find_area(const ivshmem_memory *, uint64_t *)
 
@@ -131,6 +135,35 @@ def find_area(Mapping mapping not None):
         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
     finally:
         mapping.unpin()
+
+
+def peers_of(Mapping mapping not None):
+    """Return the ids of those that use channels and can be rung, without repetition.
+
+    Any peer can write there, so an id need not be one of a peer. There is at most one for each
+    place of the area.
+    """
+    cdef ivshmem_memory memory
+    cdef ivshmem_area area
+    cdef uint64_t offset, number, peer
+    cdef unsigned i
+    found = {}
+    memory_of(mapping, &memory)
+    try:
+        if ivshmem_find_area(&memory, &offset) != 0:
+            return []
+        if ivshmem_area_open(&area, &memory, offset) != 0:
+            return []
+        for i in range(area.places):
+            number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
+            peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+            if ivshmem_flags(number) == IVSHMEM_LIVE and (
+                ivshmem_epoch(peer) == ivshmem_epoch(number)
+            ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+                found[ivshmem_value(peer) & 0xffff] = None
+    finally:
+        mapping.unpin()
+    return list(found)
 
 
 def sweep(Mapping mapping not None, uint64_t offset):
