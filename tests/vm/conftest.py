@@ -1,17 +1,20 @@
 """Fixtures of the vm tests; all of them carry the marker `vm`."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 import ivshmem
 
-from . import image, residents
+from . import image, kernels, residents
 from .harness import Guest, MakeGuest
 from .host import TIMEOUT, Events
+
+_T = TypeVar("_T")
 
 HERE = f"{Path(__file__).parent}/"
 
@@ -75,6 +78,26 @@ def manual_host(manual: residents.Manual) -> Iterator[ivshmem.Client]:
     """A client of the server of `manual`."""
     with residents.fresh_client(manual.path) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def driver() -> Path:
+    """The UIO driver, built."""
+    return _built(kernels.missing_for_modules, kernels.uio_driver)
+
+
+@pytest.fixture(scope="session")
+def kernel() -> image.Image:
+    """The kernel with vfio's no-IOMMU mode, built: that may take minutes."""
+    return _built(kernels.missing_for_kernels, kernels.noiommu)
+
+
+def _built(missing: Callable[[], str | None], build: Callable[[], _T]) -> _T:
+    if (reason := missing()) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return build()
 
 
 @pytest.fixture

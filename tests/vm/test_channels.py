@@ -1,10 +1,14 @@
-"""Channels between a real guest and the host: each kind, both ways, whichever way the guest has."""
+"""Channels between real guests and the host, each kind in both directions: inside/talk.py.
+
+By day the guests that stay: by vfio, with the memory uncached and write-combining, and behind a
+broker. By night the other ways into a guest.
+"""
 
 from __future__ import annotations
 
-import struct
-import zlib
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,139 +18,188 @@ from ivshmem import channel
 from ivshmem.channel import Channels
 from ivshmem.qemu import cmdline
 
-from .harness import MakeGuest
+from . import image
+from .harness import Guest, MakeGuest
 from .host import TIMEOUT, doorbell
+from .inside import talk
+from .resident import Run
+from .residents import Manual, Pair
 
-COUNT = 200  # messages each way
+# Arguments: the way into the device, how its memory is mapped ("": by default), a name, and what
+# to do: "lead" and "follow" begin the two halves of a conversation, of this number.
+GUEST = """
+import sys
+import talk
+from ivshmem import guest
 
-# What the guest does at its end of each kind. A message is its number, its checksum and its bytes;
-# the host checks the guest's in the same way.
-PROGRAM = """
-import struct, sys, zlib
-from ivshmem import channel, guest
+access, memory, name, *turns = sys.argv[1:]
+(found, *_) = sorted(guest.devices(), key=lambda each: each.variant != "doorbell")
+with guest.open(found.address, access=access or None, memory=memory or None) as device:
+    with talk.join(device, name) as channels:
+        print("JOINED", device.access, device.memory, device.vectors, flush=True)
+        for turn in turns:
+            role, number = turn.split(":")
+            talk.converse(channels, role == "lead", int(number))
+            print("SAID", turn, flush=True)
+"""
 
-COUNT, ACCESS = int(sys.argv[1]), sys.argv[2]
+# Two clients of one broker: with each other, and then each with the host.
+BROKER = r"""
+import os, sys
+import ivshmem, talk
+from ivshmem import guest
+from ivshmem.channel.channels import _mapping_of
 
-def message(number):
-    body = bytes((number + i) % 251 for i in range(number % 400))
-    return struct.pack("<II", number, zlib.crc32(body)) + body
+def client(name, *turns):
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.close(tell)
+        os.read(told, 1)  # the broker is there
+        with ivshmem.connect("/tmp/socket", timeout=60) as own:
+            # Whether its memory is resource2 or resource2_wc it cannot tell.
+            assert _mapping_of(own, own.region) == "write-combining"
+            with talk.join(own, name) as channels:
+                for leads, number in turns:
+                    talk.converse(channels, leads, number)
+                    os.write(1, f"{name} SAID {number}\n".encode())
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
 
-with guest.open(access=None if ACCESS == "any" else ACCESS) as device:
-    with channel.open(device, name="guest") as channels:
-        print("JOINED", device.access, device.vectors, flush=True)
-        out, back = channels.open("out"), channels.open("back")
-        with out.reader("block") as reader, back.writer() as writer:
-            print("READS", flush=True)
-            for number in range(COUNT):
-                assert reader.get(60) == message(number), number
-            for number in range(COUNT):
-                writer.put(message(number), 60)
-            print("MESSAGES", flush=True)
-            assert reader.get(60) == b"go on"
-        with channels.open("jobs").reader() as jobs, back.writer() as writer:
-            taken = jobs.take(60)
-            with taken:
-                writer.put(b"took " + bytes(taken), 60)
-            writer.put(b"got " + jobs.get(60), 60)
-        with channels.open("value").reader() as value, back.writer() as writer:
-            content = value.get() or value.wait_changed(60)
-            writer.put(b"saw " + content, 60)
-        with channels.open("calls").server() as server, channels.open("calls").caller() as caller:
-            call = server.take(60)
-            call.reply(bytes(call)[::-1])
-        with channels.open("bytes").connect(wait_for_listener=True, timeout=60) as stream:
-            stream.settimeout(60)
-            data = bytearray()
-            while len(data) < 100000:
-                data += stream.recv(1 << 16)
-            stream.sendall(data[::-1])
-            stream.shutdown(1)
-            assert stream.recv(1) == b""
-print("DONE", flush=True)
+told, tell = os.pipe()
+one = client("one", (True, 20), (False, 22))
+two = client("two", (False, 20))
+with guest.open(access="vfio", memory="resource2") as device:
+    with guest.Broker(device, "/tmp/socket").start():
+        os.close(tell)
+        for pid in (two, one):
+            assert os.waitpid(pid, 0)[1] == 0
 """
 
 
-def message(number: int) -> bytes:
-    body = bytes((number + i) % 251 for i in range(number % 400))
-    return struct.pack("<II", number, zlib.crc32(body)) + body
+@pytest.fixture(autouse=True)
+def reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What guests that stay said, for a test that failed: it may be they that gave up."""
+    yield
+    for name in {"pair", "manual"}.intersection(request.fixturenames):
+        guests = request.getfixturevalue(name)
+        for each in (guests.a, guests.b) if name == "pair" else (guests.guest,):
+            print(each._guest.report())
 
 
-@pytest.fixture
-def room(tmp_path: Path) -> Iterator[ivshmem.Server]:
-    with ivshmem.Server(tmp_path / "socket", "4M", vectors=2, channels="3M").start() as server:
-        yield server
+@contextmanager
+def at_host(endpoint: ivshmem.Endpoint | ivshmem.Region, room: str) -> Iterator[Channels]:
+    region = endpoint.region if isinstance(endpoint, ivshmem.Endpoint) else endpoint
+    ivshmem.Directory.create(region, channels=room).close()
+    with talk.join(endpoint, "host") as channels:
+        talk.make(channels)
+        yield channels
 
 
-def meet(channels: Channels) -> None:
-    """The host's end of PROGRAM."""
-    out = channels.open("out")
-    back = channels.open("back")
-    assert isinstance(out, channel.Messages)
-    assert isinstance(back, channel.Messages)
-    with out.writer() as writer, back.reader("block") as reader:
-        for number in range(COUNT):
-            writer.put(message(number), TIMEOUT)
-        for number in range(COUNT):
-            assert reader.get(TIMEOUT) == message(number)
-        with channels.open("jobs").writer() as jobs:  # type: ignore[attr-defined]
-            writer.put(b"go on")
-            jobs.put(b"one")
-            jobs.put(b"two")
-            assert reader.get(TIMEOUT) == b"took one"
-            assert reader.get(TIMEOUT) == b"got two"
-        with channels.open("value").writer() as value:  # type: ignore[attr-defined]
-            value.put(b"content")
-            assert reader.get(TIMEOUT) == b"saw content"
-        with channels.open("calls").caller() as caller:  # type: ignore[attr-defined]
-            assert caller.call(b"abc", TIMEOUT) == b"cba"
-        with channels.open("bytes").listen() as listener:  # type: ignore[attr-defined]
-            with listener.accept(TIMEOUT) as stream:
-                stream.settimeout(TIMEOUT)
-                data = bytes(range(250)) * 400
-                stream.sendall(data)
-                got = bytearray()
-                while part := stream.recv(1 << 16):
-                    got += part
-                assert got == data[::-1]
+def vectors(channels: Channels) -> dict[str, int | None]:
+    return {place.name: place.vector for place in channels.places()}
 
 
-def make_channels(channels: Channels) -> None:
-    for name in ("out", "back"):
-        channels.create_messages(name, limit=1000, slots=64)
-    channels.create_queue("jobs", limit=100)
-    channels.create_value("value", limit=100)
-    channels.create_calls("calls", limit=100)
-    channels.create_bytes("bytes", buffer=1 << 14, connections=4)
+def test_two_guests_and_the_host(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """By vfio; one guest has the memory uncached, and the other one write-combining."""
+    with at_host(pair_host, "512K") as channels:
+        a = pair.a.run(GUEST, "vfio", "vfio", "a", "follow:2", "lead:4")
+        assert a.expect("JOINED") == "JOINED vfio vfio 4"
+        talk.converse(channels, True, 2)
+        b = pair.b.run(GUEST, "vfio", "resource2_wc", "b", "follow:4", "lead:6")
+        assert b.expect("JOINED") == "JOINED vfio resource2_wc 4"
+        assert vectors(channels) == {"host": 0, "a": 0, "b": 0}
+        b.expect("SAID follow:4")
+        talk.converse(channels, False, 6)
+        assert (a.wait(), b.wait()) == (0, 0)
+
+
+def test_clients_of_one_broker(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """They have one id, and cannot ring each other: they look by themselves."""
+    with at_host(pair_host, "512K") as channels:
+        a = pair.a.run(BROKER)
+        a.expect("one SAID 20")
+        talk.converse(channels, True, 22)
+        assert a.wait() == 0
+
+
+def test_a_host_that_may_only_read(pair: Pair, pair_host: ivshmem.Client) -> None:
+    with at_host(pair_host, "512K") as channels:
+        with ivshmem.connect(pair.server.path, readonly=True) as peer, channel.open(peer) as own:
+            begun = threading.Event()
+            failed: list[BaseException] = []
+
+            def watch() -> None:
+                try:
+                    talk.watch(own, 30_000, begun.set)
+                except BaseException as error:
+                    failed.append(error)
+                    begun.set()
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            assert begun.wait(TIMEOUT)
+            a = pair.a.run(GUEST, "vfio", "", "a", "lead:30")
+            talk.converse(channels, False, 30)
+            assert a.wait() == 0
+            watcher.join(TIMEOUT)
+            assert failed == []
+            assert not watcher.is_alive()
+
+
+def finish(channels: Channels, a: Guest | Run, opened: str, vector: int | None) -> None:
+    """The host's part in the conversation of number 2, and what can be said of the guest."""
+    assert a.expect("JOINED") == f"JOINED {opened}"
+    assert vectors(channels)["guest"] == vector
+    talk.converse(channels, True, 2)
+    assert a.wait() == 0
+
+
+TURN = ["guest", "follow:2"]
 
 
 @pytest.mark.nightly
 def test_a_plain_device_and_a_process_that_has_its_file(guest: MakeGuest, tmp_path: Path) -> None:
     """Without a server and without interrupts: both ends poll."""
-    with ivshmem.Region.create("4M", path=tmp_path / "memory") as region:
-        ivshmem.Directory.create(region, channels="3M").close()
-        with channel.open(region, name="host") as channels:
-            make_channels(channels)
+    with ivshmem.Region.create("1M", path=tmp_path / "memory") as region:
+        with at_host(region, "512K") as channels:
             args = cmdline.plain(str(tmp_path / "memory"), region.size)
-            a = guest(PROGRAM, argv=[str(COUNT), "any"], args=args)
-            assert a.expect("JOINED").split()[2] == "0"
-            a.expect("READS")
-            meet(channels)
-            a.expect("DONE")
+            a = guest(GUEST, argv=["", "", *TURN], args=args)
+            finish(channels, a, "sysfs resource2 0", None)
 
 
-@pytest.mark.parametrize("access", ["vfio", pytest.param("sysfs", marks=pytest.mark.nightly)])
-def test_a_guest_and_the_host(guest: MakeGuest, room: ivshmem.Server, access: str) -> None:
-    """By vfio with interrupts; by sysfs the guest polls, and still rings the host."""
-    with ivshmem.connect(room.path, timeout=TIMEOUT) as client:
-        with channel.open(client, name="host") as channels:
-            make_channels(channels)
-            a = guest(
-                PROGRAM, argv=[str(COUNT), access], args=doorbell(room), iommu=access == "vfio"
-            )
-            assert a.expect("JOINED").split()[1] == access
-            a.expect("READS")
-            names = {place.name: place for place in channels.places()}
-            assert names.keys() == {"host", "guest"}
-            assert (names["guest"].vector is None) == (access == "sysfs")
-            meet(channels)
-            a.expect("DONE")
+@pytest.mark.nightly
+def test_by_sysfs(manual: Manual, manual_host: ivshmem.Client) -> None:
+    """The guest polls, and rings the host."""
+    with at_host(manual_host, "512K") as channels:
+        finish(channels, manual.guest.run(GUEST, "sysfs", "", *TURN), "sysfs resource2 0", None)
+
+
+@pytest.mark.nightly
+def test_by_uio(manual: Manual, manual_host: ivshmem.Client, driver: Path) -> None:
+    """One interrupt stands for all vectors, and its descriptor is no eventfd."""
+    load = f"import checks\nchecks.load_module({str(driver)!r})\n"
+    unload = "checks.unload_module('uio_doorbell')\n"
+    with at_host(manual_host, "512K") as channels:
+        a = manual.guest.run(load + GUEST + unload, "uio", "", *TURN)
+        finish(channels, a, "uio uio 1", 0)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)  # the kernel may have to be built
+def test_by_vfio_without_an_iommu(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, kernel: image.Image
+) -> None:
+    enable = (
+        "from pathlib import Path\n"
+        "Path('/sys/module/vfio/parameters/enable_unsafe_noiommu_mode').write_text('Y')\n"
+    )
+    with at_host(host, "512K") as channels:
+        argv = ["noiommu", "", *TURN]
+        a = guest(enable + GUEST, argv=argv, args=doorbell(server), boot=kernel)
+        finish(channels, a, "noiommu vfio 4", 0)

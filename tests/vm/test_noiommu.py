@@ -4,26 +4,15 @@ kernels.noiommu() builds it, which takes minutes the first time. The same by fak
 run: tests/unit/test_guest_left.py.
 """
 
-import os
-
 import pytest
 
 import ivshmem
 
-from . import image, kernels
+from . import image
 from .harness import MakeGuest
 from .host import SLOW, TIMEOUT, doorbell
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]  # the kernel may have to be built
-
-
-@pytest.fixture(scope="session")
-def kernel() -> image.Image:
-    if (reason := kernels.missing_for_kernels()) is not None:
-        if os.environ.get("CI"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return kernels.noiommu()
 
 
 # What the programs below begin with.

@@ -4,29 +4,18 @@ One interrupt stands for all vectors there, a driver can let go of the device at
 kernel lets nobody else map what the driver has claimed.
 """
 
-import os
 from pathlib import Path
 
 import pytest
 
 import ivshmem
 
-from . import kernels
 from .harness import MakeGuest
 from .host import SLOW, TIMEOUT, doorbell, pluggable
 from .residents import Manual
 from .test_guest_device import plug
 
 pytestmark = pytest.mark.timeout(3 * SLOW)
-
-
-@pytest.fixture(scope="session")
-def driver() -> Path:
-    if (reason := kernels.missing_for_modules()) is not None:
-        if os.environ.get("CI"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return kernels.uio_driver()
 
 
 # What the programs below begin with.
