@@ -5,7 +5,7 @@ Knows: the writer's loop, and that each reader read during it. Does not know: ho
     python -m bench.channels.readers DIRECTORY
 
 is a reader: for each line of its standard input it opens a reader, reads until the last message,
-closes the reader, and prints how many messages it read.
+closes the reader, and prints how many messages it read, and how many it lost.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Crowd:
         read = []
         for process in chosen:
             assert process.stdout is not None
-            read.append(int(process.stdout.readline()))
+            got, lost = map(int, process.stdout.readline().split())
+            assert got + lost == count, f"{got} read, {lost} lost, {count} written"
+            read.append(got)
         return took, min(read)
 
 
@@ -106,7 +108,8 @@ def main(directory: str) -> None:
                     get, read = reader.get, 0
                     while get(60, spin=SPIN) != LAST:
                         read += 1
-                print(read, flush=True)
+                    lost = reader.lost
+                print(read, lost, flush=True)
 
 
 if __name__ == "__main__":

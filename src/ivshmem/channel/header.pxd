@@ -291,6 +291,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_reader_open(ivshmem_reader *reader, uint32_t history)
     int ivshmem_take(ivshmem_reader *reader, ivshmem_message *message)
     int ivshmem_check(const ivshmem_channel *channel, const ivshmem_message *message)
+    void ivshmem_reader_lose(ivshmem_reader *reader, unsigned writer)
     void ivshmem_release(ivshmem_reader *reader, unsigned writer, uint64_t held)
     int ivshmem_reader_sleep(ivshmem_reader *reader)
     void ivshmem_reader_settle(ivshmem_reader *reader)

@@ -9948,7 +9948,6 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   int __pyx_t_12;
-  unsigned int __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10164,7 +10163,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
  *         if code:
- *             self.reader.sources[message.writer].lost += 1
+ *             ivshmem_reader_lose(&self.reader, message.writer)
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
         goto __pyx_L9;
@@ -10200,7 +10199,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
  *         if code:
- *             self.reader.sources[message.writer].lost += 1
+ *             ivshmem_reader_lose(&self.reader, message.writer)
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
         }
@@ -10235,7 +10234,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
- *             self.reader.sources[message.writer].lost += 1
+ *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code
 */
   __pyx_t_1 = (__pyx_v_code != 0);
@@ -10246,25 +10245,23 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     /* "ivshmem/channel/roles.pyx":368
  *                 self.membership.mapping.unpin()
  *         if code:
- *             self.reader.sources[message.writer].lost += 1             # <<<<<<<<<<<<<<
+ *             ivshmem_reader_lose(&self.reader, message.writer)             # <<<<<<<<<<<<<<
  *         return code
 */
-
-    __pyx_t_13 = __pyx_v_message->writer;
-    (__pyx_v_self->reader.sources[__pyx_t_13]).lost = ((__pyx_v_self->reader.sources[__pyx_t_13]).lost + 1);
+    ivshmem_reader_lose((&__pyx_v_self->reader), __pyx_v_message->writer);
 
     /* "ivshmem/channel/roles.pyx":367
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
- *             self.reader.sources[message.writer].lost += 1
+ *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code
 */
   }
 
   /* "ivshmem/channel/roles.pyx":369
  *         if code:
- *             self.reader.sources[message.writer].lost += 1
+ *             ivshmem_reader_lose(&self.reader, message.writer)
  *         return code             # <<<<<<<<<<<<<<
 */
   {

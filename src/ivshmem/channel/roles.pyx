@@ -365,5 +365,5 @@ cdef class ReaderEnd(ChannelEnd):
                 self.let_go(message.writer, message.position)
                 self.membership.mapping.unpin()
         if code:
-            self.reader.sources[message.writer].lost += 1
+            ivshmem_reader_lose(&self.reader, message.writer)
         return code

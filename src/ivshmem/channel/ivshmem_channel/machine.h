@@ -26,6 +26,13 @@ static inline int ivshmem_compare_exchange_word(uint64_t *word, uint64_t expecte
 #ifndef IVSHMEM_COPY
 #define IVSHMEM_COPY(to, from, size) __builtin_memcpy((to), (from), (size))
 #endif
+#ifndef IVSHMEM_PREFETCH /* a line that will be stored into; no effect but on the time */
+#if defined(__x86_64__) /* the builtin prefetches for loads, unless the compiler is told otherwise */
+#define IVSHMEM_PREFETCH(at) __asm__ __volatile__("prefetchw %0" : : "m"(*(const char *)(at)))
+#else
+#define IVSHMEM_PREFETCH(at) __builtin_prefetch((at), 1)
+#endif
+#endif
 #if defined(__x86_64__)
 #define IVSHMEM_COMPILER_BARRIER() __asm__ __volatile__("" ::: "memory")
 #define IVSHMEM_SFENCE() __asm__ __volatile__("sfence" ::: "memory")
@@ -51,6 +58,9 @@ static inline int ivshmem_compare_exchange_word(uint64_t *word, uint64_t expecte
 #endif
 #ifndef IVSHMEM_COPY
 #define IVSHMEM_COPY(to, from, size) memcpy((to), (from), (size))
+#endif
+#ifndef IVSHMEM_PREFETCH
+#define IVSHMEM_PREFETCH(at) _m_prefetchw((const volatile void *)(at))
 #endif
 #define IVSHMEM_COMPILER_BARRIER() _ReadWriteBarrier()
 #define IVSHMEM_SFENCE() _mm_sfence()

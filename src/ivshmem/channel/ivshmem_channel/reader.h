@@ -13,10 +13,12 @@
 /* What a reader knows of one writer. */
 struct ivshmem_source {
     uint64_t next;  /* the position that is read next */
+    uint64_t head;  /* as it was seen last: what stands before it was published */
     uint64_t tail;  /* as it was stored last */
     uint64_t lost;
     uint64_t held;  /* the oldest position that is being looked at, or `next` */
     unsigned epoch; /* of the writer's slot */
+    int hurried;    /* a message was overwritten while it was copied */
 };
 
 /* One reader of a channel. One that has no slot (`slot` is IVSHMEM_NO_SLOT), since its memory is
@@ -145,9 +147,11 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         source->next = (ivshmem_value(head) - history) & IVSHMEM_VALUE_MASK;
         if (ivshmem_value(head) < history) /* fewer messages were ever written */
             source->next = 0;
+        source->head = source->next;
         source->held = source->next;
         source->tail = source->next;
         source->lost = 0;
+        source->hurried = 0;
         if (reader->slot != IVSHMEM_NO_SLOT)
             ivshmem_store(memory, channel->at + ivshmem_row_at(channel, slot, i),
                           ivshmem_word(source->next, 0, reader->epoch));
@@ -160,7 +164,20 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     return ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
 }
 
-/* Look at one writer's next message. */
+/* A message was overwritten while it was copied. The ones after it would be, too: the reader passes
+ * over an eighth of the ring more than was overwritten. */
+static inline void ivshmem_reader_lose(struct ivshmem_reader *reader, unsigned writer)
+{
+    reader->sources[writer].lost++;
+    reader->sources[writer].hurried = 1;
+}
+
+/* Look at one writer's next message.
+ *
+ * The head is read only when all that it announced was taken: its cache line is the one that the
+ * writer stores into for each message. An entry that is not what an older head announced was
+ * overwritten, and then the head is read again.
+ */
 static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer,
                                   struct ivshmem_message *message)
 {
@@ -170,25 +187,31 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
     /* Each round but the last passes over what was overwritten. A writer that overtakes all of
      * them leaves nothing that can be read. */
     for (unsigned tries = 0; tries < 16; tries++) {
-        uint64_t head_at = ivshmem_source_head_at(reader, writer);
-        uint64_t head = ivshmem_get(channel, head_at), ahead;
+        uint64_t ahead = ivshmem_ahead(source->head, source->next);
+        uint64_t most = source->hurried && slots > 1 ? slots - (slots + 7) / 8 : slots;
         int code;
-        if (ivshmem_epoch(head) != source->epoch) {
-            uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
-            if (ivshmem_epoch(owner) != ivshmem_epoch(head))
-                break; /* not stored yet, or a former owner's late store */
-            source->epoch = ivshmem_epoch(head);
+        if (tries > 0 || ahead == 0 || ahead > slots || source->hurried) {
+            uint64_t head_at = ivshmem_source_head_at(reader, writer);
+            uint64_t head = ivshmem_get(channel, head_at);
+            if (ivshmem_epoch(head) != source->epoch) {
+                uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+                if (ivshmem_epoch(owner) != ivshmem_epoch(head))
+                    break; /* not stored yet, or a former owner's late store */
+                source->epoch = ivshmem_epoch(head);
+            }
+            ahead = ivshmem_ahead(ivshmem_value(head), source->next);
+            if (ahead == 0)
+                break;
+            if (ahead > IVSHMEM_VALUE_MASK / 2)
+                return ivshmem_corrupt(channel, "head", head_at, head, writer);
+            source->head = ivshmem_value(head);
         }
-        ahead = ivshmem_ahead(ivshmem_value(head), source->next);
-        if (ahead == 0)
-            break;
-        if (ahead > IVSHMEM_VALUE_MASK / 2)
-            return ivshmem_corrupt(channel, "head", head_at, head, writer);
-        if (ahead > slots) { /* the more rounds, the nearer to the newest */
-            uint64_t keep = slots >> tries / 2 > 0 ? slots >> tries / 2 : 1;
+        if (ahead > most) { /* the more rounds, the nearer to the newest */
+            uint64_t keep = most >> tries / 2 > 0 ? most >> tries / 2 : 1;
             skipped += ahead - keep;
-            source->next = (ivshmem_value(head) - keep) & IVSHMEM_VALUE_MASK;
+            source->next = (source->head - keep) & IVSHMEM_VALUE_MASK;
         }
+        source->hurried = 0;
         code = ivshmem_entry_read(channel, ivshmem_source_entry_at(reader, writer, source->next),
                                   writer, source->next, source->epoch, message);
         source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
@@ -246,7 +269,7 @@ static inline int ivshmem_read(struct ivshmem_reader *reader, struct ivshmem_mes
         ivshmem_release(reader, message->writer, reader->sources[message->writer].next);
         if (code == 0)
             return 0;
-        reader->sources[message->writer].lost++;
+        ivshmem_reader_lose(reader, message->writer);
     }
     return IVSHMEM_AGAIN;
 }

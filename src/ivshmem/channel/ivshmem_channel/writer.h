@@ -337,6 +337,14 @@ static inline void ivshmem_writer_add(struct ivshmem_writer *writer, uint32_t ce
     ivshmem_cell_drop(writer, before);
     writer->tables.cell_of[slot] = cell;
     writer->next = (writer->next + 1) & IVSHMEM_VALUE_MASK;
+    /* A reader's core has the lines of the next message: they come back while this one is announced. */
+    slot = writer->next & (g->slots - 1);
+    IVSHMEM_PREFETCH(writer->channel->area.memory.start + writer->entries_at +
+                     slot * IVSHMEM_ENTRY_BYTES);
+    if (writer->free_cells > 0)
+        IVSHMEM_PREFETCH(writer->channel->area.memory.start + writer->cells_at +
+                         writer->tables.free[writer->free_cells - 1] *
+                             writer->channel->layout.cell_bytes);
 }
 
 /* Let readers see what was added, and ring those that sleep. */
