@@ -282,6 +282,25 @@ def test_connections_work_as_sockets(channels: Channels) -> None:
             caller.send(b"x")
 
 
+@pytest.mark.parametrize("first", ["listener", "caller"])
+def test_a_connection_that_was_never_accepted_comes_back(channels: Channels, first: str) -> None:
+    room = channels.create_bytes("a", buffer=64, connections=1)
+    for _ in range(3):
+        ends = {"listener": room.listen(), "caller": room.connect()}
+        ends.pop(first).close()
+        ends.popitem()[1].close()
+
+
+def test_a_listener_that_is_started_again_gets_those_that_wait(channels: Channels) -> None:
+    room = channels.create_bytes("a", buffer=64)
+    listener = room.listen()
+    with room.connect() as caller:
+        caller.sendall(b"a")
+        listener.close()
+        with room.listen() as again, again.accept(0) as stream:  # type: ignore[union-attr]
+            assert stream.recv(1) == b"a"
+
+
 def test_limits_of_connections(channels: Channels) -> None:
     room = channels.create_bytes("a", buffer=64, connections=1)
     with room.listen() as listener, room.connect() as caller:

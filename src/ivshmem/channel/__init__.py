@@ -28,6 +28,7 @@ from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
 from .queues import QueueReader, Taken
 from .readers import Reader, ValueReader
 from .streams import Stream, StreamListener
+from .transport import StreamServer
 from .views import View
 from .writers import Loan, Writer
 
@@ -62,6 +63,7 @@ __all__ = [
     "ServerLost",
     "Stream",
     "StreamListener",
+    "StreamServer",
     "Taken",
     "Value",
     "ValueReader",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ChannelError, ChannelTypeError, RegionError
 from ..system.time_limits import deadline_of
 from ..text import plain
-from . import records, streams, types
+from . import records, streams, transport, types
 from .calls import Caller, CallServer
 from .pickled import Pickled
 from .queues import QueueReader
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Overflow: TypeAlias = Literal["overwrite", "block", "discard"]
 
 _PREFERRED: tuple[Overflow, ...] = ("block", "discard", "overwrite")
+_READER_LIMIT = 1 << 16  # bytes, as of asyncio
 _CONNECT_PAUSE = 0.01  # seconds between two tries to connect
 
 
@@ -252,6 +253,47 @@ class Bytes(Channel):
         while (stream := self._try_to_connect(wait_for_listener, deadline)) is None:
             await asyncio.sleep(_CONNECT_PAUSE)
         return stream
+
+    async def open_connection(
+        self,
+        *,
+        wait_for_listener: bool = False,
+        timeout: float | None = None,
+        limit: int = _READER_LIMIT,
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect, as asyncio.open_connection; to close the writer closes the connection.
+
+        Args:
+            wait_for_listener, timeout: as of `connect`.
+            limit: bytes that the reader keeps at most.
+
+        Raises:
+            As of `connect`. The reader and the writer raise ConnectionResetError if the other end's
+            process is gone, and ClosedError if the channels are closed.
+        """
+        stream = await self.connect_async(wait_for_listener=wait_for_listener, timeout=timeout)
+        return transport.streams_over(stream, limit)
+
+    async def start_server(
+        self,
+        client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any],
+        *,
+        limit: int = _READER_LIMIT,
+    ) -> transport.StreamServer:
+        """Listen, as asyncio.start_server.
+
+        Args:
+            client_connected_cb: takes a reader and a writer for each connection; a function, or a
+                coroutine function, which then runs as a task.
+            limit: bytes that each reader keeps at most.
+
+        Returns:
+            A StreamServer, which accepts until it is closed.
+
+        Raises:
+            As of `listen`.
+        """
+        return transport.StreamServer(self.listen(), client_connected_cb, limit)
 
     def _try_to_connect(self, may_wait: bool, deadline: float | None) -> Stream | None:
         try:

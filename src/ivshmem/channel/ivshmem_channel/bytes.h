@@ -129,16 +129,6 @@ static inline int ivshmem_listen(struct ivshmem_listener *listener)
                                &listener->epoch, &listener->sleep);
 }
 
-static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
-{
-    const struct ivshmem_channel *channel = listener->channel;
-    ivshmem_exchange(&channel->area.memory,
-                     channel->at + channel->layout.reader_owners + 8u * listener->slot,
-                     ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN,
-                                        listener->epoch),
-                     ivshmem_word(0, IVSHMEM_SLOT_FREE, listener->epoch));
-}
-
 /* Whether a listener is at work. */
 static inline int ivshmem_is_listened_to(const struct ivshmem_member *member,
                                          const struct ivshmem_channel *channel)
@@ -149,6 +139,28 @@ static inline int ivshmem_is_listened_to(const struct ivshmem_member *member,
             return 1;
     }
     return 0;
+}
+
+/* Listen no more. If no other process listens, callers that have closed, and were not accepted, are
+ * dropped with what they sent. The others wait for the next listener. */
+static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
+{
+    const struct ivshmem_channel *channel = listener->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    ivshmem_exchange(memory, channel->at + channel->layout.reader_owners + 8u * listener->slot,
+                     ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN,
+                                        listener->epoch),
+                     ivshmem_word(0, IVSHMEM_SLOT_FREE, listener->epoch));
+    if (ivshmem_is_listened_to(listener->member, channel))
+        return;
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        uint64_t at = ivshmem_end_owner_at(channel, i, 0);
+        uint64_t caller = ivshmem_get(channel, at);
+        if (ivshmem_flags(caller) == IVSHMEM_SLOT_CLOSING &&
+            ivshmem_flags(ivshmem_get(channel, at + 8u)) == IVSHMEM_SLOT_FREE)
+            ivshmem_exchange(memory, channel->at + at, caller,
+                             ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(caller)));
+    }
 }
 
 /* Connect: the caller has set channel and member. What it sends waits until a listener accepts.
@@ -368,7 +380,8 @@ static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
     ivshmem_sleep_begin(stream->channel, &stream->sleep);
 }
 
-/* Close. What was sent can still be received, also by a listener that accepts later. */
+/* Close. What was sent can still be received, also by a listener that accepts later; unless no
+ * process listens now. */
 static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
@@ -391,7 +404,8 @@ static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
     closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
     if (!ivshmem_exchange(memory, channel->at + at, mine, closing))
         return;
-    if (ivshmem_epoch(ivshmem_get(channel, peer_at)) == stream->epoch) /* it was accepted */
+    if (ivshmem_epoch(ivshmem_get(channel, peer_at)) == stream->epoch || /* it was accepted */
+        !ivshmem_is_listened_to(stream->member, channel))
         ivshmem_exchange(memory, channel->at + at, closing, free);
     ivshmem_stream_wake(stream);
 }
