@@ -3,7 +3,10 @@
  * A step is a shared store, a fence or a compare-exchange (IVSHMEM_STEP). A program that includes
  * this has a table of operations, and `main` runs one of them once for each step that it has:
  *
- *   PROGRAM kill|stop OPERATION [FIRST [LAST]]
+ *   PROGRAM kill|stop|evict OPERATION [FIRST [LAST]]
+ *
+ * With "evict" it is stopped, its place is freed at a user's word, which was wrong, and others use
+ * what it had when it continues.
  *
  * It prints how many steps the operation has. If something was wrong it says what, and at which
  * step; the exit status is 1 then.
@@ -58,6 +61,8 @@ struct operation {
     void (*act)(void);                       /* the child's */
     void (*while_silent)(struct peer *peer); /* the child is stopped, and its lease is over */
     void (*after)(struct peer *peer);        /* the child is gone, and that is proven */
+    void (*evicted)(struct peer *peer);      /* the stopped child's place was freed */
+    void (*returned)(struct peer *peer);     /* and it has continued to its end */
 };
 
 static unsigned char *region;
@@ -214,8 +219,21 @@ static unsigned count_free_places(const struct ivshmem_area *area)
     return free;
 }
 
+/* Free the place of a process at a user's word. */
+static void free_place_of(const struct ivshmem_area *area, pid_t process)
+{
+    for (unsigned i = 0; i < area->places; i++) {
+        uint64_t at = ivshmem_place_at(area, i), number = ivshmem_load(&area->memory, at);
+        uint64_t owner = ivshmem_load(&area->memory, at + IVSHMEM_PLACE_PROCESS);
+        if (ivshmem_value(number) != 0 && ivshmem_value(owner) == (uint64_t)process)
+            CHECK(ivshmem_place_free(area, i, number), i);
+    }
+}
+
+enum way { KILL, STOP, EVICT };
+
 /* One run: the child is killed, or stopped, at step `fatal`. Whether it came so far. */
-static int run(const struct operation *operation, int stops)
+static int run(const struct operation *operation, enum way way)
 {
     const struct ivshmem_memory memory = {region, SIZE, IVSHMEM_WRITE_BACK, 0};
     struct ivshmem_area area;
@@ -237,12 +255,19 @@ static int run(const struct operation *operation, int stops)
     child = fork();
     if (child == 0) {
         steps = 0;
-        signal_at_fatal = stops ? SIGSTOP : SIGKILL;
+        signal_at_fatal = way == KILL ? SIGKILL : SIGSTOP;
         operation->act();
         _exit(steps <= fatal ? 78 : 77); /* it never came to that step, or it did */
     }
     CHECK(waitpid(child, &status, WUNTRACED) == child, errno);
-    if (WIFSTOPPED(status)) {
+    if (WIFSTOPPED(status) && way == EVICT) {
+        free_place_of(&area, child);
+        operation->evicted(&peer);
+        kill(child, SIGCONT);
+        CHECK(waitpid(child, &status, 0) == child, errno);
+        operation->returned(&peer);
+        aside->code = 0; /* it may have been told that it has no place */
+    } else if (WIFSTOPPED(status)) {
         /* Silent: no peer waits for it, and its place is not used again. */
         pass_lease(&peer);
         operation->while_silent(&peer);
@@ -274,19 +299,24 @@ static int run(const struct operation *operation, int stops)
 
 static inline int run_all(int argc, char **argv, const struct operation *operations, size_t count)
 {
+    static const char *const ways[] = {"kill", "stop", "evict"};
     long last = argc > 4 ? atol(argv[4]) : 100000;
+    enum way way = KILL;
+    for (unsigned i = 0; argc > 1 && i < 3; i++)
+        if (strcmp(argv[1], ways[i]) == 0)
+            way = (enum way)i;
     region = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     aside = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (size_t i = 0; argc > 2 && i < count; i++) {
         if (strcmp(operations[i].name, argv[2]) != 0)
             continue;
         fatal = argc > 3 ? atol(argv[3]) : 0;
-        while (fatal <= last && run(&operations[i], strcmp(argv[1], "stop") == 0))
+        while (fatal <= last && run(&operations[i], way))
             fatal++;
         printf("%s: %ld steps\n", operations[i].name, fatal);
         return 0;
     }
-    fprintf(stderr, "usage: %s kill|stop OPERATION [FIRST [LAST]]\n", argv[0]);
+    fprintf(stderr, "usage: %s kill|stop|evict OPERATION [FIRST [LAST]]\n", argv[0]);
     return 2;
 }
 

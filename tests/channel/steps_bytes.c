@@ -207,7 +207,7 @@ static void hear_of_the_end(struct peer *peer)
 int main(int argc, char **argv)
 {
     static const struct operation operations[] = {
-        {"call", &geometry, listen_before, call, accept_and_receive, receive_to_the_end},
-        {"accept", &geometry, call_before, accept_one, send_more, hear_of_the_end}};
+        {"call", &geometry, listen_before, call, accept_and_receive, receive_to_the_end, NULL, NULL},
+        {"accept", &geometry, call_before, accept_one, send_more, hear_of_the_end, NULL, NULL}};
     return run_all(argc, argv, operations, sizeof operations / sizeof *operations);
 }

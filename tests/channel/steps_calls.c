@@ -194,7 +194,7 @@ static void all_is_free(struct peer *peer)
 int main(int argc, char **argv)
 {
     static const struct operation operations[] = {
-        {"serve", &geometry, call_it, serve_calls, calls_stay, callers_are_told},
-        {"call", &geometry, nothing, call_oneself, nothing, all_is_free}};
+        {"serve", &geometry, call_it, serve_calls, calls_stay, callers_are_told, NULL, NULL},
+        {"call", &geometry, nothing, call_oneself, nothing, all_is_free, NULL, NULL}};
     return run_all(argc, argv, operations, sizeof operations / sizeof *operations);
 }

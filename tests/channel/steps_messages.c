@@ -184,6 +184,32 @@ static void is_read_by_others(struct peer *peer)
     ivshmem_leave_area(&second.member);
 }
 
+/* A reader that blocks in the child's slot; the writer fills what it leaves. */
+static struct peer other;
+
+static void other_joins(struct peer *peer)
+{
+    CHECK(join(&other) == 0, 0);
+    CHECK(open_channel(&other, channel_name) == 0, 0);
+    CHECK(open_reader(&other, IVSHMEM_BLOCK) == 0, 0);
+    CHECK(other.reader.slot == 0, other.reader.slot);
+    for (uint64_t i = 0; i < SLOTS; i++)
+        CHECK(put(peer, 100 + i) == 0, i);
+}
+
+/* What the child stored late lets the writer overwrite nothing that it has yet to read. */
+static void other_lost_nothing(struct peer *peer)
+{
+    CHECK(put(peer, 104) == IVSHMEM_AGAIN, 0);
+    CHECK(ivshmem_beat(&other.member) >= 0, 0);
+    ivshmem_reader_beat(&other.reader);
+    CHECK(drain(&other, 100) == 104, 0);
+    CHECK(put(peer, 104) == 0, 0);
+    CHECK(drain(&other, 104) == 105, 0);
+    ivshmem_reader_close(&other.reader);
+    ivshmem_leave_area(&other.member);
+}
+
 /* -- the child makes or removes a channel -------------------------------------------------------- */
 
 static void nothing(struct peer *peer)
@@ -212,11 +238,17 @@ static void remove_one(void)
 int main(int argc, char **argv)
 {
     static const struct operation operations[] = {
-        {"write", &geometry, listen_to_it, write_messages, read_what_there_is, read_and_write},
-        {"block", &geometry, write_some, block, is_not_held_up, is_read_by_others},
-        {"overwrite", &geometry, write_some, overwrite, is_not_held_up, is_read_by_others},
-        {"discard", &geometry, write_some, discard, is_not_held_up, is_read_by_others},
-        {"create", &geometry, nothing, create_one, nothing, nothing},
-        {"remove", &geometry, nothing, remove_one, nothing, nothing}};
+        {"write", &geometry, listen_to_it, write_messages, read_what_there_is, read_and_write, NULL,
+         NULL},
+        {"block", &geometry, write_some, block, is_not_held_up, is_read_by_others, other_joins,
+         other_lost_nothing},
+        {"overwrite", &geometry, write_some, overwrite, is_not_held_up, is_read_by_others, other_joins,
+         other_lost_nothing},
+        {"discard", &geometry, write_some, discard, is_not_held_up, is_read_by_others, other_joins,
+         other_lost_nothing},
+        {"create", &geometry, nothing, create_one, nothing, nothing, NULL,
+         NULL},
+        {"remove", &geometry, nothing, remove_one, nothing, nothing, NULL,
+         NULL}};
     return run_all(argc, argv, operations, sizeof operations / sizeof *operations);
 }

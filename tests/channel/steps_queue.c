@@ -229,8 +229,8 @@ static void none_came_twice(struct peer *peer)
 int main(int argc, char **argv)
 {
     static const struct operation operations[] = {
-        {"put", &geometry, read_from_it, put_messages, got_what_was_put, got_all},
-        {"take", &geometry, put_some, take_messages, take_the_rest, all_came_at_least_once},
-        {"get", &geometry, put_some, get_messages, take_the_rest, none_came_twice}};
+        {"put", &geometry, read_from_it, put_messages, got_what_was_put, got_all, NULL, NULL},
+        {"take", &geometry, put_some, take_messages, take_the_rest, all_came_at_least_once, NULL, NULL},
+        {"get", &geometry, put_some, get_messages, take_the_rest, none_came_twice, NULL, NULL}};
     return run_all(argc, argv, operations, sizeof operations / sizeof *operations);
 }

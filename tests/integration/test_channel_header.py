@@ -86,6 +86,15 @@ def test_at_each_step(build: Build, program: str, operation: str, way: str) -> N
     assert int(found[1]) > 30  # so the hook was there
 
 
+@pytest.mark.parametrize("operation", ["block", "overwrite", "discard"])
+def test_a_reader_that_lost_its_place_at_each_step(build: Build, operation: str) -> None:
+    """It continues when another reader has its slot: that one loses nothing."""
+    said = output_of(build("steps_messages"), "evict", operation)
+    found = re.fullmatch(rf"{operation}: (\d+) steps\n", said)
+    assert found is not None, said
+    assert int(found[1]) > 30
+
+
 def test_readers_that_drop_the_newest(build: Build) -> None:
     """`missed` counts them, whatever becomes of a reader; no cell is lost, or used too early."""
     assert output_of(build("discard", *ADDRESSES)) == "ended well\n"

@@ -6,13 +6,16 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
 from support.waiting import until
 
-from ivshmem import ClosedError, Directory, Region, channel
+import ivshmem
+from ivshmem import ClosedError, Directory, Region, channel, testing
 from ivshmem.channel import Channels
 
 PATIENCE = 30.0
@@ -346,3 +349,119 @@ def test_the_reason_stays(channels: Channels) -> None:
     for call in (lambda: writer.put(b"x"), channels.list, lambda: writer.put(b"x")):
         with pytest.raises(ClosedError, match=r"was freed, .*: open the channels again"):
             call()
+
+
+# -- stopped in the middle, and evicted -----------------------------------------------------------
+
+
+LONG = 1 << 20
+
+
+@contextlib.contextmanager
+def evicted(
+    server: ivshmem.Server, work: Callable[[Channels], object]
+) -> Iterator[tuple[int, ivshmem.Client]]:
+    """Run `work` in a child that stops itself; give its PID, and its peer's id is used again."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client = ivshmem.connect(server.path)
+            work(channel.open(client, beat=BEAT, lease=LEASE))
+            signal.pause()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    try:
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        [peer] = [each for each in server.peers if each.pid == pid]
+        server.evict(peer.id)
+        until(lambda: peer.id not in [each.id for each in server.peers], "it was evicted")
+        with ivshmem.connect(server.path) as successor:
+            yield pid, successor
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_writer_that_was_stopped_in_the_middle_of_a_message() -> None:
+    """Others write and read on; when it continues, its message comes whole, and theirs stay."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(testing.server("16M", vectors=1, channels="12M"))
+        client = stack.enter_context(ivshmem.connect(server.path))
+        channels = stack.enter_context(channel.open(client, beat=BEAT, lease=LEASE))
+        messages = channels.create_messages("a", limit=LONG, slots=2, writers=2, readers=2, views=1)
+        reader = stack.enter_context(messages.reader("block"))
+
+        def write(own: Channels) -> None:
+            writer = own.open("a").writer()  # type: ignore[attr-defined]
+            loan = writer.loan()
+            memory = memoryview(loan)
+            memory[: LONG // 2] = b"c" * (LONG // 2)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            memory[LONG // 2 :] = b"c" * (LONG // 2)
+            memory.release()
+            loan.publish()
+
+        with evicted(server, write) as (pid, successor):
+            other = stack.enter_context(channel.open(successor, beat=BEAT, lease=LEASE))
+            writer = stack.enter_context(other.open("a").writer())  # type: ignore[attr-defined]
+            with pytest.raises(channel.ChannelError, match="all its 2 writers are open"):
+                messages.writer()  # the stopped one's slot is not used again: it may store
+            for i in range(6):
+                writer.put(bytes([i]) * LONG, PATIENCE)
+                assert reader.get(PATIENCE) == bytes([i]) * LONG
+            until(
+                lambda: (
+                    {place.process: place.state for place in channels.places()}[pid] == "silent"
+                ),
+                "it was silent",
+            )
+            writer.put(b"d" * LONG)
+            os.kill(pid, signal.SIGCONT)
+            got = [reader.get(PATIENCE), reader.get(PATIENCE)]
+            assert sorted(got) == [b"c" * LONG, b"d" * LONG]
+
+
+def test_a_reader_that_was_stopped_before_it_lets_a_message_go() -> None:
+    """Its slot has another reader when it continues: that one's words stay as they are."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(testing.server("16M", vectors=1, channels="12M"))
+        client = stack.enter_context(ivshmem.connect(server.path))
+        channels = stack.enter_context(channel.open(client, beat=BEAT, lease=LEASE))
+        messages = channels.create_messages("a", limit=8, slots=4, writers=1, readers=1)
+        told, tell = os.pipe()
+        writer = stack.enter_context(messages.writer())
+
+        def read(own: Channels) -> None:
+            reader = own.open("a").reader("block")  # type: ignore[attr-defined]
+            os.write(tell, b"x")
+            view = reader.view(PATIENCE)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            try:
+                with contextlib.suppress(channel.Overtaken):  # it is told that, too
+                    view.release()
+                reader.get(0)
+            except ClosedError as error:
+                os.write(tell, str(error).encode())
+
+        with contextlib.ExitStack() as inner:
+            thread = threading.Thread(target=lambda: (os.read(told, 1), writer.put(b"first")))
+            thread.start()
+            pid, successor = inner.enter_context(evicted(server, read))
+            thread.join()
+            [place] = [each.place for each in channels.places() if each.process == pid]
+            assert channels.free_place(place)  # the user's word, which was wrong
+            other = inner.enter_context(channel.open(successor, beat=BEAT, lease=LEASE))
+            reader = inner.enter_context(other.open("a").reader("block"))  # type: ignore[attr-defined]
+            for i in range(4):
+                writer.put(b"%d" % i, 0)
+            os.kill(pid, signal.SIGCONT)
+            assert b"place among the channels was freed" in os.read(told, 1000)
+            with pytest.raises(TimeoutError):
+                writer.put(b"4", 0.05)  # the reader holds the writer up, as before
+            assert [reader.get(0) for _ in range(5)] == [b"0", b"1", b"2", b"3", None]
+            writer.put(b"4", 0)
+            assert reader.get(PATIENCE) == b"4"
+        os.close(told)
+        os.close(tell)

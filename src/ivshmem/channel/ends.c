@@ -2783,6 +2783,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*has_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -4178,7 +4179,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[86]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[87]
 #define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_9A_KuHA __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_Ct4t1_6_4_9A_Ku __pyx_string_tab[89]
 #define __pyx_kp_b_iso88591_A_F __pyx_string_tab[90]
 #define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[91]
 #define __pyx_kp_b_iso88591_A_ha_1_K_A_z __pyx_string_tab[92]
@@ -6715,7 +6716,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()
+ *         return self.open and self.membership.has_place()
 */
 
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
@@ -6726,7 +6727,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   /* "ivshmem/channel/ends.pyx":146
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()             # <<<<<<<<<<<<<<
+ *         return self.open and self.membership.has_place()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
 */
@@ -6736,7 +6737,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
     __pyx_t_1 = __pyx_v_self->open;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->has_place(__pyx_v_self->membership);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -6752,7 +6753,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
- *         return self.open and self.membership.usable()
+ *         return self.open and self.membership.has_place()
 */
 
   /* function exit code */
@@ -6762,7 +6763,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
 }
 
 /* "ivshmem/channel/ends.pyx":148
- *         return self.open and self.membership.usable()
+ *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -6883,7 +6884,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   goto __pyx_L0;
 
   /* "ivshmem/channel/ends.pyx":148
- *         return self.open and self.membership.usable()
+ *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -9228,7 +9229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
  *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
+ *         if self.membership.has_place() and not self.copying:
 */
   if (__pyx_v_self->watched) {
 
@@ -9236,7 +9237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         if self.membership.usable() and not self.copying:
+ *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
 */
     __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
@@ -9246,18 +9247,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
  *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
+ *         if self.membership.has_place() and not self.copying:
 */
   }
 
   /* "ivshmem/channel/ends.pyx":334
  *         if self.watched:
  *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
+ *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
  *             self.give_up()
  *             self.membership.flush()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->has_place(__pyx_v_self->membership);
 
   if (__pyx_t_2) {
 
@@ -9278,7 +9279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 
     /* "ivshmem/channel/ends.pyx":335
  *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:
+ *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
@@ -9287,7 +9288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 
 
     /* "ivshmem/channel/ends.pyx":336
- *         if self.membership.usable() and not self.copying:
+ *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
@@ -9299,7 +9300,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
     /* "ivshmem/channel/ends.pyx":334
  *         if self.watched:
  *             self.membership.watchers -= 1
- *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
+ *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
  *             self.give_up()
  *             self.membership.flush()
 */
@@ -9641,7 +9642,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
  *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
+ *         if not self.open and not self.copying and self.membership.has_place():
 */
 
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
@@ -9657,7 +9658,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
  * 
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1             # <<<<<<<<<<<<<<
- *         if not self.open and not self.copying and self.membership.usable():
+ *         if not self.open and not self.copying and self.membership.has_place():
  *             self.give_up()  # another thread closed this end during the copy
 */
   __pyx_v_self->copying = (__pyx_v_self->copying - 1);
@@ -9665,7 +9666,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   /* "ivshmem/channel/ends.pyx":358
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
+ *         if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()
 */
@@ -9689,7 +9690,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->has_place(__pyx_v_self->membership);
 
 
   __pyx_t_1 = __pyx_t_2;
@@ -9700,7 +9701,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 
     /* "ivshmem/channel/ends.pyx":359
  *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
+ *         if not self.open and not self.copying and self.membership.has_place():
  *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
@@ -9709,7 +9710,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 
 
     /* "ivshmem/channel/ends.pyx":360
- *         if not self.open and not self.copying and self.membership.usable():
+ *         if not self.open and not self.copying and self.membership.has_place():
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         self.membership.mapping.unpin()
@@ -9721,7 +9722,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
     /* "ivshmem/channel/ends.pyx":358
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
+ *         if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()
 */
@@ -9754,7 +9755,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
  *         self.copying -= 1
- *         if not self.open and not self.copying and self.membership.usable():
+ *         if not self.open and not self.copying and self.membership.has_place():
 */
 
   /* function exit code */
@@ -11905,7 +11906,7 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
     #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (867 bytes) */
-static const char cstring[] = "x\332mSKo\0337\020\266\200\240p\022\245\211Q\037zd\232\242N\332FA\000\301} ma\330\016\322\006p\355^z$(r$1\246\3105\311\225\265M\013\344\250\343\036\367\270G\037\373st\314O\310O\350\014W\217u\035\001Z\016\347\371}3C&\205\265.\262\0010\3512\r\2129\3172-\317\r\250\037\231\313\3002\201\3661x\346,\260K\024\200\351\310t`\026@\241?J\322\270@\221C\3668z\0006\364b4\001\033\237|\2734\365^\350i\030O`\322\223c\254\007\246\367\363/\047\230\357\304E`q,\";,\342\330YJ\246\300\350\001x\021\301\024,D\257e\304\342\350d\331\351\361\351\323\376\367}D\244\230\2077 c`!\037H#B\200@\365\007\2716Q[\026\213\014B\217\375:d\205\313\023R\026\035\313\320\257\035\200\264,\013\020I`{\251\021\"jg9\206k;\332cJ{,\242\247@\321/\205\t\320\023L(\305\321\023\224\016b`\000,}GR\207FR+\252\340\275\363ay{\266$\376\014\254\n\275\254\230Y\207L\207\"7\221q\356A\345\0228g*O\245\254\263O\221\371T\013\203V\251\255\216\234\023H\214\316\234\266q\323\3658F\361\260I~l\325F\352q\216#\000\317\371u\335\214r]S\255\252\267\225\003\030i\313/\205\306n\216\332\006D\36015R\304\241\205\261\316Z\332\204\260u\037j\003\326\035&\334\307\324\235?\3059\344Y\363\335\000\221i\0278_\353qD\001\047s\303\"\r\010\317=B\tKMS\201\363\323b\206\377#\334\035~\002\263\370\007\0149_\316\027\211\256;\263j\007\347\303\334J:G\253R\370\233\010l\001\235N\345&i\254\230\244\023\347\307\227n$N#\r\236\014\027\2710+\247U[o\360Z+`F\027d\267N\034Z\345o\260\306\025\200@h\257\r\247=\021\256\003\227\316\273\034/\320\232\t\256\254\010\205\225\332\365\326\346\320\352\2364\344\2179\243\027\022\006B\236\247\3215\033&\235\242]\227\302\253\264\322\315^7\235\326\021&\341\377o\233V|S;s\231\007\241\2345E\0003DV\313\275\017\370v2\360Sar\010\227i~\270\331\373}\036\331\343\323\342\367\001\275o\366\365\223-\205\321\t\237\033~\324\0360\014m\357:\213[w\346\337\224g\357\016\026\333\335\371\313\362!\t\237\316uy\261\350>(;\345nyVB\365\234\264\367\347\027\315\021K\274\277\337\276;\357\223\270\350\336\243\320We\312\360[)\026\311\222\342\357V?]u\232\373\333j\257\376\254>\272\272uu""\364o\207l\333U\247q\331\257w6.;\215\356\207:e{]\346\325\253\372\240>\243zKx\357\023\202\375j\207\304/\352/\353\361\225 T\177W\317\233\220\177\352\204\362/\362\370\360\311\326\355G+\237\224\240!\360\242\272 \341m\365\360f(\t\323\352\254%\334\237\347\345a\211\354?|\276u\373^\223\205\000\317\312\200\t\020\360\235\352\253\272S\357\326g\213MW\210F:\272\325\301\246\027k\306]\202\321\307\004\217\260\302\203\335\362uUP\253H\373\035e\373\017\217\221r\047";
+static const char cstring[] = "x\332mSKo\0337\020\266\200\242p\022\245I\000\037rd\232\242N\322F\201\001\301} ma\250\016\322\006p\355^z$(r$\261\246\3105\311\225\265M\013\344\250\343\036\367\270G\037\373st\314O\310O\350\014W\217u\035\001Z\016\347\371}3C&\205\265.\262!0\3512\r\2129\3172-\317\r\250\357\231\313\3002\201\366\tx\346,\260K\024\200\351\310t`\026@\241?J\322\270@\221#\366$z\0006\362b<\005\033\237~\2752\365^\352Y\230La\332\223\023\254\007\246\367\343O\047\230\357\304E`q\"\"\033\024q\342,%S`\364\020\274\210`\n\026\242\3272bqt\262\354\364\370\364y\377\333>\"R\314\303\237 c`!\037J#B\200@\365\207\2716Q[\026\213\014B\217\3752b\205\313\023R\026\035\313\320\257\035\200\264,\013\020I`\373\251\021\"jg9\206k;\336gJ{,\242g@\321\257\204\t\320\023L(\305\321\023\224\016bh\000,}\307R\207FRk\252\340\275\363au{\261\"\376\002\254\n\275\254\230[\207LG\"7\221q\356A\345\0228g*O\245\254\263\317\221\371L\013\203V\251\255\216\234\023H\214\316\234\266q\333\3658Aq\320$?\266j+\3658\307\021\200\347\374\272nN\271\256\251\326\325\333\312!\214\265\345\227Bc7\307m\003\"\370\230\032)\342\320\302Dg-mB\330\272\217\264\001\353\006\t\3671u\347\017q\016y\326|\267@d\332\005\3167z\034Q\300\311\334\260H\003\302s\217P\302J\323T\340\374\264\230\343\377g\334\035~\002\363\370;\2148_\315\027\211n:\263n\007\347\243\334J:\307\353R\370\233\nl\001\235N\345&i\254\230\246\023\347\307Wn$\316\"\r\236\014\027\2710k\247u[o\360\332(`N\027d\267I\034Z\345o\260\306\025\200@h\257\r\247=\021\256\003\227\316\273\034/\320\232\t\256\254\010\205\225\332\3656\346\320\352\2364\344\2179\243\027\022\206B\236\247\3215\033&\235\242]\227\302\253\264\322\315^7\235\326\021\246\341\377o\233V|[;s\231\007\241\2345E\0003BV\253\275\017\370v2\3603ar\010\227i~\270\331\207}\036\331\223\323\342\267!\275o\366\354\351\216\302\350\204\317\215>j\017\030\206\266w\235\345\047\267\027_\225g\357\216\226\273\335\305\253\362\021\t\237-ty\261\354\336/;\345^yVBu@\332{\213\213\346\210%\336\337\357\336Y\364I\\v\357R\350\3532e\370\265\024\313dI\361w\252\037\256:\315\375m\365\254\036\324""\361\252\177\025\377= \333n\325i\\\016\353\007k\227}\024\223\356\273:e{S\346\325\353\372\250>\243z+x\357\023\202\303\352\001\211\237\327_\324\223+A\250\376\256\016\232\220\177\352\204\362/\362\370\360\351\316\255\307k\237\224\240!\360\262\272 \341m\365\350f(\t\263\352\254%\334[\344\345\240D\366\037\036\356\334\272\333d!\300\3632`\002\004|\273\372\262\356\324{\365\331r\333\025\242\221\216nu\264\355\305\206q\227`\3641\301c\254p\177\257|S\025\324*\322~C\331\376\003\250\252s\032";
     PyObject *data = __Pyx_DecompressString(cstring, 867, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -11913,9 +11914,9 @@ static const char cstring[] = "x\332mSKo\0337\020\266\200\240p\022\245\211Q\037z
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1148 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021<\331@\262@shipw\010\223b\376\207\010filenoC\372\251bE\232!Wakeu\325p\000\003.\376\006c\207b__\254\017\006\240@st\216`_\013\014c\277lear_r\250@s|=\004\\\003__Pyx\001\000\375D\271`_NextR\017ef__\331D\344 \221&\240 \376\212\"__func_?___gete\003\n\000\363ma\200 \004\001odulN2\002nam:\002\275@_ \004\346\007\001vt\205a;\001quaal\035\005\315E\307\016\347Fexo\001\212\376`_Q\005st\010\345\016\200`e\325s\206`_\220J_\207H_i\377s_corout\357ine_\212Gadd\377asyncio.\232\026\006s\263(cl,\001\356@t\377raceback\334\316\206\002\322\206\003cod\350\204\001ca\343rd\316\204\002\322\204\003\306Cite\343ms\314\206\r\337\204\001\206gpop\377readonly\177selfset\361\204\004\377sleeperv\277aluesw\205bi\377nt64_t (\357PyOb\334\206\001 *)\263\000d;\000\233\002of\013\022s\377pin_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\014\210F\220!\376\005\001\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250\001\n\003{\230\047\377\240\023\240D\250\004\250D\333\260\001X\001\010\230\002\002\013\230\3276\240\021\031\007\021s\001\013\230\3739\240\213\002K\220u""\230H\327\240A\240\234\000\340\227\005\340\010\375\017t\0006\230\021\200A\340\177\010\"\240$\240h\250p\000\337\017\210|\2301\277\001K\220\335}8\001\017\210z\036\001\360\006\247\000\t#\034\005\333\002\330:\002<;\230q\005\001{\230!\014\001-\013\177\014\210K\220v\230QG\003~\004\002\017\210u\220C\220\373\000\237\360\030\000\t\r\242!\336\003x\363\220s>\000\245 \n\230&\240\277\001\240\024\240Q\330\214\047\020s\220\013\217\000\302 \014\230A\317\003\250\210!\322 \354\003\014\302\0014>\000#~h\000\020\024\220K\230y\247!\002\330\0017J\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1148, 1636);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1150 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021<\331@\262@shipw\010\223b\376\207\010filenoC\372\251bE\232!Wakeu\325p\000\003.\376\006c\207b__\254\017\006\240@st\216`_\013\014c\277lear_r\250@s|=\004\\\003__Pyx\001\000\375D\271`_NextR\017ef__\331D\344 \221&\240 \376\212\"__func_?___gete\003\n\000\363ma\200 \004\001odulN2\002nam:\002\275@_ \004\346\007\001vt\205a;\001quaal\035\005\315E\307\016\347Fexo\001\212\376`_Q\005st\010\345\016\200`e\325s\206`_\220J_\207H_i\377s_corout\357ine_\212Gadd\377asyncio.\232\026\006s\263(cl,\001\356@t\377raceback\334\316\206\002\322\206\003cod\350\204\001ca\343rd\316\204\002\322\204\003\306Cite\343ms\314\206\r\337\204\001\206gpop\377readonly\177selfset\361\204\004\377sleeperv\277aluesw\205bi\377nt64_t (\357PyOb\334\206\001 *)\263\000d;\000\233\002of\013\022s\377pin_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\014\210F\220!\376\005\001\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250\001\n\003{\230*\377\240C\240t\2504\250t\273\2601X\001\010\230\001_\001\013/\2306\240\021\033\005\047\010\000t\000\357\013\2309\240\213\002K\220u_\230H""\240A\240\234\000\340\227\005\367\340\010\017t\0006\230\021\200\377A\340\010\"\240$\240h}\250p\000\017\210|\2301\277\001wK\220}8\001\017\210z\036\001\237\360\006\000\t#\034\005\333\002\330\356:\002<\230q\005\001{\230!\374\014\001-\013\014\210K\220v\230\371QG\003\004\002\017\210u\220C}\220\373\000\360\030\000\t\r\242!\316\336\003x\220s>\000\245 \n\230\377&\240\001\240\024\240Q\330\336\214\047\020\220\013\230\344\002\014\230\241A\343\003\210!\331\002\356\001\014\302\0014\372>\000#h\000\020\024\220K\230\ty\247!\330\0017J\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1150, 1636);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
@@ -11923,7 +11924,7 @@ static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
     #else /* compression: none (1636 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membershipaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodediscarderrorerrorsfilenoitemsivshmem.channel.endsmembershippopreadonlyselfsetdefaultsleepervalueswakeupint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\360\006\000\t#\240$\240h\250a\330\010\014""\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membershipaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodediscarderrorerrorsfilenoitemsivshmem.channel.endsmembershippopreadonlyselfsetdefaultsleepervalueswakeupint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330""\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12093,7 +12094,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 326};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_9A_KuHA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_Ct4t1_6_4_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 377};

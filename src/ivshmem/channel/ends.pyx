@@ -143,7 +143,7 @@ cdef class ChannelEnd(Dependent):
 
     cdef bint usable(self) noexcept:
         """Whether this end may still be used: what ends a call asks this before it stores."""
-        return self.open and self.membership.usable()
+        return self.open and self.membership.has_place()
 
     cdef int enter(self) except -1:
         if not self.open:
@@ -331,7 +331,7 @@ cdef class ChannelEnd(Dependent):
         self.wakeup = None
         if self.watched:
             self.membership.watchers -= 1
-        if self.membership.usable() and not self.copying:
+        if self.membership.has_place() and not self.copying:
             self.give_up()
             self.membership.flush()
         if self.membership.is_own():
@@ -355,7 +355,7 @@ cdef class ChannelEnd(Dependent):
 
     cdef int end_copy(self) except -1:
         self.copying -= 1
-        if not self.open and not self.copying and self.membership.usable():
+        if not self.open and not self.copying and self.membership.has_place():
             self.give_up()  # another thread closed this end during the copy
             self.membership.flush()
         self.membership.mapping.unpin()

@@ -60,6 +60,7 @@ cdef class Membership:
     cdef int abandon(self) except -1
     cdef bint is_own(self) noexcept
     cdef bint usable(self) noexcept
+    cdef bint has_place(self) noexcept
     cdef object unusable(self)
     cdef int lose_place(self) except -1
     cdef int use_memory(self) except -1

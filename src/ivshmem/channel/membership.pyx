@@ -192,21 +192,29 @@ cdef class Membership:
             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
         )
 
+    cdef bint has_place(self) noexcept:
+        """Whether this process may store, and its place is its own.
+
+        A process that was stopped asks this before it stores: its slots may be another's. (Uncached
+        memory is slow to read: there only the thread of the beat looks.)
+        """
+        return self.usable() and not (
+            self.joined and self.member.area.memory.mapping == 0 and ivshmem_load(
+                &self.member.area.memory,
+                ivshmem_place_at(&self.member.area, self.member.place.index),
+            ) != self.member.number
+        )
+
     cdef int check(self) except -1:
-        if not self.usable():
-            raise self.unusable()
-        # A process that was stopped looks before it stores: its slots may be another's. (Uncached
-        # memory is slow to read: there only the thread of the beat looks.)
-        if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(
-            &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
-        ) != self.member.number:
-            self.lose_place()
+        if not self.has_place():
             raise self.unusable()
         return 0
 
     cdef object unusable(self):
         if not self.is_own():
             return RuntimeError("a forked child may only close what it has of channels")
+        if self.usable() and not self.has_place():
+            self.lose_place()
         if self.lost:
             return ClosedError(
                 "this process's place among the channels was freed, by free_place() or by a new"

@@ -2847,6 +2847,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*has_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);

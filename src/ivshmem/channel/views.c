@@ -2865,6 +2865,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_own)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*has_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -4340,7 +4341,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[85]
 #define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[86]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_4t_d_fD_G6_1D_z_jPSST_4q_1_4wa __pyx_string_tab[88]
 #define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[89]
 #define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[90]
 #define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[91]
@@ -7385,7 +7386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():
+ *         if not self.overtaken and self.live and self.reader.open and (
 */
 
 /* Python wrapper */
@@ -7454,9 +7455,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   /* "ivshmem/channel/views.pyx":157
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
- *         if self.overtaken:
+ *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *             self.reader.membership.usable()  # also without a place: it is only read
+ *         ):
 */
   __pyx_t_2 = (!__pyx_v_self->overtaken);
 
@@ -7474,18 +7475,40 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
     __pyx_t_1 = __pyx_v_self->__pyx_base.live;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
+  if (__pyx_v_self->__pyx_base.reader->__pyx_base.open) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->__pyx_base.reader->__pyx_base.open;
+    goto __pyx_L4_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/views.pyx":158
+ *         """Raise Overtaken if the message was overwritten since it was taken."""
+ *         if not self.overtaken and self.live and self.reader.open and (
+ *             self.reader.membership.usable()  # also without a place: it is only read             # <<<<<<<<<<<<<<
+ *         ):
+ *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->usable(__pyx_v_self->__pyx_base.reader->__pyx_base.membership);
 
 
   __pyx_t_1 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
+
+  /* "ivshmem/channel/views.pyx":157
+ *     def check(self):
+ *         """Raise Overtaken if the message was overwritten since it was taken."""
+ *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *             self.reader.membership.usable()  # also without a place: it is only read
+ *         ):
+*/
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":158
- *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():
+    /* "ivshmem/channel/views.pyx":160
+ *             self.reader.membership.usable()  # also without a place: it is only read
+ *         ):
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
  *         if self.overtaken:
  *             raise Overtaken(
@@ -7495,14 +7518,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
     /* "ivshmem/channel/views.pyx":157
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
- *         if self.overtaken:
+ *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *             self.reader.membership.usable()  # also without a place: it is only read
+ *         ):
 */
   }
 
-  /* "ivshmem/channel/views.pyx":159
- *         if not self.overtaken and self.live and self.reader.usable():
+  /* "ivshmem/channel/views.pyx":161
+ *         ):
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
  *             raise Overtaken(
@@ -7510,7 +7533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
   if (unlikely(__pyx_v_self->overtaken)) {
 
-    /* "ivshmem/channel/views.pyx":160
+    /* "ivshmem/channel/views.pyx":162
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
  *             raise Overtaken(             # <<<<<<<<<<<<<<
@@ -7518,27 +7541,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 160, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/views.pyx":161
+    /* "ivshmem/channel/views.pyx":163
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
  *             )
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 161, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/views.pyx":162
+    /* "ivshmem/channel/views.pyx":164
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_8[1] = __pyx_t_6;
@@ -7546,7 +7569,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
     __pyx_t_8[3] = __pyx_t_7;
     __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-    /* "ivshmem/channel/views.pyx":161
+    /* "ivshmem/channel/views.pyx":163
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
@@ -7562,7 +7585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 161, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 163, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7584,15 +7607,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 160, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 160, __pyx_L1_error)
+    __PYX_ERR(0, 162, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":159
- *         if not self.overtaken and self.live and self.reader.usable():
+    /* "ivshmem/channel/views.pyx":161
+ *         ):
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
  *             raise Overtaken(
@@ -7605,7 +7628,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():
+ *         if not self.overtaken and self.live and self.reader.open and (
 */
 
   /* function exit code */
@@ -7626,7 +7649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":165
+/* "ivshmem/channel/views.pyx":167
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -7699,7 +7722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/views.pyx":172
+  /* "ivshmem/channel/views.pyx":174
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7711,7 +7734,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":173
+    /* "ivshmem/channel/views.pyx":175
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -7728,7 +7751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":172
+    /* "ivshmem/channel/views.pyx":174
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7737,17 +7760,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/views.pyx":174
+  /* "ivshmem/channel/views.pyx":176
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 176, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":175
+  /* "ivshmem/channel/views.pyx":177
  *             return
  *         self.check_exports()
  *         try:             # <<<<<<<<<<<<<<
@@ -7756,7 +7779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":176
+    /* "ivshmem/channel/views.pyx":178
  *         self.check_exports()
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -7770,13 +7793,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":178
+  /* "ivshmem/channel/views.pyx":180
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -7785,7 +7808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
 
       goto __pyx_L6;
     }
@@ -7806,7 +7829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       __Pyx_XGOTREF(__pyx_t_13);
       __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
       {
-        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L8_error)
+        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L8_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_11);
@@ -7834,7 +7857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/views.pyx":165
+  /* "ivshmem/channel/views.pyx":167
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -7856,7 +7879,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":180
+/* "ivshmem/channel/views.pyx":182
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -7912,7 +7935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/views.pyx":181
+  /* "ivshmem/channel/views.pyx":183
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7930,7 +7953,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":180
+  /* "ivshmem/channel/views.pyx":182
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -7945,7 +7968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":183
+/* "ivshmem/channel/views.pyx":185
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8000,33 +8023,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 185, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 185, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 183, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 185, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 185, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8062,7 +8085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/views.pyx":184
+  /* "ivshmem/channel/views.pyx":186
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8073,7 +8096,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":185
+    /* "ivshmem/channel/views.pyx":187
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8087,12 +8110,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":184
+    /* "ivshmem/channel/views.pyx":186
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8102,7 +8125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/views.pyx":186
+  /* "ivshmem/channel/views.pyx":188
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8114,17 +8137,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":187
+    /* "ivshmem/channel/views.pyx":189
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 187, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/views.pyx":186
+    /* "ivshmem/channel/views.pyx":188
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8134,7 +8157,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/views.pyx":183
+  /* "ivshmem/channel/views.pyx":185
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8156,7 +8179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":189
+/* "ivshmem/channel/views.pyx":191
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8171,7 +8194,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/views.pyx":190
+  /* "ivshmem/channel/views.pyx":192
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -8180,7 +8203,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
   if (__pyx_v_self->__pyx_base.live) {
 
-    /* "ivshmem/channel/views.pyx":191
+    /* "ivshmem/channel/views.pyx":193
  *     cdef int abandon(self) except -1:
  *         if self.live:
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -8189,7 +8212,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
     __pyx_v_self->__pyx_base.live = 0;
 
-    /* "ivshmem/channel/views.pyx":192
+    /* "ivshmem/channel/views.pyx":194
  *         if self.live:
  *             self.live = False
  *             self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -8198,17 +8221,17 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
     __pyx_v_self->__pyx_base.reader->views = (__pyx_v_self->__pyx_base.reader->views - 1);
 
-    /* "ivshmem/channel/views.pyx":193
+    /* "ivshmem/channel/views.pyx":195
  *             self.live = False
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/views.pyx":190
+    /* "ivshmem/channel/views.pyx":192
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -8217,7 +8240,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/views.pyx":194
+  /* "ivshmem/channel/views.pyx":196
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8230,7 +8253,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":189
+  /* "ivshmem/channel/views.pyx":191
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8247,7 +8270,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":196
+/* "ivshmem/channel/views.pyx":198
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8274,17 +8297,17 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/views.pyx":197
+  /* "ivshmem/channel/views.pyx":199
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":196
+  /* "ivshmem/channel/views.pyx":198
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8300,7 +8323,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
 
 }
 
-/* "ivshmem/channel/views.pyx":199
+/* "ivshmem/channel/views.pyx":201
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8338,7 +8361,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/views.pyx":200
+  /* "ivshmem/channel/views.pyx":202
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -8355,16 +8378,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":201
+  /* "ivshmem/channel/views.pyx":203
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -8380,7 +8403,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8395,7 +8418,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":199
+  /* "ivshmem/channel/views.pyx":201
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8417,7 +8440,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":204
+/* "ivshmem/channel/views.pyx":206
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -8441,17 +8464,17 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/views.pyx":207
+  /* "ivshmem/channel/views.pyx":209
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":208
+  /* "ivshmem/channel/views.pyx":210
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8467,19 +8490,19 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":209
+      /* "ivshmem/channel/views.pyx":211
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 209, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/views.pyx":208
+      /* "ivshmem/channel/views.pyx":210
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8494,7 +8517,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/views.pyx":210
+    /* "ivshmem/channel/views.pyx":212
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8504,22 +8527,22 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 210, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 212, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":211
+      /* "ivshmem/channel/views.pyx":213
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/views.pyx":212
+      /* "ivshmem/channel/views.pyx":214
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -8531,11 +8554,11 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 212, __pyx_L5_except_error)
+      __PYX_ERR(0, 214, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":208
+    /* "ivshmem/channel/views.pyx":210
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8551,7 +8574,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":213
+  /* "ivshmem/channel/views.pyx":215
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -8560,7 +8583,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/views.pyx":214
+  /* "ivshmem/channel/views.pyx":216
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -8569,7 +8592,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.message = __pyx_v_message;
 
-  /* "ivshmem/channel/views.pyx":215
+  /* "ivshmem/channel/views.pyx":217
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -8581,7 +8604,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   __Pyx_GOTREF((PyObject *)__pyx_v_view->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_view->__pyx_base.reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/views.pyx":216
+  /* "ivshmem/channel/views.pyx":218
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -8589,7 +8612,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/views.pyx":217
+  /* "ivshmem/channel/views.pyx":219
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -8605,7 +8628,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":204
+  /* "ivshmem/channel/views.pyx":206
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -9859,7 +9882,7 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.usable():
+ *         if not self.overtaken and self.live and self.reader.open and (
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -9869,49 +9892,49 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":165
+  /* "ivshmem/channel/views.pyx":167
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 165, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":180
+  /* "ivshmem/channel/views.pyx":182
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 180, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":183
+  /* "ivshmem/channel/views.pyx":185
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/views.pyx":1
@@ -10032,30 +10055,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{29},{8},{7},{6},{2},{9},{14},{12},{25},{4},{3},{11},{9},{8},{19},{4},{14},{15},{22},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{5},{6},{10},{9},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{4},{7},{7},{5},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{92},{15},{27},{9},{40}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{103},{15},{27},{9},{40}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (801 bytes) */
-static const char cstring[] = "x\332\215S?o\024G\024\267ED\214\260\301\206T\244\031K \371\020:t\222\301\310D\211,L\3229`P:4\314\315\274\345\206\333\235\331\233\231\275\273E)\\^\271\345\226W\272t\231\322\037\201\362J>\002\037!\357\315\355\236\021iR\354\316{\277y\177~\357\317\260~\031\3003)\214\261\201\365\201I\233kP\314:\226k9LA\035\262\367\321f\257\363\236eb\210\306\202\214J\246=\352\nX\277da\000\014\014z%t9\300`\220R\010\341\234(=\301d\221\201\367\342\003 \nL\033Vx8d\016R\020\036\350>c\211v>\260=\005i\207M\204o/\025\233\014t\212>!\242\251\265C\304Dx\216\270Xb\036\300 \233\222*\010\326\231G+\337\356a\314=q:\200cv\014n\342l\270\"\363\213\036\373A\006Y\267\241\335\375K\303\204\030\377\372\333\2115 \260\240\210|S\355)\240\340\272c\204\333Z\225\366\242\237\"\t\372\177\220\332/%\325\006\007\347\254\363\255\026`\032\032\371q\023\3411E\363\335\274\234\022\333\277\213\336\213\324\"\373\227\344\367\047\222\016\330ys\n\022\364\030T{v9w\240\n\t\234\023G\372\020\212\323Z\"\250\2514\027r\370\275\252`\254[7D\301`s\256\264\251\016\215\"\007 \207Qj\372\311\371\253r\212\337\261\226\201\237`\035\247\220p\036\267G\004\274]\245\277\312\374\237\244\253|m*\316\223\302H:3\241M<\255*\322hjD\026O\354\014\227\"\327\255<\016\324`\322F\205H[\253\266\035\234{\010+_$DY\264\347\322:[\004\215s\245\315\024\2764R\333\356\n\365\261^\231\242\310\221HpBB\037\251K[ c\245D\020q\222\313q&\316f\375\"I\300i\252\047Ac\\\262\314\177\277Qq\264Cm\024\202\326\225\244\232\"\313K\233\007m\215\317m\3364\327C\232 o\005\211(\322\340\007\"\007Z\225`cOC\231\343\317\025\230\354\331X\244\005x\334\013O\021\020\224\201-\373b\373\037\371A\303\200\0374\024\370\223\310!\316\224=\334\373?\016\316\2468\306\345\252\277\304\247\375\360\021k\334Z\333\346\005u\326(6\267\t\021{\272\317\361\001\217\255V\235\265LK\207;,\255Q\376\354h\261qs\366\244\272V\365\026\233\333\325F\275\276\330\332\251~\252^7\032\335\337\232\351jD\372:]TP\367\010\275=\033\235\035}A\347\375Y\250\236\327j~\177\236\234\037_\374p\361\307?\007\227\273d\276U\277;\337=\357!\370\343\305\247\313\235""\313\373\227\037?\277z\363\371\315\333E\364\302\220w\252N\335[l\337\253w\353\375z2\027\213\355\273U\257:\2567\346\353\024\3736F~Z\377<\1771\037-\325O\365N\375\240\236\316G\213\215\315\331\357\325\356\212\3056\025pv\364\365\326\332\215\315H\010\253\331\"\243\223\032\215n\020\233\353\225\370\262\254\351_\336t\016\033";
-    PyObject *data = __Pyx_DecompressString(cstring, 801, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (812 bytes) */
+static const char cstring[] = "x\332\215S?o\0337\024\267\321\"qP;\261\332N\355B\003)j\005\201\002\001\216S8E\013#N\272\271\251St+\030\212|\0271\272#O$O\322\245\031<j\274\361F\215\036=f\364G\310\250\321\037\241\037\241\357Qwr\221.\035\356\370\336\217\357\317\357\375!\033\224\001<\223\302\030\033\330\000\230\264\271\006\305\254c\271\226\243\024\324\021{\035m\366\273\257Y&Fh,\310\250d\332\243\256\200\rJ\026\206\300\300\240WB\227C\014\006)\205\020\316\211\322\023L\026\031x/\336\000\242\300\264a\205\207#\346 \005\341\201\3563\226h\347\003\333W\220v\331T\370\366R\261\351P\247\350\023\"\232Z;BL\204\247\210\213\025\346\001\014\262)\251\202`\235y\270\366\355\035\305\334S\247\0038f\047\340\246\316\206\0332?\352\211\037f\220\365\032\332\275?4L\211\361O?\237Z\003\002\013\212\310\277\252=\003\024\\o\202p[\253\322^\014R$A\3777R\373\225\244\332\340\340\234u\276\325\002\314B#?j\"<\242h\276\227\2273b\373\276\350?K-\262\177N~\277\"\351\200\2357g AO@\265g\217s\007\252\220\3009q\244\017\2418\255\025\202\232Js!G\237\252\n&\272uC\024\0146\347F\233\351\320(r\010r\024\245\246\237\234\277,g\370\235h\031\370)\326q\006\t\347q{D\300\333u\372\233\314\377I\272\316\327\246\342<)\214\2443\023\332\304\323\252\"\215\246Fd\361\304\316p)r\335\312\223@\r&m\\\210\264\265j\333\301\271\207\260\366EB\224E{.\255\263E\3208W\332L\341K#\265\355\255Q\037\353\225)\212\034\211\004\047$\014\220\272\264\0052VJ\004\021\047\271\032g\342l6(\222\004\234\246z\0224\306%\313\374\247\033\025G;\322F!h]I\252)\262\274\264y\320\326\370\334\346Ms=\244\t\362V\220\210\"\r~(r\240U\t6\3664\2249\376\\\201\311~\230\210\264\000\217{\341)\002\2022\260U_\354\340-\177\3220\340O\032\n\374q\344\020g\312\036\354\377\037\007gS\034\343j\325\237\343\323~\360\2205n\255m\363\202\272\033\024\233\333\204\210\035\036p|\300\023\253Uw#\323\322\341\016Kk\224\077\077^n}1\177\\}V\365\227\333\273\325V\275\271\334\351T_W\2775\032\335\337\235\353jL\372&]TP\367\t\2757\037\237\037_\243\363\301<TOk\265\270\277H.N.?\277\374\345\303\341U\207\314oW\177-\276\277\350\\\243\270S\377y\261w\321""\307\373\333\227\357\256:W\367\257\336~|\371\352\343\253\337\2271\000F\377\262\352\326\375\345\3567\365^}PO\027b\271\373U\325\257N\352\255\305&\245\271\207I\016\353o\027\317\026\343\225\372\256\356\324\337\325\263\305x\271\265=\177Q\355\255\t\355R-\347\307\177\337\335\270\263\035\271aa;dtZ\243\321\035\"v\253\022\327\253\362\376\001}\272\022(";
+    PyObject *data = __Pyx_DecompressString(cstring, 812, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1048 bytes) */
-static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\346\342`ms\302m\326Bkin\335d\344`ory\264anu\377mpyoptio\337nspop\377\204\004se\373lf\265\000defau\177ltshape\247a\273to\240\206\002typ\305\000r\375uj\0008value\347sve\321`?\000tru\337ct __\240!ob\267j_7\315\204\004_7\316\204\004_y5\332b\241b *(s\016 \277roles_\345\204\003E?nd *, 0\004U\005v\310\206\004)\000\205\205\001_of\225\001\37764_t (vo\377id)\000micr\377oseconds\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\010\377\230\001\330\r\021\220\024\220\371Q\007\004\034\001\016\210i\220qz\032\001\001\025\001\220e\23012\001\277\017\210q\200A\340:\0004\377\210t\220;\230d\240$\377\240f\250D\260\004\260G\357\2707\300!I\001\r\230]\357\250!\2501\022\000\007\260z\377\300\021\300$\300j\320PoS\320STo\0014\210P\000\377\022\220)\2301\330\020\032\377\230!\2304\230w\240a\377\330\020\023\2201\220D\230\327""\010\240\001X\001\017W\0006\230\357\033\240C\240f\002\017\210z\377\230\021\230%\230x\240q\377\330\010\014\210F\220!\330\365\010\177\004\020\275\001\200A\360\016O\000\t\014\210\215\001\313\000\r!\001\353N\230\"\000\t\327\001\006\220a\001\340\334\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1048, 1371);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1059 bytes) */
+static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\346\342`ms\302m\326Bkin\335d\344`ory\264anu\377mpyoptio\337nspop\377\204\004se\373lf\265\000defau\177ltshape\247a\273to\240\206\002typ\305\000r\375uj\0008value\347sve\321`?\000tru\337ct __\240!ob\267j_7\315\204\004_7\316\204\004_y5\332b\241b *(s\016 \277roles_\345\204\003E?nd *, 0\004U\005v\310\206\004)\000\205\205\001_of\225\001\37764_t (vo\377id)\000micr\377oseconds\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\010\377\230\001\330\r\021\220\024\220\371Q\007\004\034\001\016\210i\220qz\032\001\001\025\001\220e\23012\001\277\017\210q\200A\340:\0004\377\210t\220;\230d\240$\377\240f\250D\260\004\260G\357\2706\300\021I\001\007\220{\337\240\047\250\021\340U\000\r\230\337]\250!\2501\035\000\007\260\377z\300\021\300$\300j\320\337PS\320STz\0014\210\376[\000\022\220)\2301\330\020\377\032\230!\2304""\230w\240\377a\330\020\023\2201\220D\257\230\010\240\001c\001\017b\0006\337\230\033\240C\240q\002\017\210\377z\230\021\230%\230x\240\377q\330\010\014\210F\220!\353\330\010\212\004\020\310\001\200A\360\237\016\000\t\014\210\230\001\326\000\r\326!\001N\230\"\000\t\342\001\006\220\003a\340\347\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1059, 1382);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1371 bytes) */
-static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapetexttobytestypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2707\300!\330\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
+    #else /* compression: none (1382 bytes) */
+static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapetexttobytestypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2706\300\021\330\014\020\220\007\220{\240\047\250\021\340\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -10200,20 +10223,20 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 155};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G6_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 165};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 180};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 183};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 185};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

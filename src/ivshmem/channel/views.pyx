@@ -154,7 +154,9 @@ cdef class View(Received):
 
     def check(self):
         """Raise Overtaken if the message was overwritten since it was taken."""
-        if not self.overtaken and self.live and self.reader.usable():
+        if not self.overtaken and self.live and self.reader.open and (
+            self.reader.membership.usable()  # also without a place: it is only read
+        ):
             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
         if self.overtaken:
             raise Overtaken(

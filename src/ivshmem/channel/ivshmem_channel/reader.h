@@ -73,6 +73,19 @@ static inline void ivshmem_reader_tail(struct ivshmem_reader *reader, unsigned w
     ivshmem_wake_writers(reader->member, channel, &reader->rung);
 }
 
+/* Make all writers look at the readers before their next message. */
+static inline int ivshmem_reader_count(struct ivshmem_reader *reader)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    for (unsigned tries = 0;; tries++) {
+        uint64_t joins = ivshmem_get(channel, IVSHMEM_JOINS);
+        if (ivshmem_exchange(&channel->area.memory, channel->at + IVSHMEM_JOINS, joins, joins + 1))
+            return 0;
+        if (tries == 10000)
+            return ivshmem_corrupt(channel, "joins", IVSHMEM_JOINS, joins, reader->slot);
+    }
+}
+
 /* Make writers count with this reader, from its tails on; also after it was overtaken.
  *
  * A writer that has not yet noticed publishes at most the position that its head names now, over
@@ -83,13 +96,9 @@ static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
     struct ivshmem_channel *channel = reader->channel;
     const struct ivshmem_memory *memory = &channel->area.memory;
     uint64_t slots = channel->record.geometry.slots;
-    for (unsigned tries = 0;; tries++) {
-        uint64_t joins = ivshmem_get(channel, IVSHMEM_JOINS);
-        if (ivshmem_exchange(memory, channel->at + IVSHMEM_JOINS, joins, joins + 1))
-            break;
-        if (tries == 10000)
-            return ivshmem_corrupt(channel, "joins", IVSHMEM_JOINS, joins, reader->slot);
-    }
+    int code = ivshmem_reader_count(reader);
+    if (code != 0)
+        return code;
     ivshmem_full_fence(memory);
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         struct ivshmem_source *source = &reader->sources[i];
@@ -319,26 +328,31 @@ static inline uint64_t ivshmem_reader_lost(const struct ivshmem_reader *reader)
  * spoiled. */
 static inline void ivshmem_reader_beat(struct ivshmem_reader *reader)
 {
-    const struct ivshmem_channel *channel = reader->channel;
+    struct ivshmem_channel *channel = reader->channel;
     const struct ivshmem_memory *memory = &channel->area.memory;
     uint64_t at = channel->at + channel->layout.rows + channel->layout.row_bytes * reader->slot;
     uint64_t word = ivshmem_policy_word((unsigned)reader->overflow, ivshmem_reader_lost(reader),
                                         reader->epoch);
-    int spoiled;
+    uint64_t seen;
+    int changed;
     if (reader->slot == IVSHMEM_NO_SLOT || ivshmem_has_claims(channel))
         return;
-    spoiled = ivshmem_load(memory, at) != word;
-    if (spoiled)
-        ivshmem_store(memory, at, word);
+    seen = ivshmem_load(memory, at);
+    changed = seen != word;
+    if (changed) {
+        ivshmem_announce(memory, at, word);
+        if (ivshmem_epoch(seen) != reader->epoch)
+            ivshmem_reader_count(reader); /* a writer that looked in between does not wait for it */
+    }
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         at = channel->at + ivshmem_row_at(channel, reader->slot, i);
         word = ivshmem_word(reader->sources[i].tail, 0, reader->epoch);
         if (ivshmem_load(memory, at) == word)
             continue;
         ivshmem_announce(memory, at, word);
-        spoiled = 1;
+        changed = 1;
     }
-    if (spoiled)
+    if (changed)
         ivshmem_wake_writers(reader->member, channel, &reader->rung);
 }
 

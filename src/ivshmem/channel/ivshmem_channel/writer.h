@@ -41,6 +41,7 @@ struct ivshmem_writer {
     uint64_t head_at, entries_at, cells_at; /* in the region */
     struct ivshmem_sleep sleep;
     struct ivshmem_rung rung;
+    uint32_t blocks[IVSHMEM_MOST_READERS]; /* 1 + the epoch of the reader that blocks; 0: none does */
 };
 
 /* Free the slot of a writer that closed or is gone, if no reader still has something of it. */
@@ -153,7 +154,7 @@ static inline int ivshmem_writer_open(struct ivshmem_writer *writer)
     writer->sleep.epoch = writer->epoch;
     writer->sleep.count = ivshmem_value(ivshmem_get(channel, writer->sleep.at));
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
-        writer->rung.words[i] = 0;
+        writer->rung.words[i] = writer->blocks[i] = 0;
     /* Positions never begin anew: readers' tails stay right. */
     head = ivshmem_load(memory, writer->head_at);
     writer->next = ivshmem_value(head);
@@ -228,10 +229,20 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
             }
             continue;
         }
+        if (ivshmem_epoch(policy) == ivshmem_epoch(owner))
+            writer->blocks[i] =
+                ivshmem_policy(policy) == IVSHMEM_BLOCK ? ivshmem_epoch(owner) + 1u : 0;
+        if (writer->blocks[i] != ivshmem_epoch(owner) + 1u)
+            continue; /* if it is about to join, it changes `joins` when it has */
         tail = ivshmem_get(channel, ivshmem_row_at(channel, i, writer->slot));
-        if (ivshmem_epoch(policy) != ivshmem_epoch(owner) ||
-            ivshmem_epoch(tail) != ivshmem_epoch(owner) || ivshmem_policy(policy) != IVSHMEM_BLOCK)
-            continue; /* its owner changed just now, and will change `joins` */
+        if (ivshmem_epoch(tail) != ivshmem_epoch(owner)) {
+            /* A reader stores its tails before its policy: this is a former owner's late store.
+             * The reader stores its own again at its next beat. */
+            if (ivshmem_is_silent(writer->member, ivshmem_place_of(owner)))
+                continue;
+            writer->bound = writer->next;
+            return IVSHMEM_AGAIN;
+        }
         ahead = ivshmem_ahead(writer->next, ivshmem_value(tail));
         if (ivshmem_is_behind(writer->next, ivshmem_value(tail)))
             return ivshmem_corrupt(channel, "tail", ivshmem_row_at(channel, i, writer->slot), tail,
