@@ -139,7 +139,7 @@ bench-channels: $(VENV)/measured
 # doctor, packaging, benchmarks, what is Python alone. The sanitizer does not look for leaks, because
 # CPython's own look the same to it; the tests look for descriptors and mappings themselves.
 SANITIZED := fuzz/test_fuzz unit/test_core_* \
-    $(addprefix integration/test_,aio channels channels_closing channels_hostile memory server_client threads)
+    $(addprefix integration/test_,aio channels channels_closing memory server_client threads)
 SANITIZED_NIGHTLY := $(addprefix unit/test_,channel_area directory events guest_pci guest_uio guest_vfio) \
     $(addprefix integration/test_,access broker directory each_call_fails embedding foreign_servers hostile \
     image lifecycle region region_shortage service shortages sockets succession)

@@ -21,7 +21,15 @@ from fuzz.campaign import Campaign, Found
 from fuzz.target import Finding, Target
 from fuzz.targets import TARGETS
 
-COUNTS = {"client": 700, "server": 350, "directory": 700, "control": 200, "config": 1000}
+COUNTS = {
+    "client": 700,
+    "server": 350,
+    "directory": 700,
+    "control": 200,
+    "config": 1000,
+    "channel": 100,
+    "header": 3,
+}
 
 # A campaign has an alarm of its own.
 pytestmark = pytest.mark.timeout(method="thread")
@@ -56,7 +64,14 @@ def begun(target: Target, directory: Path, seed: int = 1) -> Iterator[Campaign]:
         yield Campaign(target, seed, current)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# By day test_channel_header.py runs the program of "header".
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if name == "header" else [])
+        for name in TARGETS
+    ],
+)
 def test_some_hundred_inputs(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]()
     with begun(target, tmp_path) as made:
@@ -64,7 +79,9 @@ def test_some_hundred_inputs(name: str, tmp_path: Path) -> None:
             made.run(COUNTS[name])
         except Found as found:
             pytest.fail(f"{found.__cause__!r}, of:\n{target.show(found.data)}\n{found.data!r}")
-        assert len(made.kept) > 2
+        if not target.modules:  # it is a program in C that reads
+            return
+        assert len(made.kept) > 1
         assert {Path(code.co_filename).stem for code, _, _ in made.reached} == {
             Path(name).stem for name in target.modules
         }
