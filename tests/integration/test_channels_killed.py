@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import mmap
 import os
@@ -20,7 +21,7 @@ from support.waiting import until
 
 import ivshmem
 from ivshmem import ClosedError, Directory, Region, channel, testing
-from ivshmem.channel import Channels
+from ivshmem.channel import Channels, ReaderInfo, WriterInfo
 
 PATIENCE = 30.0
 BEAT, LEASE = 0.01, 0.1  # short: what is killed is found sooner
@@ -84,8 +85,9 @@ def all_comes_back(channels: Channels) -> Iterator[None]:
     yield
     until(lambda: len(channels.places()) == 1, "the places were freed")
     for each in channels.list():
-        assert {end.state for end in (*each.writers, *each.readers)} <= {"gone"}
-        until(lambda name=each.name: _removed(channels, name), "the channel was removed")
+        ends: list[WriterInfo | ReaderInfo] = [*each.writers, *each.readers]
+        assert {end.state for end in ends} <= {"gone"}
+        until(functools.partial(_removed, channels, each.name), "the channel was removed")
     use_all()
 
 
