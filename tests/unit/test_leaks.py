@@ -1,0 +1,72 @@
+"""The guard of all tests notices what a test leaves behind."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from support.leaks import OWN, SHM, Guard
+
+
+def a_mapping() -> mmap.mmap:
+    """Of a file; Python keeps a descriptor beside it."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(mmap.PAGESIZE)
+        return mmap.mmap(file.fileno(), 0)
+
+
+def anonymous_memory() -> mmap.mmap:
+    return mmap.mmap(-1, mmap.PAGESIZE)
+
+
+def a_descriptor() -> IO[bytes]:
+    return open(os.devnull, "rb")
+
+
+def a_name() -> Path:
+    path = SHM / f"{OWN}left"
+    path.touch()
+    return path
+
+
+KINDS: dict[Callable[[], Any], str] = {
+    a_mapping: "mapping",
+    anonymous_memory: "mapping",
+    a_descriptor: "descriptor",
+    a_name: "name in /dev/shm",
+}
+
+
+@pytest.mark.parametrize("leave", KINDS)
+def test_what_a_test_leaves_is_noticed(leave: Callable[[], Any]) -> None:
+    guard = Guard()
+    for _ in range(2):  # the second time the guard knows what was here before
+        guard.begin()
+        assert guard.left() == []
+        guard.begin()
+        left = leave()
+        assert KINDS[leave] in [each.partition(":")[0] for each in guard.left()]
+        left.unlink() if isinstance(left, Path) else left.close()
+        assert guard.left() == []
+
+
+def test_garbage_is_collected_first() -> None:
+    guard = Guard()
+    guard.begin()
+    circle: list[Any] = [a_mapping()]
+    circle.append(circle)
+    del circle
+    assert guard.left() == []
+
+
+def test_private_memory_is_no_matter() -> None:
+    guard = Guard()
+    guard.begin()
+    memory = bytearray(64 << 20)
+    assert guard.left() == []
+    assert len(memory) == 64 << 20
