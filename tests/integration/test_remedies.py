@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -49,31 +50,46 @@ def texts(path: Path) -> Iterator[str]:
             todo.extend(ast.iter_child_nodes(node))
 
 
-SAID = [
-    (path.relative_to(HOME), text)
-    for path in sorted(HOME.rglob("*.py"))
-    for text in texts(path)
-    if " " in text
-]
-COMMANDS = sorted(
-    {
-        found
-        for _, text in SAID
-        for found in re.findall(r"`((?:python -m )?ivshmem [^`]*)`", text)
-        if "|" not in found and not found.endswith("[")
-    }
-)
+@functools.cache  # not at import: each worker imports this file, and to read takes a second
+def said() -> list[tuple[Path, str]]:
+    """What the modules can say, and where."""
+    return [
+        (path.relative_to(HOME), text)
+        for path in sorted(HOME.rglob("*.py"))
+        for text in texts(path)
+        if " " in text
+    ]
+
+
+def commands_said() -> list[str]:
+    return sorted(
+        {
+            found
+            for _, text in said()
+            for found in re.findall(r"`((?:python -m )?ivshmem [^`]*)`", text)
+            if "|" not in found and not found.endswith("[")
+        }
+    )
 
 
 def test_the_source_is_read() -> None:
-    assert len(SAID) > 500
-    assert len(COMMANDS) > 5
+    assert len(said()) > 500
+    assert len(commands_said()) > 5
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_in_messages_are_ours(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_messages_are_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each has a subcommand and options that there are."""
     monkeypatch.setattr(cli, "guarded", lambda *_: 0)
+    for line in commands_said():
+        try:
+            check_command(line)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{line}: {error!r}\n{capsys.readouterr().err}") from error
+
+
+def check_command(line: str) -> None:
     words = shlex.split(line.replace("python -m ", "").replace("..", ""))[1:]
     # What stands for a value of the reader's.
     words = ["1" if re.fullmatch("X|N|ID|PEER|SECONDS", word) else word for word in words]
@@ -86,6 +102,7 @@ def test_commands_in_messages_are_ours(line: str, monkeypatch: pytest.MonkeyPatc
         assert cli.main(words) == 0
 
 
+@functools.cache
 def cli_help() -> str:
     done = subprocess.run(
         [sys.executable, "-m", "ivshmem", "--help"], capture_output=True, text=True, check=True
@@ -95,13 +112,13 @@ def cli_help() -> str:
 
 def test_no_message_installs_what_is_on_no_index() -> None:
     """The package itself is on none, so its extras are not either."""
-    for path, text in SAID:
+    for path, text in said():
         assert "ivshmem[" not in text, (path, text)
         assert "pip install ivshmem" not in text, (path, text)
 
 
 def test_libraries_in_messages_are_the_ones_that_are_missing() -> None:
-    named = {name for _, text in SAID for name in re.findall(r"pip install ([a-z][\w.-]*)", text)}
+    named = {name for _, text in said() for name in re.findall(r"pip install ([a-z][\w.-]*)", text)}
     modules = {"prometheus-client": "prometheus_client", "qemu.qmp": "qemu.qmp", "tomli": "tomli"}
     assert named == set(modules)
     for name in named - {"tomli"}:  # which Python before 3.11 needs
@@ -109,7 +126,7 @@ def test_libraries_in_messages_are_the_ones_that_are_missing() -> None:
 
 
 def test_no_message_opens_something_to_everybody() -> None:
-    for path, text in SAID:
+    for path, text in said():
         assert not re.search(r"chmod (o|a|[+]|0?[0-7][0-7][2367])", text), (path, text)
 
 
