@@ -5,8 +5,8 @@ Does not know: the kernel and its modules (image.py), or what the guest is for.
 
 A guest with the host's files mounted cannot migrate: 9p blocks it, and another host has other
 files. This one has all it needs in its own memory, which migrates with it. Files lie at the paths
-they have on the host, as the interpreter looks for itself there. The standard library goes as
-bytecode without sources: nothing is compiled in the guest, and half the memory is used.
+they have on the host, as the interpreter looks for itself there. Python goes as bytecode without
+sources: nothing is compiled in the guest, which takes seconds there, and half the memory is used.
 """
 
 import functools
@@ -61,9 +61,9 @@ def interpreter() -> Path:
 def package() -> bytes:
     """The archive with the package as it is installed here, and what programs in guests import."""
     archive = _Tree()
-    for path in sorted((*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.so"))):
-        archive.add(path)
-    for path in sorted(INSIDE.rglob("*.py")):
+    for path in sorted((*PACKAGE.rglob("*.py"), *INSIDE.rglob("*.py"))):
+        archive.add(path.with_suffix(".pyc"), _bytecode(path))
+    for path in sorted(PACKAGE.rglob("*.so")):
         archive.add(path)
     return archive.finish()
 
