@@ -244,3 +244,33 @@ def test_a_server_imports_no_more_before_it_listens(tmp_path: Path) -> None:
     assert own <= set(LISTENS.split()), f"imported, too: {sorted(own - set(LISTENS.split()))}"
     others = {each.partition(".")[0] for each in found} & COSTLY
     assert others <= set(COSTLY_TO_LISTEN.split()), sorted(others)
+
+
+# What a program imports that uses no more than this: rooms, and costly parts of Python.
+LIBRARY = {
+    "ivshmem.guest": (
+        "guest memory native peer protocol system",
+        "dataclasses inspect pathlib threading typing urllib",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_module_imports_no_more(name: str) -> None:
+    """What is imported in a guest takes twenty times as long where the guest is emulated."""
+    rooms, costly = (set(words.split()) for words in LIBRARY[name])
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import {name}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=users_environment(),
+        timeout=PATIENCE,
+        check=True,
+    )
+    found = modules(done.stderr)
+    assert name in found
+    paths = [each.split(".")[1:] for each in found if each.startswith("ivshmem.")]
+    reached = {path[0] for path in paths} - {"errors", "text", "_core"}
+    assert reached <= rooms, f"imported, too: {sorted(reached - rooms)}"
+    others = {each.partition(".")[0] for each in found} & COSTLY
+    assert others <= costly, f"imported, too: {sorted(others - costly)}"

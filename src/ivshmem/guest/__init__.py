@@ -7,15 +7,34 @@
 
 `open` is also called `open_device`. Interrupts come by vfio, which needs an IOMMU in the guest.
 `python -m ivshmem doctor` says what is missing and what fixes it.
+
+`Broker` is imported when it is first used, as the names of `ivshmem` are.
 """
 
-from .broker import Broker
 from .choice import open_device
 from .device import Access, GuestDevice, Memory
 from .measure import Speed, measure
 from .pci import Device, devices
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .broker import Broker
+
 open = open_device  # noqa: A001 - `guest.open()` reads as it should
+
+
+def __getattr__(name: str) -> object:
+    """Import what is in a server for the few programs that share the device: a third of it all."""
+    if name != "Broker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What importlib.import_module does, without importlib.
+    value = globals()[name] = __import__(f"{__name__}.broker", fromlist=(name,)).Broker
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 # `open_device`, not `open`: `from ivshmem.guest import *` would replace Python's own.
 __all__ = [

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import platform
 from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn, TypeAlias, TypeVar
 
@@ -52,7 +51,7 @@ Memory: TypeAlias = Literal["vfio", "uio", "resource2", "resource2_wc"]
 
 # vfio, UIO and resource2 map device memory. On it arm64 allows only aligned accesses, and memcpy
 # makes others.
-_UNALIGNED_IS_FINE = platform.machine() in ("x86_64", "i686")
+_UNALIGNED_IS_FINE = os.uname().machine in ("x86_64", "i686")
 
 # The file of sysfs that maps the memory by default.
 RESOURCE: Memory = "resource2" if _UNALIGNED_IS_FINE else "resource2_wc"

@@ -16,7 +16,6 @@ import contextlib
 import errno
 import mmap
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +220,8 @@ def load_driver(driver: str) -> bool:
     """Load the driver's module if necessary; return whether this kernel has the driver."""
     place = SYSFS / "drivers" / driver
     if not place.is_dir():
+        import subprocess  # here: the driver is there as a rule, and a guest imports slowly
+
         with contextlib.suppress(FileNotFoundError):  # a guest without modprobe
             subprocess.run(["modprobe", driver], check=False, capture_output=True)
     return place.is_dir()

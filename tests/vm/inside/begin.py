@@ -34,7 +34,7 @@ def run(told: dict[str, object]) -> None:
 
 
 def stay() -> None:
-    # For the children, which are forked in a moment: to import it takes four seconds in a guest.
+    # For the children, which are forked in a moment: to import it takes seconds in a guest.
     # Here, since a guest that does not stay may have a program that does without.
     import ivshmem.guest  # noqa: F401
 
