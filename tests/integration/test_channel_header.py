@@ -1,17 +1,20 @@
 """ivshmem_channel.h alone, as a program in C uses it.
 
 tests/channel/ has the programs: a process is killed, or stopped, at each of its steps; shared words
-that a hostile peer spoiled; threads under ThreadSanitizer; counts of readers that drop messages. By
+that a hostile peer spoiled; threads under ThreadSanitizer; counts of readers that drop messages; an
+area whose bytes are known. By
 night they run optimized as well: that takes the compiler three times as long.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +96,94 @@ def test_a_reader_that_lost_its_place_at_each_step(build: Build, operation: str)
     found = re.fullmatch(rf"{operation}: (\d+) steps\n", said)
     assert found is not None, said
     assert int(found[1]) > 30
+
+
+# -- the layout -----------------------------------------------------------------------------------
+
+GOLDEN = PROGRAMS / "golden.txt"  # for each run of words that are not 0: where it is, and the words
+GOLDEN_AT, GOLDEN_BYTES = 8192, 1 << 16
+
+
+def written(region: Region, at: int) -> str:
+    """An area as golden.txt has it."""
+    words = memoryview(region.read(at, GOLDEN_BYTES)).cast("Q")
+    lines = []
+    for is_zero, run in itertools.groupby(enumerate(words), lambda each: each[1] == 0):
+        if not is_zero:
+            found = list(run)
+            lines.append(" ".join([f"{found[0][0] * 8:04x}:", *(f"{word:x}" for _, word in found)]))
+    return "\n".join(lines) + "\n"
+
+
+def put_golden(region: Region, at: int) -> None:
+    for line in GOLDEN.read_text().splitlines():
+        offset, words = line.split(": ")
+        for i, word in enumerate(words.split()):
+            region.write(at + int(offset, 16) + 8 * i, int(word, 16).to_bytes(8, "little"))
+
+
+def test_the_layout_has_not_changed_without_a_new_version(build: Build, tmp_path: Path) -> None:
+    """Each kind of channel, with what it has in the middle of its work."""
+    with Region.create("1M") as region:
+        fd = region.fileno()
+        output_of(build("golden"), "write", str(fd), pass_fds=(fd,))
+        made = written(region, GOLDEN_AT)
+    if made != GOLDEN.read_text():
+        path = tmp_path / "golden.txt"
+        path.write_text(made)
+        pytest.fail(
+            "the layout of areas has changed: raise IVSHMEM_AREA_VERSION in"
+            f" ivshmem_channel/area.h, then cp {path} {GOLDEN}"
+        )
+
+
+def test_c_reads_golden_bytes(build: Build) -> None:
+    with Region.create("1M") as region:
+        put_golden(region, GOLDEN_AT)
+        fd = region.fileno()
+        assert output_of(build("golden"), "read", str(fd), pass_fds=(fd,)).splitlines() == [
+            "messages, schema golden, 1700000000000000000: 2 at 1002 3 at 1003 4 at 1004",
+            "queue, schema golden, 1700000000000000000: 1 of 16 2 of 24",
+            "value, array <f8 4x6, 1700000000000000000: 5",
+            "calls, schema golden, 1700000000000000000: 1 of 192",
+            "bytes, schema golden, 1700000000000000000: waits",
+        ]
+
+
+def test_python_reads_golden_bytes() -> None:
+    def message(number: int, size: int = 192) -> bytes:
+        return number.to_bytes(8, "little") * (size // 8)
+
+    with Region.create("1M") as region:
+        with Directory.create(region, channels=GOLDEN_BYTES) as directory:
+            area = directory.channels
+        assert area is not None
+        put_golden(region, area.start)
+        with channel.open(region) as channels:
+            assert [
+                (info.name, info.kind, info.type, info.limit, info.slots, info.max_writers)
+                for info in channels.list()
+            ] == [
+                ("bytes", "bytes", "schema golden", 1, 128, 3),
+                ("calls", "calls", "schema golden", 192, 4, 2),
+                ("messages", "messages", "schema golden", 192, 4, 2),
+                ("queue", "queue", "schema golden", 192, 4, 2),
+                ("value", "value", "array <f8 4x6", 192, 4, 1),
+            ]
+            assert {info.created for info in channels.list()} == {1_700_000_000.0}
+            place = channels.places()[0]
+            found = place.id, place.vector, place.process, place.name
+            assert found == (3, 1, 4711, "golden")
+            a: Any = channels.open("messages").reader("overwrite", history=3)  # type: ignore[attr-defined]
+            assert [a.get(0) for _ in range(4)] == [message(2), message(3), message(4), None]
+            b: Any = channels.open("queue").reader()  # type: ignore[attr-defined]
+            assert [b.get(0) for _ in range(3)] == [message(1, 16), message(2, 24), None]
+            c: Any = channels.open("value").reader().get()  # type: ignore[attr-defined]
+            assert (c.shape, c.tobytes()) == ((4, 6), message(5))
+            d: Any = channels.open("calls").server()  # type: ignore[attr-defined]
+            assert bytes(d.take(0)) == message(1)
+            e: Any = channels.open("bytes").listen()  # type: ignore[attr-defined]
+            assert e.accept(0).recv(100) == b"waits\0"
 
 
 def test_readers_that_drop_the_newest(build: Build) -> None:

@@ -158,7 +158,7 @@ def test_killed_readers_of_messages(
                 if seen[2] > 0:  # the last two words are two stores
                     assert seen[0] == first
                     assert first + seen[2] - seen[1] in (0, 1)
-                assert seen[2] + 64 >= most
+                assert seen[2] + 1 + 64 >= most  # one was got, and not yet recorded
             for _ in range(128):
                 writer.put(b"", PATIENCE)
 
