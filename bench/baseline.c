@@ -19,20 +19,26 @@
  *   block     of two eventfds: write, blocking read
  *   poll      of two eventfds with O_NONBLOCK: write, poll, read
  *   spin      the same: write, read again and again
+ *   gently    of two eventfds: a read of /dev/zero by AIO, whose completion rings and never waits,
+ *             whatever was done to the eventfd; and epoll_wait for an edge, which takes no count
  *   word      of one file in memory: the other's word is stored to, the own one read again and again
  */
 
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -208,6 +214,37 @@ static void wait_spin(struct end *e)
         ;
 }
 
+static void ring_gently(struct end *e)
+{
+    static aio_context_t context;
+    static struct iocb call;
+    static char byte;
+    struct iocb *calls = &call;
+    if (context == 0) {
+        call.aio_lio_opcode = IOCB_CMD_PREAD;
+        call.aio_fildes = open("/dev/zero", O_RDONLY);
+        call.aio_buf = (uintptr_t)&byte;
+        call.aio_nbytes = 1;
+        call.aio_flags = IOCB_FLAG_RESFD;
+        call.aio_resfd = e->there;
+        check(syscall(SYS_io_setup, 64, &context) == 0, "io_setup");
+    }
+    check(syscall(SYS_io_submit, context, 1, &calls) == 1, "io_submit");
+    uint32_t *ring = (uint32_t *)context; /* id, size, head, tail: what was completed is not read */
+    ring[2] = ring[3];
+}
+
+static void wait_edge(struct end *e)
+{
+    static int epoll = -1;
+    struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+    if (epoll < 0) {
+        epoll = epoll_create1(EPOLL_CLOEXEC);
+        check(epoll_ctl(epoll, EPOLL_CTL_ADD, e->here, &event) == 0, "epoll_ctl");
+    }
+    check(epoll_wait(epoll, &event, 1, -1) == 1, "epoll_wait");
+}
+
 static void ring_word(struct end *e)
 {
     __atomic_store_n(e->their_word, ++e->turn, __ATOMIC_RELEASE);
@@ -228,6 +265,7 @@ static const struct way {
     { "block", ring_eventfd, wait_block },
     { "poll", ring_eventfd, wait_poll },
     { "spin", ring_eventfd, wait_spin },
+    { "gently", ring_gently, wait_edge },
     { "word", ring_word, wait_word },
 };
 
