@@ -162,6 +162,83 @@ def test_a_signal_handler_that_raises_ends_each_call(
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Ctrl-C comes while it waits, and ends it at once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        assert time.monotonic() - began < PATIENCE / 2  # what is waited for never comes
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_is_lost_by_a_signal(channels: Channels) -> None:
+    """After each call that Ctrl-C ended, the next one gets what there is, once."""
+    messages = channels.create_messages("a", limit=8, slots=2)
+    with messages.reader("block") as reader, messages.writer() as writer:
+        with interrupted():
+            reader.get()
+        for text in (b"1", b"2"):
+            writer.put(text)
+        with interrupted():
+            writer.put(b"3")
+        with interrupted(), writer.loan(1) as loan:
+            memoryview(loan)[:] = b"4"  # the end of `with` waits
+        assert [reader.get(0) for _ in range(3)] == [b"1", b"2", None]
+        writer.put(b"5")
+        with reader.view(0) as view:  # type: ignore[union-attr]
+            with interrupted():
+                reader.view()
+            assert bytes(view) == b"5"
+        assert reader.get(0) is None
+    queue = channels.create_queue("b", limit=8, slots=2)
+    with queue.reader() as worker, queue.writer() as writer:
+        with interrupted():
+            worker.take()
+        with interrupted():
+            worker.get()
+        writer.put(b"1")
+        writer.put(b"2")
+        with interrupted():
+            writer.put(b"3")
+        with contextlib.suppress(KeyboardInterrupt), worker.take(0):  # type: ignore[union-attr]
+            raise KeyboardInterrupt  # it is given back
+        assert sorted([worker.get(0), worker.get(0)]) == [b"1", b"2"]
+        assert worker.get(0) is None
+    calls = channels.create_calls("c", limit=8)
+    with calls.caller() as caller, calls.server() as server:
+        with interrupted():
+            server.take()
+        pending = caller.submit(b"x")
+        with interrupted():
+            pending.result()
+        call = server.take(0)
+        assert call is not None
+        call.reply(b"y")
+        assert pending.result(PATIENCE) == b"y"
+        with interrupted():
+            caller.call(b"z")  # it is given up: no server begins with it
+        assert server.take(0) is None
+    room = channels.create_bytes("d", buffer=64)
+    with room.listen() as listener:
+        with interrupted():
+            listener.accept()
+        with room.connect() as stream, listener.accept(0) as other:  # type: ignore[union-attr]
+            with interrupted():
+                other.recv(1)
+            stream.send(b"abc")
+            assert other.recv(10) == b"abc"
+            with interrupted():
+                stream.sendall(bytes(100))
+            assert other.recv(100) == bytes(64)  # what had room; as of a socket
+
+
 def test_another_threads_close_of_an_end(channels: Channels) -> None:
     room = channels.create_bytes("a")
     listener = room.listen()
@@ -313,6 +390,19 @@ def test_a_forked_child_changes_nothing(channels: Channels) -> None:
     things["taken"].done()
     things["view"].release()
     writer.put(b"w", PATIENCE)
+
+
+@pytest.mark.parametrize("begin", BLOCKED, ids=_names)
+def test_a_forked_child_is_told_at_each_call(
+    channels: Channels, begin: Callable[[Channels], Any]
+) -> None:
+    call = begin(channels)
+
+    def work() -> None:
+        with pytest.raises(RuntimeError, match="a forked child may only close what it has of"):
+            call()
+
+    assert in_child(work) == 0
 
 
 def test_a_forked_child_opens_channels_of_its_own(region: Region, channels: Channels) -> None:
