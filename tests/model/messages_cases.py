@@ -9,8 +9,18 @@ from typing import Any
 
 from model import messages
 from model.explorer import ALIVE, Case, End, looks
-from model.messages import BLOCK, OVERWRITE, Channel, Read, Reader, Word, Writer
-from model.operations import FullFence, Load, LoadBarrier, Process, Ring, Store, Wait
+from model.messages import BLOCK, OVERWRITE, Channel, Owner, Read, Reader, Word, Writer
+from model.operations import (
+    CompareExchange,
+    FullFence,
+    Load,
+    LoadBarrier,
+    Process,
+    Ring,
+    Store,
+    Wait,
+)
+from model.role import FREE, OPEN
 
 Make = Callable[..., Process]
 
@@ -59,11 +69,14 @@ class Setting:
             return read
 
         def removed() -> Process:
-            """Read without looking, and store the tail late."""
+            """Read without looking, store the tail late, and leave, if the row is still its own."""
             head = yield Load(("head", 0))
             yield LoadBarrier()
             yield Store(("tail", 0, 0), Word(head.value, 1))
+            own = Owner("r0", OPEN, 1)
+            yield CompareExchange(("reader", 0), own, own._replace(state=FREE))
             yield from stray("r1")
+            yield Ring("w0")
 
         def stray(heir: str) -> Process:
             """Let the heir's next beat come after the late store."""
