@@ -2214,10 +2214,11 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
  * # peer's work: after so many it sleeps all the same.
  * cdef enum:             # <<<<<<<<<<<<<<
  *     FUTILE = 64
- * 
+ *     FIRST_LOOKS = 256  # of a spin, with the GIL: one or two microseconds
 */
 enum  {
-  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64
+  __pyx_e_7ivshmem_7channel_4ends_FUTILE = 64,
+  __pyx_e_7ivshmem_7channel_4ends_FIRST_LOOKS = 0x100
 };
 
 /* "native/descriptors.pxd":86
@@ -2798,7 +2799,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ivshmem/channel/ends.pyx":41
+/* "ivshmem/channel/ends.pyx":42
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2813,7 +2814,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ivshmem/channel/ends.pyx":122
+/* "ivshmem/channel/ends.pyx":123
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3775,13 +3776,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
+
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
@@ -5021,7 +5022,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/ends.pyx":51
+/* "ivshmem/channel/ends.pyx":52
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5067,32 +5068,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 51, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 52, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 51, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 52, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 51, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 52, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 51, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 52, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 51, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 52, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 51, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 52, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5103,7 +5104,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 51, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 52, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -5140,7 +5141,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":52
+  /* "ivshmem/channel/ends.pyx":53
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -5152,7 +5153,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":53
+  /* "ivshmem/channel/ends.pyx":54
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5164,7 +5165,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/ends.pyx":54
+  /* "ivshmem/channel/ends.pyx":55
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -5177,7 +5178,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 54, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5185,7 +5186,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":55
+  /* "ivshmem/channel/ends.pyx":56
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -5194,7 +5195,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-  /* "ivshmem/channel/ends.pyx":56
+  /* "ivshmem/channel/ends.pyx":57
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick             # <<<<<<<<<<<<<<
@@ -5208,7 +5209,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":57
+  /* "ivshmem/channel/ends.pyx":58
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5219,20 +5220,20 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/ends.pyx":58
+    /* "ivshmem/channel/ends.pyx":59
  *         self.kick = membership.kick
  *         if self.kick is None:
  *             raise membership.unusable()             # <<<<<<<<<<<<<<
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 58, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 59, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 58, __pyx_L1_error)
+    __PYX_ERR(0, 59, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":57
+    /* "ivshmem/channel/ends.pyx":58
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5241,7 +5242,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":59
+  /* "ivshmem/channel/ends.pyx":60
  *         if self.kick is None:
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
@@ -5252,10 +5253,10 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
   __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 59, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 59, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 60, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_3 = 0;
   {
@@ -5264,12 +5265,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 59, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":60
+  /* "ivshmem/channel/ends.pyx":61
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5294,7 +5295,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/ends.pyx":61
+    /* "ivshmem/channel/ends.pyx":62
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5306,7 +5307,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/ends.pyx":62
+      /* "ivshmem/channel/ends.pyx":63
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
@@ -5315,11 +5316,11 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/ends.pyx":63
+      /* "ivshmem/channel/ends.pyx":64
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
@@ -5328,7 +5329,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/ends.pyx":61
+      /* "ivshmem/channel/ends.pyx":62
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5337,7 +5338,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":64
+    /* "ivshmem/channel/ends.pyx":65
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
@@ -5347,7 +5348,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/ends.pyx":65
+    /* "ivshmem/channel/ends.pyx":66
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
@@ -5356,18 +5357,18 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 65, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/ends.pyx":67
+    /* "ivshmem/channel/ends.pyx":68
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 67, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 68, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
@@ -5376,12 +5377,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 64, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 65, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":60
+    /* "ivshmem/channel/ends.pyx":61
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5390,7 +5391,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":51
+  /* "ivshmem/channel/ends.pyx":52
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5415,7 +5416,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":70
+/* "ivshmem/channel/ends.pyx":71
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5449,7 +5450,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":72
+  /* "ivshmem/channel/ends.pyx":73
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -5461,7 +5462,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":79
+  /* "ivshmem/channel/ends.pyx":80
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -5470,7 +5471,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/ends.pyx":80
+    /* "ivshmem/channel/ends.pyx":81
  *         cdef int n
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
@@ -5494,7 +5495,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_limit = __pyx_t_4;
 
 
-    /* "ivshmem/channel/ends.pyx":81
+    /* "ivshmem/channel/ends.pyx":82
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
@@ -5518,7 +5519,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_self->pause = __pyx_t_3;
 
 
-    /* "ivshmem/channel/ends.pyx":82
+    /* "ivshmem/channel/ends.pyx":83
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
@@ -5529,7 +5530,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 
     __pyx_v_one.fd = __pyx_t_6;
 
-    /* "ivshmem/channel/ends.pyx":83
+    /* "ivshmem/channel/ends.pyx":84
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -5538,7 +5539,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/ends.pyx":84
+    /* "ivshmem/channel/ends.pyx":85
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5551,7 +5552,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":85
+          /* "ivshmem/channel/ends.pyx":86
  *             one.events = _POLLIN
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
@@ -5560,7 +5561,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
           __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/ends.pyx":86
+          /* "ivshmem/channel/ends.pyx":87
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -5572,7 +5573,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/ends.pyx":87
+            /* "ivshmem/channel/ends.pyx":88
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -5581,7 +5582,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/ends.pyx":86
+            /* "ivshmem/channel/ends.pyx":87
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -5591,7 +5592,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           }
         }
 
-        /* "ivshmem/channel/ends.pyx":84
+        /* "ivshmem/channel/ends.pyx":85
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5608,7 +5609,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/channel/ends.pyx":79
+    /* "ivshmem/channel/ends.pyx":80
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -5618,7 +5619,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/ends.pyx":89
+  /* "ivshmem/channel/ends.pyx":90
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
@@ -5643,7 +5644,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
 
-    /* "ivshmem/channel/ends.pyx":90
+    /* "ivshmem/channel/ends.pyx":91
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
@@ -5667,7 +5668,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_milliseconds = ((int)__pyx_t_3);
 
 
-    /* "ivshmem/channel/ends.pyx":91
+    /* "ivshmem/channel/ends.pyx":92
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5680,7 +5681,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":92
+          /* "ivshmem/channel/ends.pyx":93
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
@@ -5690,7 +5691,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/ends.pyx":91
+        /* "ivshmem/channel/ends.pyx":92
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -5709,27 +5710,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/ends.pyx":93
+  /* "ivshmem/channel/ends.pyx":94
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":94
+  /* "ivshmem/channel/ends.pyx":95
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":95
+  /* "ivshmem/channel/ends.pyx":96
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -5745,9 +5746,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 
     goto __pyx_L12_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 96, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_5 = __pyx_t_8;
@@ -5756,7 +5757,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/ends.pyx":96
+    /* "ivshmem/channel/ends.pyx":97
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5764,7 +5765,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5783,14 +5784,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 96, __pyx_L1_error)
+    __PYX_ERR(0, 97, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":95
+    /* "ivshmem/channel/ends.pyx":96
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -5799,7 +5800,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":97
+  /* "ivshmem/channel/ends.pyx":98
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -5812,7 +5813,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":70
+  /* "ivshmem/channel/ends.pyx":71
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5840,7 +5841,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":99
+/* "ivshmem/channel/ends.pyx":100
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5900,14 +5901,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/ends.pyx":101
+  /* "ivshmem/channel/ends.pyx":102
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     def clear_rings(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5920,7 +5921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":99
+  /* "ivshmem/channel/ends.pyx":100
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5939,7 +5940,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":103
+/* "ivshmem/channel/ends.pyx":104
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -5999,17 +6000,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4clear_rings(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("clear_rings", 0);
 
-  /* "ivshmem/channel/ends.pyx":105
+  /* "ivshmem/channel/ends.pyx":106
  *     def clear_rings(self):
  *         """Do what `clear` does."""
  *         self.clear()             # <<<<<<<<<<<<<<
  * 
  *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 106, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":103
+  /* "ivshmem/channel/ends.pyx":104
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -6029,7 +6030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4clear_rings(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":107
+/* "ivshmem/channel/ends.pyx":108
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -6041,7 +6042,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":110
+  /* "ivshmem/channel/ends.pyx":111
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -6050,7 +6051,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/ends.pyx":111
+  /* "ivshmem/channel/ends.pyx":112
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6063,7 +6064,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":107
+  /* "ivshmem/channel/ends.pyx":108
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -6284,7 +6285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__(C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":114
+/* "ivshmem/channel/ends.pyx":115
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6305,7 +6306,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wakeup_of_thread", 0);
 
-  /* "ivshmem/channel/ends.pyx":116
+  /* "ivshmem/channel/ends.pyx":117
  * cdef Wakeup wakeup_of_thread(Membership membership):
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)             # <<<<<<<<<<<<<<
@@ -6314,13 +6315,13 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   __pyx_t_1 = __pyx_v_membership->threads;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_wakeup = __pyx_t_2;
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":117
+  /* "ivshmem/channel/ends.pyx":118
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6331,7 +6332,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":118
+    /* "ivshmem/channel/ends.pyx":119
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -6344,15 +6345,15 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
       PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_membership)};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 118, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_DECREF_SET(__pyx_v_wakeup, __pyx_t_2);
-    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 118, __pyx_L1_error)
+    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/ends.pyx":117
+    /* "ivshmem/channel/ends.pyx":118
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6361,14 +6362,14 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":119
+  /* "ivshmem/channel/ends.pyx":120
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)
  *     return wakeup             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 120, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_temp;
     {
@@ -6380,7 +6381,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":114
+  /* "ivshmem/channel/ends.pyx":115
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6401,7 +6402,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":130
+/* "ivshmem/channel/ends.pyx":131
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6446,7 +6447,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":131
+  /* "ivshmem/channel/ends.pyx":132
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -6458,7 +6459,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/ends.pyx":130
+  /* "ivshmem/channel/ends.pyx":131
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6473,7 +6474,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":133
+/* "ivshmem/channel/ends.pyx":134
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6540,7 +6541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/ends.pyx":134
+  /* "ivshmem/channel/ends.pyx":135
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6549,16 +6550,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/ends.pyx":135
+  /* "ivshmem/channel/ends.pyx":136
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 135, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6573,7 +6574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 135, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6582,14 +6583,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 134, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 134, __pyx_L1_error)
+  __PYX_ERR(0, 135, __pyx_L1_error)
 
-  /* "ivshmem/channel/ends.pyx":133
+  /* "ivshmem/channel/ends.pyx":134
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6610,7 +6611,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":139
+/* "ivshmem/channel/ends.pyx":140
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6644,7 +6645,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/ends.pyx":142
+  /* "ivshmem/channel/ends.pyx":143
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -6656,16 +6657,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 143, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -6674,7 +6675,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -6691,7 +6692,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":139
+  /* "ivshmem/channel/ends.pyx":140
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6711,7 +6712,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":144
+/* "ivshmem/channel/ends.pyx":145
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6724,7 +6725,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":146
+  /* "ivshmem/channel/ends.pyx":147
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
  *         return self.open and self.membership.has_place()             # <<<<<<<<<<<<<<
@@ -6748,7 +6749,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":144
+  /* "ivshmem/channel/ends.pyx":145
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6762,7 +6763,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":148
+/* "ivshmem/channel/ends.pyx":149
  *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -6789,7 +6790,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/ends.pyx":149
+  /* "ivshmem/channel/ends.pyx":150
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -6801,7 +6802,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/ends.pyx":150
+    /* "ivshmem/channel/ends.pyx":151
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -6809,14 +6810,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 150, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -6832,7 +6833,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 150, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -6854,14 +6855,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 150, __pyx_L1_error)
+    __PYX_ERR(0, 151, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":149
+    /* "ivshmem/channel/ends.pyx":150
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -6870,20 +6871,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":151
+  /* "ivshmem/channel/ends.pyx":152
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 152, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":148
+  /* "ivshmem/channel/ends.pyx":149
  *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -6907,7 +6908,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":155
+/* "ivshmem/channel/ends.pyx":156
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6918,7 +6919,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":157
+  /* "ivshmem/channel/ends.pyx":158
  *     cdef int attempt(self) except -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -6931,7 +6932,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":155
+  /* "ivshmem/channel/ends.pyx":156
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6945,7 +6946,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":159
+/* "ivshmem/channel/ends.pyx":160
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6956,7 +6957,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":161
+  /* "ivshmem/channel/ends.pyx":162
  *     cdef int begin_sleep(self) except -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6969,7 +6970,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":159
+  /* "ivshmem/channel/ends.pyx":160
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6983,7 +6984,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":163
+/* "ivshmem/channel/ends.pyx":164
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6997,7 +6998,7 @@ static void __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_sleep(CYTHON_UNUSED
 
 }
 
-/* "ivshmem/channel/ends.pyx":166
+/* "ivshmem/channel/ends.pyx":167
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7014,7 +7015,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":168
+  /* "ivshmem/channel/ends.pyx":169
  *     cdef int one_awake(self) except -1:
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1             # <<<<<<<<<<<<<<
@@ -7023,7 +7024,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
 
-  /* "ivshmem/channel/ends.pyx":169
+  /* "ivshmem/channel/ends.pyx":170
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7035,7 +7036,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":171
+    /* "ivshmem/channel/ends.pyx":172
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7058,17 +7059,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/ends.pyx":172
+      /* "ivshmem/channel/ends.pyx":173
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:
  *                 self.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.end_sleep()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 172, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 173, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":171
+      /* "ivshmem/channel/ends.pyx":172
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7078,7 +7079,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
       goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/ends.pyx":174
+    /* "ivshmem/channel/ends.pyx":175
  *                 self.begin_sleep()
  *             else:
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -7090,7 +7091,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     }
     __pyx_L4:;
 
-    /* "ivshmem/channel/ends.pyx":169
+    /* "ivshmem/channel/ends.pyx":170
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7099,7 +7100,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":175
+  /* "ivshmem/channel/ends.pyx":176
  *             else:
  *                 self.end_sleep()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7112,7 +7113,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":166
+  /* "ivshmem/channel/ends.pyx":167
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7129,7 +7130,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":177
+/* "ivshmem/channel/ends.pyx":178
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7142,7 +7143,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/ends.pyx":179
+  /* "ivshmem/channel/ends.pyx":180
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -7160,7 +7161,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":177
+  /* "ivshmem/channel/ends.pyx":178
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7175,7 +7176,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":181
+/* "ivshmem/channel/ends.pyx":182
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7186,7 +7187,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":183
+  /* "ivshmem/channel/ends.pyx":184
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7199,7 +7200,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":181
+  /* "ivshmem/channel/ends.pyx":182
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7213,7 +7214,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":185
+/* "ivshmem/channel/ends.pyx":186
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7229,7 +7230,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":186
+  /* "ivshmem/channel/ends.pyx":187
  * 
  *     cdef int beat(self) except -1:
  *         if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
@@ -7241,17 +7242,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":187
+    /* "ivshmem/channel/ends.pyx":188
  *     cdef int beat(self) except -1:
  *         if self.usable():  # else another thread has closed it
  *             self.restore()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 187, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":186
+    /* "ivshmem/channel/ends.pyx":187
  * 
  *     cdef int beat(self) except -1:
  *         if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
@@ -7260,7 +7261,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":188
+  /* "ivshmem/channel/ends.pyx":189
  *         if self.usable():  # else another thread has closed it
  *             self.restore()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7273,7 +7274,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":185
+  /* "ivshmem/channel/ends.pyx":186
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7290,7 +7291,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":190
+/* "ivshmem/channel/ends.pyx":191
  *         return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7301,7 +7302,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":192
+  /* "ivshmem/channel/ends.pyx":193
  *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7314,7 +7315,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":190
+  /* "ivshmem/channel/ends.pyx":191
  *         return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7328,7 +7329,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":194
+/* "ivshmem/channel/ends.pyx":195
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7339,7 +7340,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":196
+  /* "ivshmem/channel/ends.pyx":197
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7352,7 +7353,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":194
+  /* "ivshmem/channel/ends.pyx":195
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7366,7 +7367,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":200
+/* "ivshmem/channel/ends.pyx":201
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -7377,6 +7378,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   int64_t __pyx_v_deadline;
   CYTHON_UNUSED int64_t __pyx_v_n;
+  int64_t __pyx_v_wish;
   int __pyx_v_futile;
   int __pyx_v_code;
   struct __pyx_t_7ivshmem_6native_4spin_Turn __pyx_v_turn;
@@ -7385,40 +7387,44 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *__pyx_v_spinner = 0;
   void *__pyx_v_what;
   __pyx_t_7ivshmem_6native_4spin_Probe __pyx_v_probe;
+  CYTHON_UNUSED long __pyx_v__;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
+  int64_t __pyx_t_2;
   int __pyx_t_3;
   int64_t __pyx_t_4;
-  int64_t __pyx_t_5;
+  int __pyx_t_5;
   int __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   size_t __pyx_t_8;
-  int __pyx_t_9;
-  char const *__pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
+  Py_ssize_t __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
+  long __pyx_t_11;
+  int __pyx_t_12;
+  char const *__pyx_t_13;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
-  int __pyx_t_17;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
+  int __pyx_t_20;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":204
- *         cdef int64_t deadline
+  /* "ivshmem/channel/ends.pyx":206
  *         cdef int64_t n
+ *         cdef int64_t wish
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
  *         cdef int code
  *         cdef Turn turn
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/ends.pyx":207
+  /* "ivshmem/channel/ends.pyx":209
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -7428,19 +7434,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":208
+  /* "ivshmem/channel/ends.pyx":210
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 208, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 210, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":209
+  /* "ivshmem/channel/ends.pyx":211
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -7450,62 +7456,80 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":210
+  /* "ivshmem/channel/ends.pyx":212
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
  *         cdef Probe probe = NULL
- *         self.enter()
+ *         wish = 0 if spin is None else spin_of(spin)
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/ends.pyx":211
+  /* "ivshmem/channel/ends.pyx":213
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
+ *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()
- *         code = self.attempt()
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/ends.pyx":212
+  /* "ivshmem/channel/ends.pyx":214
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
+ *         wish = 0 if spin is None else spin_of(spin)             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         code = self.attempt()
+*/
+  __pyx_t_3 = (__pyx_v_spin == Py_None);
+  if (__pyx_t_3) {
+
+    __pyx_t_2 = 0;
+  } else {
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 214, __pyx_L1_error)
+    __pyx_t_2 = __pyx_t_4;
+  }
+
+  __pyx_v_wish = __pyx_t_2;
+
+  /* "ivshmem/channel/ends.pyx":215
+ *         cdef Probe probe = NULL
+ *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 215, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":213
- *         cdef Probe probe = NULL
+  /* "ivshmem/channel/ends.pyx":216
+ *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 213, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_2;
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 216, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_5;
 
-  /* "ivshmem/channel/ends.pyx":214
+  /* "ivshmem/channel/ends.pyx":217
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+ *         turn.left = 0
 */
   __pyx_t_3 = (__pyx_v_code != IVSHMEM_AGAIN);
 
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":215
+    /* "ivshmem/channel/ends.pyx":218
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
- *         if deadline == 0:
+ *         turn.left = 0
+ *         if wish and self.probe(&what, &probe):
 */
     {
 
@@ -7513,18 +7537,235 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":214
+    /* "ivshmem/channel/ends.pyx":217
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
- *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+ *         turn.left = 0
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":216
+  /* "ivshmem/channel/ends.pyx":219
  *         if code != IVSHMEM_AGAIN:
  *             return code
+ *         turn.left = 0             # <<<<<<<<<<<<<<
+ *         if wish and self.probe(&what, &probe):
+ *             if sleeper.spinner is None:
+*/
+  __pyx_v_turn.left = 0;
+
+  /* "ivshmem/channel/ends.pyx":220
+ *             return code
+ *         turn.left = 0
+ *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
+ *             if sleeper.spinner is None:
+ *                 sleeper.spinner = Spinner()
+*/
+  __pyx_t_6 = (__pyx_v_wish != 0);
+
+  if (__pyx_t_6) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_6;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_6 = (__pyx_t_2 != 0);
+
+
+
+  __pyx_t_3 = __pyx_t_6;
+
+  __pyx_L5_bool_binop_done:;
+  if (__pyx_t_3) {
+
+
+    /* "ivshmem/channel/ends.pyx":221
+ *         turn.left = 0
+ *         if wish and self.probe(&what, &probe):
+ *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
+ *                 sleeper.spinner = Spinner()
+ *             spinner = sleeper.spinner
+*/
+    __pyx_t_3 = (((PyObject *)__pyx_v_sleeper->spinner) == Py_None);
+    if (__pyx_t_3) {
+
+
+      /* "ivshmem/channel/ends.pyx":222
+ *         if wish and self.probe(&what, &probe):
+ *             if sleeper.spinner is None:
+ *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
+ *             spinner = sleeper.spinner
+ *             spinner.begin(&turn, 0, wish)
+*/
+      __pyx_t_7 = NULL;
+      __pyx_t_8 = 1;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
+        __Pyx_GOTREF((PyObject *)__pyx_t_1);
+      }
+      __Pyx_GIVEREF((PyObject *)__pyx_t_1);
+      __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->spinner);
+      __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
+      __pyx_t_1 = 0;
+
+      /* "ivshmem/channel/ends.pyx":221
+ *         turn.left = 0
+ *         if wish and self.probe(&what, &probe):
+ *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
+ *                 sleeper.spinner = Spinner()
+ *             spinner = sleeper.spinner
+*/
+    }
+
+    /* "ivshmem/channel/ends.pyx":223
+ *             if sleeper.spinner is None:
+ *                 sleeper.spinner = Spinner()
+ *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
+ *             spinner.begin(&turn, 0, wish)
+ *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
+*/
+    __pyx_t_1 = ((PyObject *)__pyx_v_sleeper->spinner);
+    __Pyx_INCREF(__pyx_t_1);
+    __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/ends.pyx":224
+ *                 sleeper.spinner = Spinner()
+ *             spinner = sleeper.spinner
+ *             spinner.begin(&turn, 0, wish)             # <<<<<<<<<<<<<<
+ *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
+ *             for _ in range(FIRST_LOOKS if turn.left else 0):
+*/
+    ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_v_wish);
+
+    /* "ivshmem/channel/ends.pyx":226
+ *             spinner.begin(&turn, 0, wish)
+ *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
+ *             for _ in range(FIRST_LOOKS if turn.left else 0):             # <<<<<<<<<<<<<<
+ *                 if probe(what):
+ *                     code = self.attempt()
+*/
+    __pyx_t_3 = (__pyx_v_turn.left != 0);
+
+    if (__pyx_t_3) {
+
+      __pyx_t_9 = __pyx_e_7ivshmem_7channel_4ends_FIRST_LOOKS;
+    } else {
+
+      __pyx_t_9 = 0;
+    }
+
+    __pyx_t_10 = __pyx_t_9;
+
+    for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
+      __pyx_v__ = __pyx_t_11;
+
+      /* "ivshmem/channel/ends.pyx":227
+ *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
+ *             for _ in range(FIRST_LOOKS if turn.left else 0):
+ *                 if probe(what):             # <<<<<<<<<<<<<<
+ *                     code = self.attempt()
+ *                     if code != IVSHMEM_AGAIN:
+*/
+      __pyx_t_3 = (__pyx_v_probe(__pyx_v_what) != 0);
+
+      if (__pyx_t_3) {
+
+
+        /* "ivshmem/channel/ends.pyx":228
+ *             for _ in range(FIRST_LOOKS if turn.left else 0):
+ *                 if probe(what):
+ *                     code = self.attempt()             # <<<<<<<<<<<<<<
+ *                     if code != IVSHMEM_AGAIN:
+ *                         spinner.won(0, 1, False)
+*/
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 228, __pyx_L1_error)
+        __pyx_v_code = __pyx_t_5;
+
+        /* "ivshmem/channel/ends.pyx":229
+ *                 if probe(what):
+ *                     code = self.attempt()
+ *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                         spinner.won(0, 1, False)
+ *                         return code
+*/
+        __pyx_t_3 = (__pyx_v_code != IVSHMEM_AGAIN);
+
+        if (__pyx_t_3) {
+
+
+          /* "ivshmem/channel/ends.pyx":230
+ *                     code = self.attempt()
+ *                     if code != IVSHMEM_AGAIN:
+ *                         spinner.won(0, 1, False)             # <<<<<<<<<<<<<<
+ *                         return code
+ *                     break
+*/
+          ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->won(__pyx_v_spinner, 0, 1, 0);
+
+          /* "ivshmem/channel/ends.pyx":231
+ *                     if code != IVSHMEM_AGAIN:
+ *                         spinner.won(0, 1, False)
+ *                         return code             # <<<<<<<<<<<<<<
+ *                     break
+ *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+*/
+          {
+
+            __pyx_r = __pyx_v_code;
+          }
+          goto __pyx_L0;
+
+          /* "ivshmem/channel/ends.pyx":229
+ *                 if probe(what):
+ *                     code = self.attempt()
+ *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                         spinner.won(0, 1, False)
+ *                         return code
+*/
+        }
+
+        /* "ivshmem/channel/ends.pyx":232
+ *                         spinner.won(0, 1, False)
+ *                         return code
+ *                     break             # <<<<<<<<<<<<<<
+ *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
+ *         if deadline == 0:
+*/
+        goto __pyx_L9_break;
+
+        /* "ivshmem/channel/ends.pyx":227
+ *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
+ *             for _ in range(FIRST_LOOKS if turn.left else 0):
+ *                 if probe(what):             # <<<<<<<<<<<<<<
+ *                     code = self.attempt()
+ *                     if code != IVSHMEM_AGAIN:
+*/
+      }
+    }
+    __pyx_L9_break:;
+
+
+
+    /* "ivshmem/channel/ends.pyx":220
+ *             return code
+ *         turn.left = 0
+ *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
+ *             if sleeper.spinner is None:
+ *                 sleeper.spinner = Spinner()
+*/
+  }
+
+  /* "ivshmem/channel/ends.pyx":233
+ *                         return code
+ *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         if deadline == 0:
  *             if self.watched:
@@ -7532,16 +7773,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __pyx_t_3 = (__pyx_v_timeout == Py_None);
   if (__pyx_t_3) {
 
-    __pyx_t_4 = INT64_MAX;
+    __pyx_t_2 = INT64_MAX;
   } else {
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 216, __pyx_L1_error)
-    __pyx_t_4 = __pyx_t_5;
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 233, __pyx_L1_error)
+    __pyx_t_2 = __pyx_t_4;
   }
 
-  __pyx_v_deadline = __pyx_t_4;
+  __pyx_v_deadline = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":217
- *             return code
+  /* "ivshmem/channel/ends.pyx":234
+ *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
@@ -7552,7 +7793,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":218
+    /* "ivshmem/channel/ends.pyx":235
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7561,20 +7802,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/ends.pyx":219
+      /* "ivshmem/channel/ends.pyx":236
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
- *         turn.left = 0
+ *         while True:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 219, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 236, __pyx_L1_error)
       {
-        __pyx_r = __pyx_t_2;
+        __pyx_r = __pyx_t_5;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":218
+      /* "ivshmem/channel/ends.pyx":235
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7583,12 +7824,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":220
+    /* "ivshmem/channel/ends.pyx":237
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
+ *         while True:
+ *             if turn.left:
 */
     {
 
@@ -7596,8 +7837,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":217
- *             return code
+    /* "ivshmem/channel/ends.pyx":234
+ *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
@@ -7605,126 +7846,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":221
+  /* "ivshmem/channel/ends.pyx":238
  *                 return self.arm()
  *             return code
- *         turn.left = 0             # <<<<<<<<<<<<<<
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:
-*/
-  __pyx_v_turn.left = 0;
-
-  /* "ivshmem/channel/ends.pyx":222
- *             return code
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
-*/
-  __pyx_t_6 = (__pyx_v_spin != Py_None);
-  if (__pyx_t_6) {
-
-  } else {
-
-    __pyx_t_3 = __pyx_t_6;
-
-    goto __pyx_L7_bool_binop_done;
-  }
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 222, __pyx_L1_error)
-  __pyx_t_6 = (__pyx_t_4 != 0);
-
-
-
-  __pyx_t_3 = __pyx_t_6;
-
-  __pyx_L7_bool_binop_done:;
-  if (__pyx_t_3) {
-
-
-    /* "ivshmem/channel/ends.pyx":223
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
-*/
-    __pyx_t_3 = (((PyObject *)__pyx_v_sleeper->spinner) == Py_None);
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/channel/ends.pyx":224
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))
-*/
-      __pyx_t_7 = NULL;
-      __pyx_t_8 = 1;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 224, __pyx_L1_error)
-        __Pyx_GOTREF((PyObject *)__pyx_t_1);
-      }
-      __Pyx_GIVEREF((PyObject *)__pyx_t_1);
-      __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->spinner);
-      __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
-      __pyx_t_1 = 0;
-
-      /* "ivshmem/channel/ends.pyx":223
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):
- *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
-*/
-    }
-
-    /* "ivshmem/channel/ends.pyx":225
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
- *             spinner.begin(&turn, 0, spin_of(spin))
- *         while True:
-*/
-    __pyx_t_1 = ((PyObject *)__pyx_v_sleeper->spinner);
-    __Pyx_INCREF(__pyx_t_1);
-    __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
-    __pyx_t_1 = 0;
-
-    /* "ivshmem/channel/ends.pyx":226
- *                 sleeper.spinner = Spinner()
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))             # <<<<<<<<<<<<<<
- *         while True:
- *             if turn.left:
-*/
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 226, __pyx_L1_error)
-    ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_t_4);
-
-
-    /* "ivshmem/channel/ends.pyx":222
- *             return code
- *         turn.left = 0
- *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
- *             if sleeper.spinner is None:
- *                 sleeper.spinner = Spinner()
-*/
-  }
-
-  /* "ivshmem/channel/ends.pyx":227
- *             spinner = sleeper.spinner
- *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:             # <<<<<<<<<<<<<<
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
 */
   while (1) {
 
-    /* "ivshmem/channel/ends.pyx":228
- *             spinner.begin(&turn, 0, spin_of(spin))
+    /* "ivshmem/channel/ends.pyx":239
+ *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
@@ -7735,7 +7867,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":229
+      /* "ivshmem/channel/ends.pyx":240
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -7750,18 +7882,18 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
         __pyx_t_3 = __pyx_t_6;
 
-        goto __pyx_L14_bool_binop_done;
+        goto __pyx_L18_bool_binop_done;
       }
       __pyx_t_6 = ivshmem_is_only_thread();
 
 
       __pyx_t_3 = __pyx_t_6;
 
-      __pyx_L14_bool_binop_done:;
+      __pyx_L18_bool_binop_done:;
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":230
+        /* "ivshmem/channel/ends.pyx":241
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7770,17 +7902,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/ends.pyx":229
+        /* "ivshmem/channel/ends.pyx":240
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
  *                     n = spinner.spin(
  *                         0, deadline, probe, what, &turn, &self.membership.state
 */
-        goto __pyx_L13;
+        goto __pyx_L17;
       }
 
-      /* "ivshmem/channel/ends.pyx":234
+      /* "ivshmem/channel/ends.pyx":245
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -7794,7 +7926,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/ends.pyx":235
+              /* "ivshmem/channel/ends.pyx":246
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7804,7 +7936,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/ends.pyx":234
+            /* "ivshmem/channel/ends.pyx":245
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -7815,45 +7947,45 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               /*normal exit:*/{
                 __Pyx_FastGIL_Forget();
                 PyEval_RestoreThread(_save);
-                goto __pyx_L20;
+                goto __pyx_L24;
               }
-              __pyx_L20:;
+              __pyx_L24:;
             }
         }
       }
-      __pyx_L13:;
+      __pyx_L17:;
 
-      /* "ivshmem/channel/ends.pyx":238
+      /* "ivshmem/channel/ends.pyx":249
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L1_error)
+      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":239
+      /* "ivshmem/channel/ends.pyx":250
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 239, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":228
- *             spinner.begin(&turn, 0, spin_of(spin))
+      /* "ivshmem/channel/ends.pyx":239
+ *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(
 */
-      goto __pyx_L12;
+      goto __pyx_L16;
     }
 
-    /* "ivshmem/channel/ends.pyx":241
+    /* "ivshmem/channel/ends.pyx":252
  *                 self.enter()
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)             # <<<<<<<<<<<<<<
@@ -7863,33 +7995,33 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     /*else*/ {
       __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 241, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 252, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_7));
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/ends.pyx":242
+      /* "ivshmem/channel/ends.pyx":253
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 253, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":243
+      /* "ivshmem/channel/ends.pyx":254
  *                 wakeup = wakeup_of_thread(self.membership)
  *                 self.enter()
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 243, __pyx_L1_error)
-      __pyx_v_code = __pyx_t_2;
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 254, __pyx_L1_error)
+      __pyx_v_code = __pyx_t_5;
 
-      /* "ivshmem/channel/ends.pyx":244
+      /* "ivshmem/channel/ends.pyx":255
  *                 self.enter()
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -7898,7 +8030,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/ends.pyx":245
+      /* "ivshmem/channel/ends.pyx":256
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -7907,17 +8039,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":246
+        /* "ivshmem/channel/ends.pyx":257
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L24_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L28_error)
 
 
-        /* "ivshmem/channel/ends.pyx":247
+        /* "ivshmem/channel/ends.pyx":258
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -7932,7 +8064,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
           __pyx_t_3 = __pyx_t_6;
 
-          goto __pyx_L27_bool_binop_done;
+          goto __pyx_L31_bool_binop_done;
         }
         __pyx_t_6 = (__pyx_v_code == 0);
 
@@ -7942,38 +8074,38 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
           __pyx_t_3 = __pyx_t_6;
 
-          goto __pyx_L27_bool_binop_done;
+          goto __pyx_L31_bool_binop_done;
         }
         __pyx_t_6 = (__pyx_v_futile > __pyx_e_7ivshmem_7channel_4ends_FUTILE);
 
 
         __pyx_t_3 = __pyx_t_6;
 
-        __pyx_L27_bool_binop_done:;
+        __pyx_L31_bool_binop_done:;
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":248
+          /* "ivshmem/channel/ends.pyx":259
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L24_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/ends.pyx":249
+          /* "ivshmem/channel/ends.pyx":260
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.one_awake()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L24_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/ends.pyx":247
+          /* "ivshmem/channel/ends.pyx":258
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -7983,7 +8115,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/channel/ends.pyx":251
+      /* "ivshmem/channel/ends.pyx":262
  *                         self.enter()
  *                 finally:
  *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
@@ -7992,56 +8124,56 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*finally:*/ {
         /*normal exit:*/{
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L1_error)
 
-          goto __pyx_L25;
+          goto __pyx_L29;
         }
-        __pyx_L24_error:;
+        __pyx_L28_error:;
         /*exception exit:*/{
           __Pyx_PyThreadState_declare
           __Pyx_PyThreadState_assign
-          __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
           __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-           __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
-          if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-          __Pyx_XGOTREF(__pyx_t_11);
-          __Pyx_XGOTREF(__pyx_t_12);
-          __Pyx_XGOTREF(__pyx_t_13);
+           __Pyx_ExceptionSwap(&__pyx_t_17, &__pyx_t_18, &__pyx_t_19);
+          if ( unlikely(__Pyx_GetException(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16) < 0)) __Pyx_ErrFetch(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
           __Pyx_XGOTREF(__pyx_t_14);
           __Pyx_XGOTREF(__pyx_t_15);
           __Pyx_XGOTREF(__pyx_t_16);
-          __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
+          __Pyx_XGOTREF(__pyx_t_17);
+          __Pyx_XGOTREF(__pyx_t_18);
+          __Pyx_XGOTREF(__pyx_t_19);
+          __pyx_t_5 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
-            __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-1))) __PYX_ERR(0, 251, __pyx_L33_error)
+            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L37_error)
 
           }
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_19);
+          __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_XGIVEREF(__pyx_t_15);
           __Pyx_XGIVEREF(__pyx_t_16);
-          __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-          __Pyx_XGIVEREF(__pyx_t_11);
-          __Pyx_XGIVEREF(__pyx_t_12);
-          __Pyx_XGIVEREF(__pyx_t_13);
-          __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-          __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
+          __Pyx_ErrRestore(__pyx_t_14, __pyx_t_15, __pyx_t_16);
+          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
+          __pyx_lineno = __pyx_t_5; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
           goto __pyx_L1_error;
-          __pyx_L33_error:;
-          __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_XGIVEREF(__pyx_t_15);
-          __Pyx_XGIVEREF(__pyx_t_16);
-          __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-          __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
-          __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+          __pyx_L37_error:;
+          __Pyx_XGIVEREF(__pyx_t_17);
+          __Pyx_XGIVEREF(__pyx_t_18);
+          __Pyx_XGIVEREF(__pyx_t_19);
+          __Pyx_ExceptionReset(__pyx_t_17, __pyx_t_18, __pyx_t_19);
+          __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
+          __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
+          __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
+          __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0;
           goto __pyx_L1_error;
         }
-        __pyx_L25:;
+        __pyx_L29:;
       }
 
-      /* "ivshmem/channel/ends.pyx":252
+      /* "ivshmem/channel/ends.pyx":263
  *                 finally:
  *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -8050,7 +8182,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/ends.pyx":253
+      /* "ivshmem/channel/ends.pyx":264
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8069,7 +8201,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":254
+        /* "ivshmem/channel/ends.pyx":265
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -8082,7 +8214,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/ends.pyx":253
+        /* "ivshmem/channel/ends.pyx":264
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8091,19 +8223,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
     }
-    __pyx_L12:;
+    __pyx_L16:;
 
-    /* "ivshmem/channel/ends.pyx":255
+    /* "ivshmem/channel/ends.pyx":266
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 255, __pyx_L1_error)
-    __pyx_v_code = __pyx_t_9;
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_v_code = __pyx_t_12;
 
-    /* "ivshmem/channel/ends.pyx":256
+    /* "ivshmem/channel/ends.pyx":267
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8115,7 +8247,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":257
+      /* "ivshmem/channel/ends.pyx":268
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8126,7 +8258,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":258
+        /* "ivshmem/channel/ends.pyx":269
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -8135,7 +8267,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-        /* "ivshmem/channel/ends.pyx":257
+        /* "ivshmem/channel/ends.pyx":268
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8144,7 +8276,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":259
+      /* "ivshmem/channel/ends.pyx":270
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -8157,7 +8289,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":256
+      /* "ivshmem/channel/ends.pyx":267
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8166,7 +8298,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":260
+    /* "ivshmem/channel/ends.pyx":271
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8181,18 +8313,18 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
       __pyx_t_3 = __pyx_t_6;
 
-      goto __pyx_L38_bool_binop_done;
+      goto __pyx_L42_bool_binop_done;
     }
     __pyx_t_6 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_deadline);
 
 
     __pyx_t_3 = __pyx_t_6;
 
-    __pyx_L38_bool_binop_done:;
+    __pyx_L42_bool_binop_done:;
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":261
+      /* "ivshmem/channel/ends.pyx":272
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -8205,7 +8337,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":260
+      /* "ivshmem/channel/ends.pyx":271
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8215,7 +8347,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/channel/ends.pyx":200
+  /* "ivshmem/channel/ends.pyx":201
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -8237,9 +8369,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
 
 
+
   __Pyx_XDECREF((PyObject *)__pyx_v_wakeup);
   __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
   __Pyx_XDECREF((PyObject *)__pyx_v_spinner);
+
 
 
 
@@ -8247,7 +8381,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":263
+/* "ivshmem/channel/ends.pyx":274
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8264,37 +8398,37 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":266
+  /* "ivshmem/channel/ends.pyx":277
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":267
+  /* "ivshmem/channel/ends.pyx":278
  *         cdef int code
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 267, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 278, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":268
+  /* "ivshmem/channel/ends.pyx":279
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":269
+  /* "ivshmem/channel/ends.pyx":280
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8306,7 +8440,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":270
+    /* "ivshmem/channel/ends.pyx":281
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8315,20 +8449,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/ends.pyx":271
+    /* "ivshmem/channel/ends.pyx":282
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 282, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":269
+    /* "ivshmem/channel/ends.pyx":280
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8337,7 +8471,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":272
+  /* "ivshmem/channel/ends.pyx":283
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -8350,7 +8484,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":263
+  /* "ivshmem/channel/ends.pyx":274
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8368,7 +8502,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":274
+/* "ivshmem/channel/ends.pyx":285
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8440,17 +8574,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":286
+        /* "ivshmem/channel/ends.pyx":297
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 297, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":287
+        /* "ivshmem/channel/ends.pyx":298
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8461,7 +8595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":288
+          /* "ivshmem/channel/ends.pyx":299
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -8474,7 +8608,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -8482,7 +8616,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":287
+          /* "ivshmem/channel/ends.pyx":298
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8491,7 +8625,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":289
+        /* "ivshmem/channel/ends.pyx":300
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8503,7 +8637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":290
+          /* "ivshmem/channel/ends.pyx":301
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -8512,7 +8646,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":291
+          /* "ivshmem/channel/ends.pyx":302
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
@@ -8521,7 +8655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/ends.pyx":292
+          /* "ivshmem/channel/ends.pyx":303
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watchers += 1             # <<<<<<<<<<<<<<
@@ -8530,41 +8664,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-          /* "ivshmem/channel/ends.pyx":293
+          /* "ivshmem/channel/ends.pyx":304
  *             self.awaited += 1
  *             self.membership.watchers += 1
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":294
+          /* "ivshmem/channel/ends.pyx":305
  *             self.membership.watchers += 1
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 294, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 305, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":295
+            /* "ivshmem/channel/ends.pyx":306
  *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 295, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":294
+            /* "ivshmem/channel/ends.pyx":305
  *             self.membership.watchers += 1
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -8573,7 +8707,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":289
+          /* "ivshmem/channel/ends.pyx":300
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8582,14 +8716,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":296
+        /* "ivshmem/channel/ends.pyx":307
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -8604,7 +8738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":274
+      /* "ivshmem/channel/ends.pyx":285
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8643,7 +8777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":298
+/* "ivshmem/channel/ends.pyx":309
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8661,7 +8795,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":299
+  /* "ivshmem/channel/ends.pyx":310
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -8670,7 +8804,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8684,7 +8818,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":298
+  /* "ivshmem/channel/ends.pyx":309
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8704,7 +8838,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":303
+/* "ivshmem/channel/ends.pyx":314
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -8760,7 +8894,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_membership", 0);
 
-  /* "ivshmem/channel/ends.pyx":304
+  /* "ivshmem/channel/ends.pyx":315
  * 
  *     def _membership(self):
  *         return self.membership             # <<<<<<<<<<<<<<
@@ -8778,7 +8912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":303
+  /* "ivshmem/channel/ends.pyx":314
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -8793,7 +8927,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":306
+/* "ivshmem/channel/ends.pyx":317
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -8856,39 +8990,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_begin_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":309
+  /* "ivshmem/channel/ends.pyx":320
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         self.enter()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":310
+  /* "ivshmem/channel/ends.pyx":321
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":311
+  /* "ivshmem/channel/ends.pyx":322
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 311, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 322, __pyx_L1_error)
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":312
+  /* "ivshmem/channel/ends.pyx":323
  *         self.enter()
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -8897,7 +9031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 */
   __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-  /* "ivshmem/channel/ends.pyx":313
+  /* "ivshmem/channel/ends.pyx":324
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -8906,7 +9040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-  /* "ivshmem/channel/ends.pyx":314
+  /* "ivshmem/channel/ends.pyx":325
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1             # <<<<<<<<<<<<<<
@@ -8915,34 +9049,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-  /* "ivshmem/channel/ends.pyx":315
+  /* "ivshmem/channel/ends.pyx":326
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1
  *         self.membership.hurry()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         return code != IVSHMEM_AGAIN
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":316
+  /* "ivshmem/channel/ends.pyx":327
  *         self.membership.watchers += 1
  *         self.membership.hurry()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return code != IVSHMEM_AGAIN
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 327, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":317
+  /* "ivshmem/channel/ends.pyx":328
  *         self.membership.hurry()
  *         self.membership.flush()
  *         return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
  *     def _end_waiting(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8955,7 +9089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":306
+  /* "ivshmem/channel/ends.pyx":317
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -8976,7 +9110,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":319
+/* "ivshmem/channel/ends.pyx":330
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -9038,19 +9172,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":321
+  /* "ivshmem/channel/ends.pyx":332
  *     def _end_waiting(self):
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":322
+  /* "ivshmem/channel/ends.pyx":333
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9059,7 +9193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-  /* "ivshmem/channel/ends.pyx":323
+  /* "ivshmem/channel/ends.pyx":334
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1             # <<<<<<<<<<<<<<
@@ -9068,17 +9202,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-  /* "ivshmem/channel/ends.pyx":324
+  /* "ivshmem/channel/ends.pyx":335
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
  *         sleeper.one_awake()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":319
+  /* "ivshmem/channel/ends.pyx":330
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -9100,7 +9234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":326
+/* "ivshmem/channel/ends.pyx":337
  *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9165,7 +9299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/ends.pyx":328
+  /* "ivshmem/channel/ends.pyx":339
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9177,7 +9311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":329
+    /* "ivshmem/channel/ends.pyx":340
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9194,7 +9328,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":328
+    /* "ivshmem/channel/ends.pyx":339
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9203,7 +9337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":330
+  /* "ivshmem/channel/ends.pyx":341
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9212,7 +9346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   __pyx_v_self->open = 0;
 
-  /* "ivshmem/channel/ends.pyx":331
+  /* "ivshmem/channel/ends.pyx":342
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -9224,7 +9358,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-  /* "ivshmem/channel/ends.pyx":332
+  /* "ivshmem/channel/ends.pyx":343
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9233,7 +9367,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   if (__pyx_v_self->watched) {
 
-    /* "ivshmem/channel/ends.pyx":333
+    /* "ivshmem/channel/ends.pyx":344
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
@@ -9242,7 +9376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
     __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-    /* "ivshmem/channel/ends.pyx":332
+    /* "ivshmem/channel/ends.pyx":343
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9251,7 +9385,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":334
+  /* "ivshmem/channel/ends.pyx":345
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9277,27 +9411,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":335
+    /* "ivshmem/channel/ends.pyx":346
  *             self.membership.watchers -= 1
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":336
+    /* "ivshmem/channel/ends.pyx":347
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":334
+    /* "ivshmem/channel/ends.pyx":345
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9306,7 +9440,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":337
+  /* "ivshmem/channel/ends.pyx":348
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9318,17 +9452,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":338
+    /* "ivshmem/channel/ends.pyx":349
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.discard(self)
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":337
+    /* "ivshmem/channel/ends.pyx":348
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9337,7 +9471,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":339
+  /* "ivshmem/channel/ends.pyx":350
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.discard(self)             # <<<<<<<<<<<<<<
@@ -9351,12 +9485,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
     __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/ends.pyx":326
+  /* "ivshmem/channel/ends.pyx":337
  *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9378,7 +9512,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":341
+/* "ivshmem/channel/ends.pyx":352
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9409,7 +9543,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":342
+  /* "ivshmem/channel/ends.pyx":353
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9418,7 +9552,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":343
+    /* "ivshmem/channel/ends.pyx":354
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9432,12 +9566,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 343, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 354, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":342
+    /* "ivshmem/channel/ends.pyx":353
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9446,7 +9580,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":341
+  /* "ivshmem/channel/ends.pyx":352
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9465,7 +9599,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":345
+/* "ivshmem/channel/ends.pyx":356
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9488,17 +9622,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":347
+  /* "ivshmem/channel/ends.pyx":358
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             self.membership.use_memory()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 347, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":348
+  /* "ivshmem/channel/ends.pyx":359
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -9514,17 +9648,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":349
+      /* "ivshmem/channel/ends.pyx":360
  *         self.membership.mapping.pin()
  *         try:
  *             self.membership.use_memory()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.membership.mapping.unpin()
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L3_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":348
+      /* "ivshmem/channel/ends.pyx":359
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -9538,7 +9672,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/ends.pyx":350
+    /* "ivshmem/channel/ends.pyx":361
  *         try:
  *             self.membership.use_memory()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9548,12 +9682,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 350, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 361, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/ends.pyx":351
+      /* "ivshmem/channel/ends.pyx":362
  *             self.membership.use_memory()
  *         except BaseException:
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9562,7 +9696,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-      /* "ivshmem/channel/ends.pyx":352
+      /* "ivshmem/channel/ends.pyx":363
  *         except BaseException:
  *             self.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -9574,11 +9708,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 352, __pyx_L5_except_error)
+      __PYX_ERR(0, 363, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":348
+    /* "ivshmem/channel/ends.pyx":359
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -9594,7 +9728,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":353
+  /* "ivshmem/channel/ends.pyx":364
  *             self.membership.mapping.unpin()
  *             raise
  *         self.copying += 1             # <<<<<<<<<<<<<<
@@ -9603,7 +9737,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
   __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-  /* "ivshmem/channel/ends.pyx":354
+  /* "ivshmem/channel/ends.pyx":365
  *             raise
  *         self.copying += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -9616,7 +9750,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":345
+  /* "ivshmem/channel/ends.pyx":356
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9637,7 +9771,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":356
+/* "ivshmem/channel/ends.pyx":367
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9654,7 +9788,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":357
+  /* "ivshmem/channel/ends.pyx":368
  * 
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1             # <<<<<<<<<<<<<<
@@ -9663,7 +9797,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
   __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-  /* "ivshmem/channel/ends.pyx":358
+  /* "ivshmem/channel/ends.pyx":369
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -9699,27 +9833,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":359
+    /* "ivshmem/channel/ends.pyx":370
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.has_place():
  *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 370, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":360
+    /* "ivshmem/channel/ends.pyx":371
  *         if not self.open and not self.copying and self.membership.has_place():
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/ends.pyx":358
+    /* "ivshmem/channel/ends.pyx":369
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -9728,7 +9862,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":361
+  /* "ivshmem/channel/ends.pyx":372
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()
  *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9737,20 +9871,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-  /* "ivshmem/channel/ends.pyx":362
+  /* "ivshmem/channel/ends.pyx":373
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":356
+  /* "ivshmem/channel/ends.pyx":367
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9767,7 +9901,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":364
+/* "ivshmem/channel/ends.pyx":375
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -9794,7 +9928,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":366
+  /* "ivshmem/channel/ends.pyx":377
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -9803,7 +9937,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":367
+  /* "ivshmem/channel/ends.pyx":378
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -9819,7 +9953,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":368
+      /* "ivshmem/channel/ends.pyx":379
  *         self.open = True
  *         try:
  *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
@@ -9833,46 +9967,46 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 379, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":369
+      /* "ivshmem/channel/ends.pyx":380
  *         try:
  *             self.membership.ends.add(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L3_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":370
+      /* "ivshmem/channel/ends.pyx":381
  *             self.membership.ends.add(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 370, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 381, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 370, __pyx_L3_error)
+      __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 381, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_8) {
 
 
-        /* "ivshmem/channel/ends.pyx":371
+        /* "ivshmem/channel/ends.pyx":382
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L3_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 382, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":370
+        /* "ivshmem/channel/ends.pyx":381
  *             self.membership.ends.add(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -9881,7 +10015,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":367
+      /* "ivshmem/channel/ends.pyx":378
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -9897,7 +10031,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/ends.pyx":372
+    /* "ivshmem/channel/ends.pyx":383
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9907,12 +10041,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_9) < 0) __PYX_ERR(0, 372, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_9) < 0) __PYX_ERR(0, 383, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_9);
 
-      /* "ivshmem/channel/ends.pyx":373
+      /* "ivshmem/channel/ends.pyx":384
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9926,12 +10060,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 373, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 384, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_10);
       }
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
 
-      /* "ivshmem/channel/ends.pyx":374
+      /* "ivshmem/channel/ends.pyx":385
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -9943,11 +10077,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_9);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_9);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_9 = 0; 
-      __PYX_ERR(0, 374, __pyx_L5_except_error)
+      __PYX_ERR(0, 385, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":367
+    /* "ivshmem/channel/ends.pyx":378
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -9963,7 +10097,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":375
+  /* "ivshmem/channel/ends.pyx":386
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -9976,7 +10110,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":364
+  /* "ivshmem/channel/ends.pyx":375
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -9999,7 +10133,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":377
+/* "ivshmem/channel/ends.pyx":388
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10055,7 +10189,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":378
+  /* "ivshmem/channel/ends.pyx":389
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10073,7 +10207,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":377
+  /* "ivshmem/channel/ends.pyx":388
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10088,7 +10222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":380
+/* "ivshmem/channel/ends.pyx":391
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10137,7 +10271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":381
+  /* "ivshmem/channel/ends.pyx":392
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10151,12 +10285,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 392, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":380
+  /* "ivshmem/channel/ends.pyx":391
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10178,7 +10312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":383
+/* "ivshmem/channel/ends.pyx":394
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10218,7 +10352,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":384
+  /* "ivshmem/channel/ends.pyx":395
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -10237,19 +10371,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":385
+  /* "ivshmem/channel/ends.pyx":396
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 385, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -10266,7 +10400,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 385, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10282,7 +10416,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":383
+  /* "ivshmem/channel/ends.pyx":394
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10967,14 +11101,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 42, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = &__pyx_type_7ivshmem_7channel_4ends_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
@@ -10984,9 +11118,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11023,11 +11157,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 123, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
@@ -11035,7 +11169,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
@@ -11045,8 +11179,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd, __pyx_base.__weakref__);
   #endif
@@ -11649,34 +11783,34 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
 */
   __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/ends.pyx":99
+  /* "ivshmem/channel/ends.pyx":100
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 99, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":103
+  /* "ivshmem/channel/ends.pyx":104
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
  *         """Do what `clear` does."""
  *         self.clear()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11706,124 +11840,124 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":133
+  /* "ivshmem/channel/ends.pyx":134
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 133, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":274
+  /* "ivshmem/channel/ends.pyx":285
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":303
+  /* "ivshmem/channel/ends.pyx":314
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
  *         return self.membership
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":306
+  /* "ivshmem/channel/ends.pyx":317
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 306, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":319
+  /* "ivshmem/channel/ends.pyx":330
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":326
+  /* "ivshmem/channel/ends.pyx":337
  *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":377
+  /* "ivshmem/channel/ends.pyx":388
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 377, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":380
+  /* "ivshmem/channel/ends.pyx":391
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12047,12 +12181,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 99};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 100};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 104};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -12067,42 +12201,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 133};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 134};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 306};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 326};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_Ct4t1_6_4_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 377};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 388};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 380};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 391};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
@@ -17074,6 +17208,28 @@ bad:
 }
 #endif
 
+/* CIntFromPyVerify */
+#define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
+    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
+#define __PYX_VERIFY_RETURN_INT_EXC(target_type, func_type, func_value)\
+    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 1)
+#define __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, exc)\
+    {\
+        func_type value = func_value;\
+        if (sizeof(target_type) < sizeof(func_type)) {\
+            if (unlikely(value != (func_type) (target_type) value)) {\
+                func_type zero = 0;\
+                if (exc && unlikely(value == (func_type)-1 && PyErr_Occurred()))\
+                    return (target_type) -1;\
+                if (is_unsigned && unlikely(value < zero))\
+                    goto raise_neg_overflow;\
+                else\
+                    goto raise_overflow;\
+            }\
+        }\
+        return (target_type) value;\
+    }
+
 /* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
@@ -17281,30 +17437,30 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const int64_t neg_one = (int64_t) -1, const_zero = (int64_t) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(int64_t) < sizeof(long)) {
+        if (sizeof(int) < sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(int64_t) <= sizeof(unsigned long)) {
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
             return PyLong_FromUnsignedLong((unsigned long) value);
 #if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(int64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
             return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
 #endif
         }
     } else {
-        if (sizeof(int64_t) <= sizeof(long)) {
+        if (sizeof(int) <= sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(int64_t) <= sizeof(PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
             return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
@@ -17318,13 +17474,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
         }
 #elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
         int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(int64_t),
+        return _PyLong_FromByteArray(bytes, sizeof(int),
                                      little, !is_unsigned);
 #else
         int one = 1; int little = (int)*(unsigned char *)&one;
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int64_t));
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;
@@ -17358,107 +17514,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value) {
 #endif
     }
 }
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const long neg_one = (long) -1, const_zero = (long) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(long) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(long) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(long) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(long) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(long) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(long),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(long));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntFromPyVerify (used by CIntFromPy) */
-#define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
-    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
-#define __PYX_VERIFY_RETURN_INT_EXC(target_type, func_type, func_value)\
-    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 1)
-#define __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, exc)\
-    {\
-        func_type value = func_value;\
-        if (sizeof(target_type) < sizeof(func_type)) {\
-            if (unlikely(value != (func_type) (target_type) value)) {\
-                func_type zero = 0;\
-                if (exc && unlikely(value == (func_type)-1 && PyErr_Occurred()))\
-                    return (target_type) -1;\
-                if (is_unsigned && unlikely(value < zero))\
-                    goto raise_neg_overflow;\
-                else\
-                    goto raise_overflow;\
-            }\
-        }\
-        return (target_type) value;\
-    }
 
 /* CIntFromPy */
 static long __Pyx_LargePyLong___Pyx_PyLong_As_long(PyObject *x);
@@ -17758,6 +17813,85 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_long(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_long(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const long neg_one = (long) -1, const_zero = (long) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(long) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(long) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(long) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(long) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(long) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(long),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(long));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 

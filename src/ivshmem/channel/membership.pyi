@@ -1,12 +1,12 @@
 from collections.abc import MutableMapping
 from typing import Any
 
-from typing_extensions import Self, disjoint_base
+from typing_extensions import Self, disjoint_base, final
 
 from .._core import Doorbells
 from ..native.mapping import Mapping
 
-@disjoint_base
+@final
 class Membership:
     def __new__(
         cls,

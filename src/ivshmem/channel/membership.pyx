@@ -82,6 +82,7 @@ cdef int64_t tell_time(void *context) noexcept nogil:
     return now()
 
 
+@cython.final  # so that the compiler inlines its checks
 @cython.no_gc_clear  # it needs the mapping to the end
 cdef class Membership:
     """A place in the area at an offset of a region.
