@@ -58,9 +58,9 @@ def test_every_reader_reads() -> None:
         pytest.skip("two cores are needed")
     with readers.crowd(2) as crowd:
         for count in (1, 2):
-            took, read = crowd.round(count, 20_000)
+            took, read = crowd.round(count, 300_000)
             assert took > 0
-            assert read > 0
+            assert read > readers.SLOTS
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
