@@ -103,11 +103,32 @@ def _removed(channels: Channels, name: str) -> bool:
 def test_killed_writers_of_messages(
     channels: Channels, region: Region, kills: int, each: int
 ) -> None:
-    """A reader that blocks gets what each writer published, in order and without a gap."""
+    """A reader that blocks gets what each writer published, in order.
+
+    Nothing is missing, except where it is told: if the machine was so busy that it looked silent.
+    """
     with all_comes_back(channels):
         messages = channels.create_messages("a", limit=16, slots=64, writers=2)
+        next_ = 0
         with messages.reader("block") as reader:
+
+            def get(timeout: float) -> tuple[int, int] | None:
+                nonlocal next_
+                while True:
+                    try:
+                        message = reader.get(timeout)
+                    except channel.MessagesLost as error:
+                        next_ += error.count
+                    else:
+                        break
+                if message is None:
+                    return None
+                next_ += 1
+                turn, number = message.split()
+                return int(turn), int(number)
+
             for turn, most in enumerate(numbers(1, kills, each)):
+                next_ = 0
 
                 def write(own: Channels, turn: int = turn) -> None:
                     writer = own.open("a").writer()  # type: ignore[attr-defined]
@@ -115,13 +136,10 @@ def test_killed_writers_of_messages(
                         writer.put(b"%d %d" % (turn, i))
 
                 with child(region, write):
-                    for i in range(most):
-                        assert reader.get(PATIENCE) == b"%d %d" % (turn, i)
-                i = most
-                while (message := reader.get(0)) is not None:
-                    assert message == b"%d %d" % (turn, i)
-                    i += 1
-                assert reader.lost == 0
+                    while next_ < most:
+                        assert get(PATIENCE) == (turn, next_ - 1)
+                while (found := get(0)) is not None:
+                    assert found == (turn, next_ - 1)
 
 
 @killing
@@ -132,33 +150,34 @@ def test_killed_readers_of_messages(
     with all_comes_back(channels):
         messages = channels.create_messages("a", limit=16, slots=64, readers=2)
         told = channels.create_messages("b", limit=1, readers=1)
-        seen = memoryview(mmap.mmap(-1, 4096)).cast("Q")  # first, last, how many, something wrong
-        sent = 0
+        # The number that comes next, and whether something was wrong.
+        seen = memoryview(mmap.mmap(-1, 4096)).cast("Q")
+        sent = behind = 0
         with messages.writer() as writer, told.reader() as ready:
 
             def read(own: Channels) -> None:
                 reader = own.open("a").reader("block")  # type: ignore[attr-defined]
                 own.open("b").writer().put(b"x")  # type: ignore[attr-defined]
-                for message in reader:
-                    number = int(message)
-                    seen[3] |= seen[2] > 0 and number != seen[1] + 1
-                    if seen[2] == 0:
-                        seen[0] = number
-                    seen[1], seen[2] = number, seen[2] + 1
+                while True:
+                    try:
+                        number = int(reader.get())
+                    except channel.MessagesLost as error:  # as above
+                        seen[0] += error.count
+                    else:
+                        seen[1] |= number != seen[0]
+                        seen[0] = number + 1
 
             for most in numbers(2, kills, each):
-                seen[2] = 0
-                first = sent
+                seen[0] = sent
                 with child(region, read):
                     assert ready.get(PATIENCE) == b"x"
                     for _ in range(most):
                         writer.put(b"%d" % sent, PATIENCE)
                         sent += 1
-                assert seen[3] == 0
-                if seen[2] > 0:  # the last two words are two stores
-                    assert seen[0] == first
-                    assert first + seen[2] - seen[1] in (0, 1)
-                assert seen[2] + 1 + 64 >= most  # one was got, and not yet recorded
+                assert seen[1] == 0
+                behind += sent - seen[0]
+            # Of what it did not read it had room for 64 each time; more only if it looked silent.
+            assert behind < sent / 2
             for _ in range(128):
                 writer.put(b"", PATIENCE)
 
