@@ -129,12 +129,12 @@ class IceoryxMessages(Exchange):
         while out.dynamic_config.number_of_subscribers < 1:
             time.sleep(0.001)
         publisher.update_connections()
-        take = subscriber.receive
+        take, string_at, size = subscriber.receive, ctypes.string_at, sizes[here]
 
         def receive() -> bytes:
             while (sample := take()) is None:
                 pass
-            return bytes(sample.payload().contents)
+            return string_at(sample.payload_ptr, size)  # quicker than bytes(payload().contents)
 
         names = {"send": publisher.send_copy, "receive": receive, "message": kind()}
         yield Link("send(message)", "receive()", names)

@@ -191,6 +191,10 @@ def test_readers_that_drop_the_newest(build: Build) -> None:
     assert output_of(build("discard", *ADDRESSES)) == "ended well\n"
 
 
+def test_a_reader_that_is_overtaken(build: Build) -> None:
+    assert output_of(build("overtaken", *ADDRESSES)) == "ended well\n"
+
+
 def test_it_reads_the_directory(build: Build) -> None:
     """The area, and whom to ring, as Python stored it."""
     program = build("directory", *ADDRESSES)
