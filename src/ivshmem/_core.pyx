@@ -254,6 +254,7 @@ cdef class Doorbells:
         if is_eventfd(fd, self.wake.fds[0]):
             return 0
         c_close(fd)
+        self.check()  # another thread's close() took away what `fd` was compared with
         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
 
     def _listen_uio(self, int fd):

@@ -449,7 +449,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     messages = channels.create_messages("a", limit=8, writers=1, readers=1)
     room = channels.create_bytes("b", listeners=1, connections=1)
     with monkeypatch.context() as patch:
-        patch.setattr(weakref.WeakSet, "add", fail)
+        patch.setattr(weakref, "ref", fail)
         for make in (messages.writer, messages.reader, room.listen):
             with pytest.raises(MemoryError):
                 make()
@@ -457,7 +457,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     messages.reader()
     with room.listen():
         with monkeypatch.context() as patch:
-            patch.setattr(weakref.WeakSet, "add", fail)
+            patch.setattr(weakref, "ref", fail)
             with pytest.raises(MemoryError):
                 room.connect()
 

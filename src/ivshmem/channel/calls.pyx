@@ -114,8 +114,9 @@ cdef class PendingCall(ChannelEnd):
 
     def done(self):
         """Whether `result` would return, or raise, at once."""
-        self.enter()
-        return self.attempt() == 0
+        with cython.critical_section(self.caller):
+            self.enter()
+            return self.attempt() == 0
 
     def result(self, timeout=None, *, spin=None):
         """Return the reply.
@@ -130,11 +131,12 @@ cdef class PendingCall(ChannelEnd):
             ServerLost: the server that had begun is gone.
             ChannelCorrupt, ClosedError: as of all calls.
         """
-        if self.wait(timeout, spin) == IVSHMEM_AGAIN:
-            raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
-        if self.error is not None:
-            raise self.error
-        return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
+        with cython.critical_section(self.caller):
+            if self.wait(timeout, spin) == IVSHMEM_AGAIN:
+                raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
+            if self.error is not None:
+                raise self.error
+            return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
 
     def result_async(self, timeout=None):
         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
@@ -146,13 +148,14 @@ cdef class PendingCall(ChannelEnd):
     def cancel(self):
         """Give the call up; return whether it is certain that no server began with it."""
         cdef int never = 0
-        if self.over or self.caller is None or not self.caller.usable():
-            return False
-        self.over = True
-        self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
-        if not ivshmem_call_end(&self.caller.writer, self.position, &never):
-            self.caller.given_up.append(self.position)
-        return never != 0
+        with cython.critical_section(self.caller):
+            if self.over or self.caller is None or not self.caller.usable():
+                return False
+            self.over = True
+            self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
+            if not ivshmem_call_end(&self.caller.writer, self.position, &never):
+                self.caller.given_up.append(self.position)
+            return never != 0
 
     def close(self):
         """Give the call up; may be called twice."""
@@ -276,6 +279,7 @@ cdef class Caller(WriterEnd):
 cdef class CallServer(ClaimingEnd):
     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
 
+    @cython.critical_section
     def take(self, timeout=None, *, spin=None):
         """Take the next call, which no other server gets.
 
@@ -384,29 +388,30 @@ cdef class Call(Taken):
     cdef object send(self, object data, unsigned status):
         cdef Py_buffer view
         cdef int code
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        try:
-            self.enter()
-            self.check_exports()
-            if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
-                raise MessageTooLong(
-                    f"a reply of {view.len} bytes, and the channel's limit is"
-                    f" {self.reader.channel.record.geometry.limit}"
+        with cython.critical_section(self.reader):
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            try:
+                self.enter()
+                self.check_exports()
+                if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
+                    raise MessageTooLong(
+                        f"a reply of {view.len} bytes, and the channel's limit is"
+                        f" {self.reader.channel.record.geometry.limit}"
+                    )
+                memcpy(
+                    self.reader.channel.area.memory.start
+                    + ivshmem_reply_offset(
+                        &self.reader.channel, self.taken.message.writer, self.taken.message.position
+                    ),
+                    view.buf,
+                    view.len,
                 )
-            memcpy(
-                self.reader.channel.area.memory.start
-                + ivshmem_reply_offset(
-                    &self.reader.channel, self.taken.message.writer, self.taken.message.position
-                ),
-                view.buf,
-                view.len,
-            )
-            code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
-        finally:
-            PyBuffer_Release(&view)
-        self.live = False
-        self.reader.membership.flush()
-        return code == 0
+                code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
+            finally:
+                PyBuffer_Release(&view)
+            self.live = False
+            self.reader.membership.flush()
+            return code == 0
 
     def done(self):
         """A call is replied to."""

@@ -5,10 +5,12 @@
 Knows: spinning, sleeping, descriptors that a program watches. Does not know: what an end waits for.
 
 Invariants:
-1. A ring is never relied upon: each sleep ends at the latest after a beat.
-2. A call that may have run other code (another thread, a signal handler, a finalizer) checks the
+1. Where there is no GIL, the end's critical section is held while its words are used. Loans, views
+   and calls take that of their end.
+2. A ring is never relied upon: each sleep ends at the latest after a beat.
+3. A call that may have run other code (another thread, a signal handler, a finalizer) checks the
    end, by `enter` or `usable`, before it touches the memory again.
-3. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their
+4. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their
    finalizers and their buffers need it. No cycle is made of them alone.
 """
 
@@ -26,6 +28,8 @@ from ..native.syscalls cimport EPOLLIN as _EPOLLIN
 from ..native.syscalls cimport POLLIN as _POLLIN
 from .header cimport IVSHMEM_AGAIN
 from .membership cimport Dependent, Membership
+
+import weakref
 
 from ..errors import ClosedError
 
@@ -184,9 +188,10 @@ cdef class ChannelEnd(Dependent):
         return 0
 
     cdef int beat(self) except -1:
-        if self.usable():  # else another thread has closed it
-            self.restore()
-        return 0
+        with cython.critical_section(self):
+            if self.usable():  # else another thread has closed it
+                self.restore()
+            return 0
 
     cdef int restore(self) except -1:
         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
@@ -300,7 +305,7 @@ cdef class ChannelEnd(Dependent):
         if not self.watched:
             self.watched = True
             self.awaited += 1
-            self.membership.watchers += 1
+            self.membership.watch(1)
             self.membership.hurry()
             if self.arm() == 0:
                 self.membership.kick_all()
@@ -318,22 +323,25 @@ cdef class ChannelEnd(Dependent):
         """Say in memory that this end sleeps; whether there is something already."""
         cdef int code
         cdef ChannelEnd sleeper = self.sleeper()
-        self.enter()
-        code = self.begin_sleep()
-        sleeper.asleep += 1
-        sleeper.awaited += 1
-        self.membership.watchers += 1
-        self.membership.hurry()
-        self.membership.flush()
-        return code != IVSHMEM_AGAIN
+        with cython.critical_section(self.sleeper()):
+            self.enter()
+            code = self.begin_sleep()
+            sleeper.asleep += 1
+            sleeper.awaited += 1
+            self.membership.watch(1)
+            self.membership.hurry()
+            self.membership.flush()
+            return code != IVSHMEM_AGAIN
 
     def _end_waiting(self):
         """End what _begin_waiting began."""
         cdef ChannelEnd sleeper = self.sleeper()
-        sleeper.awaited -= 1
-        self.membership.watchers -= 1
-        sleeper.one_awake()
+        with cython.critical_section(self.sleeper()):
+            sleeper.awaited -= 1
+            self.membership.watch(-1)
+            sleeper.one_awake()
 
+    @cython.critical_section
     def close(self):
         """Free what this end has in the channel; may be called twice."""
         if not self.open:
@@ -341,13 +349,13 @@ cdef class ChannelEnd(Dependent):
         self.open = False
         self.wakeup = None
         if self.watched:
-            self.membership.watchers -= 1
+            self.membership.watch(-1)
         if self.membership.has_place() and not self.copying:
             self.give_up()
             self.membership.flush()
         if self.membership.is_own():
             self.membership.kick_all()
-        self.membership.ends.discard(self)
+        self.membership.ends.pop(id(self), None)
 
     def __del__(self):
         if self.open:
@@ -355,28 +363,30 @@ cdef class ChannelEnd(Dependent):
 
     cdef int begin_copy(self) except -1:
         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
-        self.membership.mapping.pin()
-        try:
-            self.membership.use_memory()
-        except BaseException:
-            self.membership.mapping.unpin()
-            raise
-        self.copying += 1
-        return 0
+        with cython.critical_section(self):
+            self.membership.mapping.pin()
+            try:
+                self.membership.use_memory()
+            except BaseException:
+                self.membership.mapping.unpin()
+                raise
+            self.copying += 1
+            return 0
 
     cdef int end_copy(self) except -1:
-        self.copying -= 1
-        if not self.open and not self.copying and self.membership.has_place():
-            self.give_up()  # another thread closed this end during the copy
-            self.membership.flush()
-        self.membership.mapping.unpin()
-        return self.membership.end_use()
+        with cython.critical_section(self):
+            self.copying -= 1
+            if not self.open and not self.copying and self.membership.has_place():
+                self.give_up()  # another thread closed this end during the copy
+                self.membership.flush()
+            self.membership.mapping.unpin()
+            return self.membership.end_use()
 
     cdef int enlist(self) except -1:
         """Make the end known to the membership; if that fails, free its slot."""
         self.open = True
         try:
-            self.membership.ends.add(self)
+            self.membership.ends[id(self)] = weakref.ref(self)
             self.membership.flush()
             if self.membership.readonly:
                 self.membership.look_for_quiet_ends()

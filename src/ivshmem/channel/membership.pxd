@@ -16,6 +16,7 @@ cdef enum:
 cdef struct Rings:
     uint32_t targets[MOST_RINGS]  # peer << 16 | vector, to be rung
     int count
+    uint32_t lock  # of both, for a few instructions
 
 
 cdef class Dependent:
@@ -37,7 +38,7 @@ cdef class Membership:
     # One eventfd, never read: each write is an edge to all Wakeups. None: the membership has ended.
     cdef FdArray kick
     cdef FdArray ending  # one eventfd, which wakes the thread of the beat
-    cdef object ends  # a WeakSet of the ends that are open
+    cdef dict ends  # id -> a weak reference to an end that is open
     cdef object threads  # a threading.local, with the Wakeup of each thread
     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys
     cdef bint told  # the endpoint writes to `kick` after its waits
@@ -54,6 +55,8 @@ cdef class Membership:
     cdef int ring(self, uint32_t target) except -1
     cdef void look_for_mutes(self) noexcept nogil
     cdef int after_beat(self, int code) except -1
+    cdef list open_ends(self)
+    cdef void watch(self, int count) noexcept
     cdef int look_for_quiet_ends(self) except -1
     cdef int release(self) except -1
     cdef bint is_silent(self, ivshmem_place place)

@@ -6,8 +6,10 @@ Knows: joining, beats, rings. Does not know: how an end sleeps; what passes thro
 
 Invariants:
 1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which
-   touch nothing that an end keeps.
-2. A ring is never waited for.
+   touch nothing that an end keeps. Where there is no GIL, the critical section of the end is held;
+   what ends share is here, and each of these is safe by itself: `rings` by its lock, `watchers` by
+   atomic changes, dictionaries by their own locks.
+2. A ring is never waited for. Whichever thread comes first sends what another has noted.
 3. The memory stays mapped while the membership is open, also if the region is closed: the thread of
    the beat may be between two of its loads.
 4. The place is given back after the last store that this process can make: after buffers of loans,
@@ -23,8 +25,9 @@ from ..native.bell cimport ring_bell
 from ..native.descriptors cimport now, place_of, time_left
 from ..native.mapping cimport Mapping
 from ..native.syscalls cimport (
-    ESHUTDOWN, eventfd_read, IVSHMEM_CLOSING, ivshmem_enter, ivshmem_leave, ivshmem_shut,
-    ivshmem_state, pollfd, ppoll, timespec,
+    ACQUIRE, ESHUTDOWN, eventfd_read, IVSHMEM_CLOSING, ivshmem_count, ivshmem_enter,
+    ivshmem_leave, ivshmem_pause, ivshmem_shut, ivshmem_state, pollfd, ppoll, RELEASE, timespec,
+    word_exchange, word_store,
 )
 from ..native.syscalls cimport POLLIN as _POLLIN
 from .header cimport *
@@ -73,9 +76,25 @@ cdef class Dependent:
 
 cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
     cdef Rings *rings = <Rings *>context
+    while word_exchange(&rings.lock, False, 1, ACQUIRE):
+        ivshmem_pause()
     if rings.count < MOST_RINGS:
         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
         rings.count += 1
+    word_store(&rings.lock, False, 0, RELEASE)
+
+
+cdef bint next_ring(Rings *rings, uint32_t *target) noexcept nogil:
+    """Take a ring that was noted, by whichever thread; whether there was one."""
+    cdef bint found
+    while word_exchange(&rings.lock, False, 1, ACQUIRE):
+        ivshmem_pause()
+    found = rings.count > 0
+    if found:
+        rings.count -= 1
+        target[0] = rings.targets[rings.count]
+    word_store(&rings.lock, False, 0, RELEASE)
+    return found
 
 
 cdef int64_t tell_time(void *context) noexcept nogil:
@@ -123,7 +142,7 @@ cdef class Membership:
         self.doorbells = endpoint
         self.vector = vector
         self.bells = {}
-        self.ends = weakref.WeakSet()
+        self.ends = {}
         self.threads = threading.local()
         self.loops = weakref.WeakKeyDictionary()
         region.borrow()
@@ -245,10 +264,8 @@ cdef class Membership:
 
     cdef int flush(self) except -1:
         """Ring those that the last call of the header named."""
-        cdef uint32_t target
-        while self.rings.count:
-            self.rings.count -= 1
-            target = self.rings.targets[self.rings.count]
+        cdef uint32_t target = 0
+        while self.rings.count and next_ring(&self.rings, &target):
             if self.doorbells is not None:
                 self.ring(target)
         return 0
@@ -295,6 +312,10 @@ cdef class Membership:
         if self.polls and self.watchers == 1:
             ending.signal(0)
         return 0
+
+    cdef void watch(self, int count) noexcept:
+        """Count ends whose descriptor a program watches."""
+        ivshmem_count(&self.watchers, count)
 
     # -- the beat ---------------------------------------------------------------------------------
 
@@ -365,9 +386,15 @@ cdef class Membership:
                 )
         self.polls = polls
 
+    cdef list open_ends(self):
+        # Other threads open and close ends: values() alone would find the dictionary changed.
+        found = [end() for end in list(self.ends.values())]
+        return [end for end in found if end is not None]
+
     cdef int look_for_quiet_ends(self) except -1:
         """Find out, where memory can only be read, whether peers ring for each end."""
-        self.polls = self.vector < 0 or not all([(<Dependent>end).is_rung() for end in self.ends])
+        rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
+        self.polls = self.vector < 0 or not all(rung)
         return 0
 
     cdef int after_beat(self, int code) except -1:
@@ -385,7 +412,7 @@ cdef class Membership:
             ivshmem_ring_places(&self.member)  # it freed places
         if self.mapping.fixed:
             self.look_for_quiet_ends()
-        for end in list(self.ends):
+        for end in self.open_ends():
             with contextlib.suppress(IvshmemError, OSError):
                 (<Dependent>end).beat()
         return self.flush()
@@ -453,7 +480,7 @@ cdef class Membership:
         """
         error = None
         if self.is_own() and not self.closed and not self.mapping.closed:
-            for end in list(self.ends):
+            for end in self.open_ends():
                 try:
                     end.close()
                 except BufferError as one:

@@ -2217,6 +2217,7 @@ enum  {
 struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
   int count;
+  uint32_t lock;
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
@@ -2477,7 +2478,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2491,7 +2492,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2888,7 +2889,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2903,7 +2904,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2916,6 +2917,8 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  PyObject *(*open_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*watch)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
   int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
@@ -4463,9 +4466,9 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[106]
 #define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[107]
 #define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[111]
 #define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[112]
 #define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[113]
 #define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[114]
@@ -9337,18 +9340,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[7];
-  Py_ssize_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  size_t __pyx_t_12;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10[7];
+  Py_ssize_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9357,194 +9362,239 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   /* "ivshmem/channel/queues.pyx":275
  *         """
  *         cdef int code
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
 */
-  __pyx_t_1 = (!__pyx_v_self->__pyx_base.live);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/queues.pyx":276
+        /* "ivshmem/channel/queues.pyx":276
  *         cdef int code
- *         if not self.live:
- *             return             # <<<<<<<<<<<<<<
- *         self.check_exports()
- *         self.enter()
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
 */
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
+        __pyx_t_2 = (!__pyx_v_self->__pyx_base.live);
 
-    /* "ivshmem/channel/queues.pyx":275
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/queues.pyx":277
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:
+ *                 return             # <<<<<<<<<<<<<<
+ *             self.check_exports()
+ *             self.enter()
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/queues.pyx":276
+ *         cdef int code
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
+*/
+        }
+
+        /* "ivshmem/channel/queues.pyx":278
+ *             if not self.live:
+ *                 return
+ *             self.check_exports()             # <<<<<<<<<<<<<<
+ *             self.enter()
+ *             self.live = False
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/queues.pyx":279
+ *                 return
+ *             self.check_exports()
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *             self.live = False
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 279, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/queues.pyx":280
+ *             self.check_exports()
+ *             self.enter()
+ *             self.live = False             # <<<<<<<<<<<<<<
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()
+*/
+        __pyx_v_self->__pyx_base.live = 0;
+
+        /* "ivshmem/channel/queues.pyx":281
+ *             self.enter()
+ *             self.live = False
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
+ *             self.reader.membership.flush()
+ *             if code:
+*/
+        __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
+
+        /* "ivshmem/channel/queues.pyx":282
+ *             self.live = False
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
+ *             if code:
+ *                 raise Redelivered(
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/queues.pyx":283
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()
+ *             if code:             # <<<<<<<<<<<<<<
+ *                 raise Redelivered(
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"
+*/
+        __pyx_t_2 = (__pyx_v_code != 0);
+
+        if (unlikely(__pyx_t_2)) {
+
+
+          /* "ivshmem/channel/queues.pyx":284
+ *             self.reader.membership.flush()
+ *             if code:
+ *                 raise Redelivered(             # <<<<<<<<<<<<<<
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"
+ *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+*/
+          __pyx_t_5 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+
+          /* "ivshmem/channel/queues.pyx":285
+ *             if code:
+ *                 raise Redelivered(
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
+ *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+ *                     " reader has it, too"
+*/
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+
+          /* "ivshmem/channel/queues.pyx":286
+ *                 raise Redelivered(
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"
+ *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
+ *                     " reader has it, too"
+ *                 )
+*/
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 286, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __pyx_t_9 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 286, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_9);
+          __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_queue;
+          __pyx_t_10[1] = __pyx_t_7;
+          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_silent_while_i;
+          __pyx_t_10[3] = __pyx_t_8;
+          __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_of_writer;
+          __pyx_t_10[5] = __pyx_t_9;
+          __pyx_t_10[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
+
+          /* "ivshmem/channel/queues.pyx":285
+ *             if code:
+ *                 raise Redelivered(
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
+ *                     f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+ *                     " reader has it, too"
+*/
+          __pyx_t_11 = 92;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[5]);
+          #endif
+          __pyx_t_3 = 0;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
+          #endif
+          __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 7, __pyx_t_11, __pyx_t_3);
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 285, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_12);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+          __pyx_t_13 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_6))) {
+            __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+            assert(__pyx_t_5);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+            __Pyx_INCREF(__pyx_t_5);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+            __pyx_t_13 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_12};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 284, __pyx_L4_error)
+
+          /* "ivshmem/channel/queues.pyx":283
+ *             code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()
+ *             if code:             # <<<<<<<<<<<<<<
+ *                 raise Redelivered(
+ *                     f"queue {self.reader.name!r}: this process was silent while it had message"
+*/
+        }
+      }
+
+      /* "ivshmem/channel/queues.pyx":275
  *         """
  *         cdef int code
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
 */
-  }
-
-  /* "ivshmem/channel/queues.pyx":277
- *         if not self.live:
- *             return
- *         self.check_exports()             # <<<<<<<<<<<<<<
- *         self.enter()
- *         self.live = False
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/queues.pyx":278
- *             return
- *         self.check_exports()
- *         self.enter()             # <<<<<<<<<<<<<<
- *         self.live = False
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 278, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/queues.pyx":279
- *         self.check_exports()
- *         self.enter()
- *         self.live = False             # <<<<<<<<<<<<<<
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
- *         self.reader.membership.flush()
-*/
-  __pyx_v_self->__pyx_base.live = 0;
-
-  /* "ivshmem/channel/queues.pyx":280
- *         self.enter()
- *         self.live = False
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
- *         self.reader.membership.flush()
- *         if code:
-*/
-  __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken));
-
-  /* "ivshmem/channel/queues.pyx":281
- *         self.live = False
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
- *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
- *         if code:
- *             raise Redelivered(
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/queues.pyx":282
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
- *         self.reader.membership.flush()
- *         if code:             # <<<<<<<<<<<<<<
- *             raise Redelivered(
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"
-*/
-  __pyx_t_1 = (__pyx_v_code != 0);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/queues.pyx":283
- *         self.reader.membership.flush()
- *         if code:
- *             raise Redelivered(             # <<<<<<<<<<<<<<
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"
- *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
-*/
-    __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-
-    /* "ivshmem/channel/queues.pyx":284
- *         if code:
- *             raise Redelivered(
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
- *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
- *                 " reader has it, too"
-*/
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-
-    /* "ivshmem/channel/queues.pyx":285
- *             raise Redelivered(
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"
- *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
- *                 " reader has it, too"
- *             )
-*/
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 285, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 285, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_queue;
-    __pyx_t_9[1] = __pyx_t_6;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_silent_while_i;
-    __pyx_t_9[3] = __pyx_t_7;
-    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_of_writer;
-    __pyx_t_9[5] = __pyx_t_8;
-    __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
-
-    /* "ivshmem/channel/queues.pyx":284
- *         if code:
- *             raise Redelivered(
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
- *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
- *                 " reader has it, too"
-*/
-    __pyx_t_10 = 92;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[5]);
-    #endif
-    __pyx_t_2 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
-    #endif
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_10, __pyx_t_2);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 284, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_12 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_5))) {
-      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-      assert(__pyx_t_4);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-      __Pyx_INCREF(__pyx_t_4);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-      __pyx_t_12 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 283, __pyx_L1_error)
-
-    /* "ivshmem/channel/queues.pyx":282
- *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
- *         self.reader.membership.flush()
- *         if code:             # <<<<<<<<<<<<<<
- *             raise Redelivered(
- *                 f"queue {self.reader.name!r}: this process was silent while it had message"
-*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L3_return: {
+          __pyx_t_14 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_14;
+          __pyx_t_14 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
   /* "ivshmem/channel/queues.pyx":266
@@ -9559,13 +9609,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.queues.Taken.done", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9575,12 +9626,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4done(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":289
- *             )
+/* "ivshmem/channel/queues.pyx":290
+ *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:
+ *         with cython.critical_section(self.reader):
 */
 
 /* Python wrapper */
@@ -9629,122 +9680,170 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":291
+  /* "ivshmem/channel/queues.pyx":292
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
 */
-  __pyx_t_1 = (!__pyx_v_self->__pyx_base.live);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/queues.pyx":292
+        /* "ivshmem/channel/queues.pyx":293
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:
- *             return             # <<<<<<<<<<<<<<
- *         self.check_exports()
- *         self.live = False
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
 */
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
+        __pyx_t_2 = (!__pyx_v_self->__pyx_base.live);
 
-    /* "ivshmem/channel/queues.pyx":291
- *     def give_back(self):
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/queues.pyx":294
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:
+ *                 return             # <<<<<<<<<<<<<<
+ *             self.check_exports()
+ *             self.live = False
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/queues.pyx":293
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
+ *         with cython.critical_section(self.reader):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
 */
-  }
+        }
 
-  /* "ivshmem/channel/queues.pyx":293
- *         if not self.live:
- *             return
- *         self.check_exports()             # <<<<<<<<<<<<<<
- *         self.live = False
- *         if self.reader.usable():
+        /* "ivshmem/channel/queues.pyx":295
+ *             if not self.live:
+ *                 return
+ *             self.check_exports()             # <<<<<<<<<<<<<<
+ *             self.live = False
+ *             if self.reader.usable():
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 295, __pyx_L4_error)
 
 
-  /* "ivshmem/channel/queues.pyx":294
- *             return
- *         self.check_exports()
- *         self.live = False             # <<<<<<<<<<<<<<
- *         if self.reader.usable():
- *             ivshmem_queue_return(&self.reader.reader, &self.taken)
+        /* "ivshmem/channel/queues.pyx":296
+ *                 return
+ *             self.check_exports()
+ *             self.live = False             # <<<<<<<<<<<<<<
+ *             if self.reader.usable():
+ *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
 */
-  __pyx_v_self->__pyx_base.live = 0;
+        __pyx_v_self->__pyx_base.live = 0;
 
-  /* "ivshmem/channel/queues.pyx":295
- *         self.check_exports()
- *         self.live = False
- *         if self.reader.usable():             # <<<<<<<<<<<<<<
- *             ivshmem_queue_return(&self.reader.reader, &self.taken)
- *             self.reader.membership.flush()
+        /* "ivshmem/channel/queues.pyx":297
+ *             self.check_exports()
+ *             self.live = False
+ *             if self.reader.usable():             # <<<<<<<<<<<<<<
+ *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *                 self.reader.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
 
-  if (__pyx_t_1) {
+        if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":296
- *         self.live = False
- *         if self.reader.usable():
- *             ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
- *             self.reader.membership.flush()
+          /* "ivshmem/channel/queues.pyx":298
+ *             self.live = False
+ *             if self.reader.usable():
+ *                 ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
+ *                 self.reader.membership.flush()
  * 
 */
-    (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
+          (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader->reader), (&__pyx_v_self->taken)));
 
-    /* "ivshmem/channel/queues.pyx":297
- *         if self.reader.usable():
- *             ivshmem_queue_return(&self.reader.reader, &self.taken)
- *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/queues.pyx":299
+ *             if self.reader.usable():
+ *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *                 self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 297, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
 
 
-    /* "ivshmem/channel/queues.pyx":295
- *         self.check_exports()
- *         self.live = False
- *         if self.reader.usable():             # <<<<<<<<<<<<<<
- *             ivshmem_queue_return(&self.reader.reader, &self.taken)
- *             self.reader.membership.flush()
+          /* "ivshmem/channel/queues.pyx":297
+ *             self.check_exports()
+ *             self.live = False
+ *             if self.reader.usable():             # <<<<<<<<<<<<<<
+ *                 ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *                 self.reader.membership.flush()
 */
+        }
+      }
+
+      /* "ivshmem/channel/queues.pyx":292
+ *     def give_back(self):
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L3_return: {
+          __pyx_t_4 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/queues.pyx":289
- *             )
+  /* "ivshmem/channel/queues.pyx":290
+ *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:
+ *         with cython.critical_section(self.reader):
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_AddTraceback("ivshmem.channel.queues.Taken.give_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9753,8 +9852,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6give_back(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":299
- *             self.reader.membership.flush()
+/* "ivshmem/channel/queues.pyx":301
+ *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -9809,7 +9908,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":300
+  /* "ivshmem/channel/queues.pyx":302
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9827,8 +9926,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":299
- *             self.reader.membership.flush()
+  /* "ivshmem/channel/queues.pyx":301
+ *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -9842,7 +9941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__enter__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":302
+/* "ivshmem/channel/queues.pyx":304
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -9897,33 +9996,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 302, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 302, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 304, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 302, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 302, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9958,7 +10057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":303
+  /* "ivshmem/channel/queues.pyx":305
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -9969,7 +10068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":304
+    /* "ivshmem/channel/queues.pyx":306
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -9983,12 +10082,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":303
+    /* "ivshmem/channel/queues.pyx":305
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -9998,7 +10097,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":307
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10010,7 +10109,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":306
+    /* "ivshmem/channel/queues.pyx":308
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10024,12 +10123,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":305
+    /* "ivshmem/channel/queues.pyx":307
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10039,7 +10138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":302
+  /* "ivshmem/channel/queues.pyx":304
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10061,7 +10160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":308
+/* "ivshmem/channel/queues.pyx":310
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10094,7 +10193,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":309
+  /* "ivshmem/channel/queues.pyx":311
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10116,7 +10215,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":310
+    /* "ivshmem/channel/queues.pyx":312
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10130,12 +10229,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":309
+    /* "ivshmem/channel/queues.pyx":311
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10144,7 +10243,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":308
+  /* "ivshmem/channel/queues.pyx":310
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10163,7 +10262,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_12__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":312
+/* "ivshmem/channel/queues.pyx":314
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10202,7 +10301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":313
+  /* "ivshmem/channel/queues.pyx":315
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -10219,24 +10318,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":314
+  /* "ivshmem/channel/queues.pyx":316
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -10254,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 316, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10270,7 +10369,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":312
+  /* "ivshmem/channel/queues.pyx":314
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10499,7 +10598,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":317
+/* "ivshmem/channel/queues.pyx":319
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -10518,7 +10617,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":318
+  /* "ivshmem/channel/queues.pyx":320
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -10527,15 +10626,15 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-    __PYX_ERR(0, 318, __pyx_L1_error)
+    __PYX_ERR(0, 320, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 320, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":319
+  /* "ivshmem/channel/queues.pyx":321
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader             # <<<<<<<<<<<<<<
@@ -10547,7 +10646,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_made->__pyx_base.reader, ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader));
 
-  /* "ivshmem/channel/queues.pyx":320
+  /* "ivshmem/channel/queues.pyx":322
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
@@ -10556,7 +10655,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":321
+  /* "ivshmem/channel/queues.pyx":323
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.message = taken.message             # <<<<<<<<<<<<<<
@@ -10567,7 +10666,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 
   __pyx_v_made->__pyx_base.message = __pyx_t_2;
 
-  /* "ivshmem/channel/queues.pyx":322
+  /* "ivshmem/channel/queues.pyx":324
  *     made.taken = taken[0]
  *     made.message = taken.message
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -10575,7 +10674,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/queues.pyx":323
+  /* "ivshmem/channel/queues.pyx":325
  *     made.message = taken.message
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -10591,7 +10690,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":317
+  /* "ivshmem/channel/queues.pyx":319
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11510,7 +11609,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -11520,8 +11619,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(8, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -11530,8 +11629,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 28, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 28, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -12188,49 +12287,49 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":289
- *             )
+  /* "ivshmem/channel/queues.pyx":290
+ *                 )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
- *         if not self.live:
+ *         with cython.critical_section(self.reader):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":299
- *             self.reader.membership.flush()
+  /* "ivshmem/channel/queues.pyx":301
+ *                 self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 299, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_3) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/queues.pyx":302
+  /* "ivshmem/channel/queues.pyx":304
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -12378,30 +12477,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{16},{14},{26},{6},{73},{0},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{15},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{7},{15},{49},{141},{69},{38},{117},{23},{23},{25}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{7},{15},{49},{141},{38},{76},{125},{23},{23},{25}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1158 bytes) */
-static const char cstring[] = "x\332\225T\275S\033G\024\207\261l\203\203\007\3410`\207\024\253\330q\370\212<\232\001\223\340L\022%@(\034\202\030y<\244\331Y\335\255tk\356n\245\333=}8)\\\252\274\362\312+\257Ty%%\345\225*\371\023\370\023\362\366N\022Br\023\315\350\366}\354{\357\367\276\026U:\222\n\224|\267\021\261u$\r\212*n\265J\035d\020\201\020\257&\377\226\303$\210\326\245C)\252:\244fQ[nl#\235\3334\277\017\226\034\014\035\344P\242\017,\231\334F\222\363}\360\310\004\252;\\\243B\240\026h\0043\301\030\265\0148\341\032\334\326\221\005JR\243\3503\327%\271\2406\252r\007\325 \330\255\231\306\353\214\352\210\014m\267\225J3\020\230\233\\\310\237XS\030\026\265\362\232Al\233\232\371\237\1779\001\373S\246]\230\314\256\251\244\204t\\M\202\275U\241\016\340r\301Z\341\243f5?t\2320)\004\313\025\022U(\242\355\272\3114&\315\016\344\333p\251\220\000\243\305\244\201~%\256\344\270\256B\320\365\262\343\322\215\021:\025Og\202TLJm\365\255iL\244\224>\211t\310S\307\341\216\030p\257\006\332W\020\021b\346\353\235vB\245p\rj\352)\326A\0134\270\314\023\270\032\267\233\324Q\030%\207j\235v\244\301m\304+\037(\344\256\312Z\037\224\344w\2230\013\316C[\037#\363\030;Tw5\212\265\304\022\343\273JA\245\220D\336\252\377L\023.s\376\226\333\265\222\302x\226`\032#\247\235\336UN9\035W\327\250\304DtlmR\310l\311?\047\233\276\255\032:\311\247\267\316\250NM\006\005\243zYu=\371\000\242dE0\036\2620\300\324\031c\333L\336r\023\251\r\305SI\245\n\265B)\005x\007\004\000\300\025\242]`|\332i\303\377\200i\022\237\320\266<\243U\214\223\326*Gx\204k\204h\210\005\343\252kk\352\254\r\303\302\317\"\314NN\256\273f\"\261\211\225\2340NX#u6\244\007&\212lJ5\245J\321p\21194\030$\211\247\322\035\th[1\220\365(\210\030\2032U\r\214!\023\205\234\t\254q\207\273\222\3314\351\211\341p\233\273\"\241\031\317\217\224\"}\2504\030^\n\215\306\322!\032Ue\323\270Nu\"\241\265\t\005\005NV)\335\047\250\307h\202\206\023rwRF\345\2077\317\022\223\333\231\356\337\005\263\365:\257\253\225\203LtZ%\256)\005\373HE\035\034A\027oG*y=$\263(\240\226<i\230\013\274\211\005\267(<wv\255ILp\331d\2645x""\222\322\302\303\216\342\275Ax\2747\210\217_\247\000\322\351A\233\353\247\235r\247N\377J\367ys\033\375\017\027c\233<f9\274\236\276z\360|\300\263\267\2711\223\260\230W?\315\3663\217\272[^\351S\261?\367Ew\327\273\347\025\372\013Y\357\276W\352?^\362\236\371\317\375\222\342\037\3719uc\261\333H\217\217\376\222\377\255\337\016\024\273\266\021.\335|33\277\320\335\3516\275R\274\262\025\376\330;\212r\021x\372\022\334\301\365\266\327\360\037\372\315\240\024\0200\370n\267W\272Y\231\231_\363s\376\017A!8\ns\375\271\371\376\302bWz\257\375\245\370\253|\310z\315\250\024\221~v\325k(\205\353\035\373\307\301o\301\207^\246W\354g\227\275C\000\220\363\013\375\354\212g\007\305\376\362s\360s\030>\215\013\345\270\374.~w\036\237\377}\r\270\037B\340Y\1775\230\0133aQ\301\331\365\347\202\331\353\205\257\375\242_\362\001\3145d\275\003q\001\353\343\376\334B\367\304\317\251\343\330K\352\261\323my5U\001\024\314\006K\301\213\240\026\236\367HOFI\221\036z\377\004/\303Y\345D!,B\315\222\\\245\277\007\362{\341~\257\034\255^\336\277|\177U\274\202\002\337<Ik4\025\354\310\273\215\271\030/\346 R.\330\tZP\205F\224\211\212J\371\207\367\306\257\006\t(\260~\342m\001\252\354S\310m\331\177\017\342,\024\332;\360\037\370F\374\362MT\210\016.\037\\\032W$\316\000p\205\356\337xm+,\204G\275\027\275jT\2143\020cB\\\213Jq\346\373\2604!\276\270|v\225\373\017\204\225?\354";
-    PyObject *data = __Pyx_DecompressString(cstring, 1158, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1166 bytes) */
+static const char cstring[] = "x\332\225T\275s\032G\024\227\3068F\216lC\244\221\242(\305\022[\326g\3600#Y\211\222\211Cb+.\022G(x2N\263\263\334-\260\346\270\205\333=\004N\n\225\224Wny\345\225\224\224*U^I\251?A\177B\336\336\001B\340\311L\230\341\366\275}_\277\367\265\250\324\221T\240\350\273\207\210m\"Y\245\250\344\226\313\324AU\"\020\342\345\350\177\3460\tW[\322\241\024\225\035R\251S[n\357!\223\3334{\004\226\034\014\035\344Pb\016-\231\334C\222\363#\360\310\004j8\334\240B\2403\220\010f\2011:\253\302\tj\240m\242:\010I\205\242\217\250KR\2436*s\007U \330\215\231\301\033\214\232\210\214l\367\264\310\250\"0\267\270\220\337\263\226\250\326i=kT\211mS+\373\303\2137`\177\302\214\232\305\354\212NJH\3075$\330\327K\324\001\\.Xk|\324*gGN#&\206Pw\205D%\212h\273a1\203I\253\003\3716]*$\3008c\262\212~$\256\344\270\241C\320\255\242\343\322\3551:\035\317d\202\224,Jm\375\255\030L\304\2249\215t\304S\307\341\216\030r\317\206\322g\020\021bf\033\235vD\305p\253\3242c\254\303\026\030\240\314#\270\006\267[\324\321\030%\207j\235td\225\333\210\227\336S\310]\227\2651,\311\317\026au8_\331\346\004\231\305\330\241\246kPlD\226\030\337\026\n*\205$\362F\374[\234p\221\363_\271])h\214\247\021\246\tr\326\351m\341\214\323Iq\205JLD\3076\246/\231-\371\307\356f\265uC\247\371X\353\224\232\324bP0j\026u\327\243\017 \212V\004\343\021\013\003L\235\t\266\315\344\r7\225\332\350z&\251X\240W(\246\000\357\220\000\000\270D\214\032\306\047\2356\374_2C\3427\264-Oi\031\343\250\265\332\021\036\343\032#\032a\301\270\354\332\206>+\243\260\360\253\023fG\0477]+\272\261I=:a\234\260A\032lD\017M4\331\222zJ\265\240\351\022kd0L\022\317\244;\276\240m\315@\326\343 b\002\312L50\206L4r&\260\301\035\356Jf\323\250\047U\207\333\334\025\021\315xv,\024\361Ce\300\360Rh4\226\0161\250.\233\301Mj\022\t\255\215((p\264J\361>A=\306\0234\232\220\333\2232.?\274yu1\275\235\361\376\325\230m6xC\257\034db\3222q-)\330\007*\032\340\010\272x3R\321\353!Y\235\002j\311\243\206\271\300[X\360:\205\347\316\256\264\210\005.[\214\236\r\237\244\270\360\260\243\370p\030\036\037\016\343\343\3471""\200xz\320\316\326I\247\330i\320\337\343}\336\331C\377\303\305\304&OX\216\324\343W\017\236\017x\366v\266\347\"\026\363\362\371\374 q\277\273\353\025\316\363\203\344\247\335\003\357\216\227\033,\246\274\273^a\360 \355\255\251\307\252\240\371\373*\2435\036u\233\361\361A\245\325\206j\373\232]\337\016\322\327_\315-,v\367\273-\257\020\256\354\006\337\366\216\373\231>xZ\002w\240\336\366\232\352\236j\371\005\237\200\301\346A\257p\2752\267\260\2562\352\033?\347\037\007\231Ara\260\370\250+\275\347*\035~\221\rX\257\325/\364\311 \265\3525\265\300\365^\253\327\376O\376\373^\242\227\037\244\226\275W\000 \243r\203\324\212g\373\371\301\362c\360\363*\370<\314\025\303\342\333\360\355\273\360\335_W\200\373\036\004\236W\253~2H\004y\r\347@%\375\371\253\305/U^\025\024\200\271Jj\347yH7\202)\325\241\3774\270\023\034\365\212\375\325\213\273\027\177^\346/\2416W\0176\374b\220\216!\356\003\244TZW\345\241\"\372H\252\371Xr\2506\375\364 \365\304\317C\246f\260\331[\203*\354\367\233\032\360/\352;\277\034\344\317\363\327\237\315=|\372\037\336>\361n\234.\205K\033\272h\276\014\016{\333\375\\\377\345\305\374 J\353o\200\031Em\352\022\324 \354\262\316\251\350\257\302\3652TM%\324\261\277\025\356\274\3507/\022\027\307\227[\341\351\037a\002A\362\220\350?\341\372n\220\013\216{Oz\345~>Ld\374\364\324u\245_\010\023_\007\205\251\353\332\305\332e\346_J\326F~";
+    PyObject *data = __Pyx_DecompressString(cstring, 1166, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1476 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\371d\232\r\262\005error\225s\301\004/\301\004/o\000q\000.\327pyx\005\002 \235\002heSld\246\003\374$c\362\000o\252\002\277conver\240\001t\375o\253 Python\237 obje\371\000\323!p\276\214$Claim\230 E\373nd\000\010.__re\277duce_c5\002_\375_\017\013setsta\365t\025\007M\305CTooL\377ongQueue\201R\222b\000\010C\017\017\013D\0160\tg\377et_async\036\005\rinto\000\021\034\017\320a\370\203\t\340aN\003Redel\035i\256 edT\365a\000\002\201 \366\244\205\002__\007\005ente\035r\004\010xit\023\007\241,;\005\200\231.V\003\277\205\001`\003\326\000\002\004~\000_\377back__Py\375x\001\000Dict_N\377extRef__\334\326B\357!___\221\004__\370\213\004\006\000\207\002__fun\315c\036\000_g\231E+\000ma\373in\020\001modul\235e\032\001nam\003\002\314`_\217capi.\001\010\001\316C_\346\023\001vt\262\204\001G\001qua\311l)\005\216d_\216n\247fex\224{\001\235`_]\005s\200\010\247n_\357_tes\303 _is\377_corouti\373ne\343Bhrono\273us\357Bio.\024\006s\326\243\210\003cl&\000_\326\000tr\367ace\263!code\277datade\005\002o\003ne\306\205\002\312\205\003\274`\271f\307a\262a\364\000\005\322cg\367%item\371s\270\207\r\372\205\003kindp\373op\233\207\001setde\377faultsiz\037espin\257\210\001\311g\274\210\002otime\320\000to\355\211\002\377until_so\377methingv\377aluesvie\365w\214\210\004_\364\"obj_m7\300\210\004_7\301\210\004_6\373\206\003\376\205\204\003 *(PyTywpeO\312\206\003*, \030(\342\347\206\010 0\007j\005\363\211\003con\277st *)\000\203\212\002_\377of\200\001""\330\004\n\210\377+\220Q\200A\330\010\013\377\2105\220\003\2201\330\014\377\020\220\005\220Q\330\r\021\277\220\031\230#\230Q\014\001\n\273\230!\036\001\017\210q\001\003z\177\230\021\230%\230x\240\013\001\377\033)\250\021\360\"\000\t\377\014\2104\210v\220Q\320\377\026+\2509\260F\270!\365\270G\000\023L\000\010\017\210x\377\220q\230\007\230v\240Q\373\240af\000\0475\260Q\360\377\026\000\t\033\230!\2308\377\2401\240F\250!\330\010\377\t\330\014\017\210t\2206\377\230\021\320\032.\250i\260\377v\270Q\270a\330\020\027\373\220q\025\001u\220H\230H\377\240B\240j\260\004\260A\337\330\020\024\220E~\000!\230\3771\330\020\026\220n\240A\367\330\024#E\000E\250\030\320\3771T\320TU\320UY\257\320YZ\340\305\000\007v\000\001\377\230\027\240\010\250\004\250A\377\330\014\023\2205\230\010\240\377\001\340\014\034\230A\230Q\225\230\212\000\340\363\0004u\000\363\000\r\277\330\010\014\210N\230\211\000\014\367\210H\220\213\"4\210w\220\375g\376\001 \240\001\240\021\240\377$\240g\250Y\260a\260\375t\327\001\020\220\007\220{\240\277&\250\001\200A\340\340\000us\220A\261 \347\002t\2307\025\000\377\003\250:\260T\270\027\300\277\005\300W\310A\310\336 \360m\022\236#t\220^\014F\220j\007\357\017\320\017!g\000!\2404{\240w\203 q\270\004\270\227@\377\014\210G\220;\230f\240\334\240B\236@\022\220+\225@\020\030\277\230\001\230\024\230W\375\000\020\376\346 \220D\230\006\230h\320\377&;\2701\270D\300\006?\300h\310a\320\004\266\000\232\001\377|\320\033+\2501\250F\377\260$\260f\270A\320\004\374a\000\010\014g\270Q\320\004-\373\250Q\037\014k\300\031\310!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1476, 2138);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1481 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\371d\232\r\262\005error\225s\301\004/\301\004/o\000q\000.\327pyx\005\002 \235\002heSld\246\003\374$c\362\000o\252\002\277conver\240\001t\375o\253 Python\237 obje\371\000\323!p\276\214$Claim\230 E\373nd\000\010.__re\277duce_c5\002_\375_\017\013setsta\365t\025\007M\305CTooL\377ongQueue\201R\222b\000\010C\017\017\013D\0160\tg\377et_async\036\005\rinto\000\021\034\017\320a\370\203\t\340aN\003Redel\035i\256 edT\365a\000\002\201 \366\244\205\002__\007\005ente\035r\004\010xit\023\007\241,;\005\200\231.V\003\277\205\001`\003\326\000\002\004~\000_\377back__Py\375x\001\000Dict_N\377extRef__\334\326B\357!___\221\004__\370\213\004\006\000\207\002__fun\315c\036\000_g\231E+\000ma\373in\020\001modul\235e\032\001nam\003\002\314`_\217capi.\001\010\001\316C_\346\023\001vt\262\204\001G\001qua\311l)\005\216d_\216n\247fex\224{\001\235`_]\005s\200\010\247n_\357_tes\303 _is\377_corouti\373ne\343Bhrono\273us\357Bio.\024\006s\326\243\210\003cl&\000_\326\000tr\367ace\263!code\277datade\005\002o\003ne\306\205\002\312\205\003\274`\271f\307a\262a\364\000\005\322cg\367%item\371s\270\207\r\372\205\003kindp\373op\233\207\001setde\377faultsiz\037espin\257\210\001\311g\274\210\002otime\320\000to\355\211\002\377until_so\377methingv\377aluesvie\365w\214\210\004_\364\"obj_m7\300\210\004_7\301\210\004_6\373\206\003\376\205\204\003 *(PyTywpeO\312\206\003*, \030(\342\347\206\010 0\007j\005\363\211\003con\277st *)\000\203\212\002_\377of\200\001""\330\004\n\210\377+\220Q\200A\330\010\013\377\2105\220\003\2201\330\014\377\020\220\005\220Q\330\r\021\277\220\031\230#\230Q\014\001\n\273\230!\036\001\017\210q\001\003z\177\230\021\230%\230x\240\013\001\377\033)\250\021\360\"\000\t\377\014\2104\210v\220Q\320\377\026+\2509\260F\270!\365\270G\000\023L\000\010\017\210x\377\220q\230\007\230v\240Q\373\240af\000\0475\260Q\360\377\026\000\t\033\230!\2308\377\2401\240F\250!\330\010\377\t\330\014\017\210t\2206\377\230\021\320\032.\250i\260\377v\270Q\270a\330\020\027\373\220q\025\001u\220H\230H\377\240B\240j\260\004\260A\337\330\020\024\220E~\000!\230\3771\330\020\026\220n\240A\367\330\024#E\000E\250\030\320\3771T\320TU\320UY\257\320YZ\340\305\000\007v\000\001\377\230\027\240\010\250\004\250A\377\330\014\023\2205\230\010\240\377\001\340\014\034\230A\230Qu\230\212\000\340\233\000u\220A\354\000\376\242\002t\2307\240&\250\003\377\250:\260T\270\027\300\005\337\300W\310A\310\231 \340\r_%\240T\250\021\235\0034\220\000}\020\t\000\020\220\016\230a\251!\367\010\230\001\267\0037\230\047\240\277\021\330\020$\240A\347\000d\357\250\047\260\031\203 4\270q\376\255\001G\230;\240f\250A\177\200A\360\022\000\016&3\030{\006\220K\007\023\320\023%\261!\377\240t\2507\260)\2701\367\270D\300h\000\020\220\007\220q{\244\000q\002Z\000\026\220kt\000\375\024\320\001T\240\027\250\001\330\375\024\263 \230\004\230F\240(\377\320*?\270q\300\004\300\377F\310(\320RS\320\004\371 \372\000\215@|\320\033+\250\3771\250F\260$\260f\270\177A\320\004!\240\021\340\t\013\377g\270Q\320\004-\250Q>\010\014k\300\031\310!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1481, 2153);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2138 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F""\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
+    #else /* compression: none (2153 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F""\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12550,20 +12649,20 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 299};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 302};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 304};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }

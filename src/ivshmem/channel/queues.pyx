@@ -272,29 +272,31 @@ cdef class Taken(Received):
             BufferError: a memoryview or an array of it is alive.
         """
         cdef int code
-        if not self.live:
-            return
-        self.check_exports()
-        self.enter()
-        self.live = False
-        code = ivshmem_queue_done(&self.reader.reader, &self.taken)
-        self.reader.membership.flush()
-        if code:
-            raise Redelivered(
-                f"queue {self.reader.name!r}: this process was silent while it had message"
-                f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
-                " reader has it, too"
-            )
+        with cython.critical_section(self.reader):
+            if not self.live:
+                return
+            self.check_exports()
+            self.enter()
+            self.live = False
+            code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+            self.reader.membership.flush()
+            if code:
+                raise Redelivered(
+                    f"queue {self.reader.name!r}: this process was silent while it had message"
+                    f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+                    " reader has it, too"
+                )
 
     def give_back(self):
         """Give it to another reader, marked `redelivered`. May be called twice."""
-        if not self.live:
-            return
-        self.check_exports()
-        self.live = False
-        if self.reader.usable():
-            ivshmem_queue_return(&self.reader.reader, &self.taken)
-            self.reader.membership.flush()
+        with cython.critical_section(self.reader):
+            if not self.live:
+                return
+            self.check_exports()
+            self.live = False
+            if self.reader.usable():
+                ivshmem_queue_return(&self.reader.reader, &self.taken)
+                self.reader.membership.flush()
 
     def __enter__(self):
         return self

@@ -93,6 +93,7 @@ cdef class WriterEnd(ChannelEnd):
             raise self.fail(code)
         self.enlist()
 
+    @cython.critical_section
     def close(self):
         """Free the slot; may be called twice.
 
@@ -282,6 +283,7 @@ cdef class ReaderEnd(ChannelEnd):
         ivshmem_reader_close(&self.reader)
         return 0
 
+    @cython.critical_section
     def close(self):
         """Free the slot; may be called twice.
 

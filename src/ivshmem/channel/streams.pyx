@@ -70,6 +70,7 @@ cdef class StreamListener(ChannelEnd):
         ivshmem_listener_close(&self.listener)
         return 0
 
+    @cython.critical_section
     def accept(self, timeout=None, *, spin=None):
         """Accept the next connection.
 
@@ -438,6 +439,7 @@ cdef class Stream(ChannelEnd):
         finally:
             PyBuffer_Release(&view)
 
+    @cython.critical_section
     def shutdown(self, int how):
         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 

@@ -218,7 +218,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
         )
 
     def __repr__(self) -> str:
-        return f"<ivshmem.channel.{type(self).__name__} of {self._stream!r}>"
+        return f"<ivshmem.channel.{type(self).__name__} of {getattr(self, '_stream', None)!r}>"
 
 
 def streams_over(stream: Stream, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -302,4 +302,4 @@ class StreamServer(Uncopied, asyncio.AbstractServer):
         await self.wait_closed()
 
     def __repr__(self) -> str:
-        return f"<ivshmem.channel.{type(self).__name__} of {self._listener!r}>"
+        return f"<ivshmem.channel.{type(self).__name__} of {getattr(self, '_listener', None)!r}>"

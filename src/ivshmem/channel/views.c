@@ -1979,7 +1979,7 @@ static const char* const __pyx_f[] = {
 #define __Pyx_PyCriticalSection2_End PyCriticalSection2_End
 #endif
 
-/* CriticalSections.proto (used by ParseKeywordsImpl) */
+/* CriticalSections.proto */
 #if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
 #define __Pyx_PyCriticalSection_Begin(cs, arg) (void)(cs)
 #define __Pyx_PyCriticalSection2_Begin(cs, arg1, arg2) (void)(cs)
@@ -2200,6 +2200,7 @@ enum  {
 struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
   int count;
+  uint32_t lock;
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
@@ -2460,7 +2461,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2474,7 +2475,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2831,7 +2832,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2846,7 +2847,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2859,6 +2860,8 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  PyObject *(*open_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*watch)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
   int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
@@ -2968,7 +2971,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/views.pyx":22
+/* "ivshmem/channel/views.pyx":23
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2983,7 +2986,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "ivshmem/channel/views.pyx":79
+/* "ivshmem/channel/views.pyx":80
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4341,10 +4344,10 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[85]
 #define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[86]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_4t_d_fD_G6_1D_z_jPSST_4q_1_4wa __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW __pyx_string_tab[91]
 #define __pyx_kp_b_iso88591_A_4t1_N_a __pyx_string_tab[92]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
@@ -5193,7 +5196,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/views.pyx":26
+/* "ivshmem/channel/views.pyx":27
  *     """A message where it lies: a buffer that can be read."""
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -5249,7 +5252,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/views.pyx":27
+  /* "ivshmem/channel/views.pyx":28
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")             # <<<<<<<<<<<<<<
@@ -5257,9 +5260,9 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
  *     def __reduce__(self):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5274,7 +5277,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 27, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5283,14 +5286,14 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 27, __pyx_L1_error)
+  __PYX_ERR(0, 28, __pyx_L1_error)
 
-  /* "ivshmem/channel/views.pyx":26
+  /* "ivshmem/channel/views.pyx":27
  *     """A message where it lies: a buffer that can be read."""
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -5311,7 +5314,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":29
+/* "ivshmem/channel/views.pyx":30
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5378,7 +5381,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/views.pyx":30
+  /* "ivshmem/channel/views.pyx":31
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -5387,16 +5390,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/views.pyx":31
+  /* "ivshmem/channel/views.pyx":32
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 31, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5411,7 +5414,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 31, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 32, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5420,14 +5423,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 30, __pyx_L1_error)
+  __PYX_ERR(0, 31, __pyx_L1_error)
 
-  /* "ivshmem/channel/views.pyx":29
+  /* "ivshmem/channel/views.pyx":30
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5448,7 +5451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":34
+/* "ivshmem/channel/views.pyx":35
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5480,14 +5483,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":36
+  /* "ivshmem/channel/views.pyx":37
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5500,7 +5503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":34
+  /* "ivshmem/channel/views.pyx":35
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5519,7 +5522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":38
+/* "ivshmem/channel/views.pyx":39
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5551,14 +5554,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":40
+  /* "ivshmem/channel/views.pyx":41
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5571,7 +5574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":38
+  /* "ivshmem/channel/views.pyx":39
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5590,7 +5593,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":42
+/* "ivshmem/channel/views.pyx":43
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5622,14 +5625,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":44
+  /* "ivshmem/channel/views.pyx":45
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5642,7 +5645,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":42
+  /* "ivshmem/channel/views.pyx":43
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5661,7 +5664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":46
+/* "ivshmem/channel/views.pyx":47
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5687,7 +5690,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/views.pyx":47
+  /* "ivshmem/channel/views.pyx":48
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5699,7 +5702,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":48
+    /* "ivshmem/channel/views.pyx":49
  *     cdef int enter(self) except -1:
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")             # <<<<<<<<<<<<<<
@@ -5707,11 +5710,11 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_the;
@@ -5726,7 +5729,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 48, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -5747,14 +5750,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 48, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":47
+    /* "ivshmem/channel/views.pyx":48
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5763,20 +5766,20 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/views.pyx":49
+  /* "ivshmem/channel/views.pyx":50
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")
  *         return self.reader.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 50, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":46
+  /* "ivshmem/channel/views.pyx":47
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5799,7 +5802,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":51
+/* "ivshmem/channel/views.pyx":52
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -5823,7 +5826,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/views.pyx":52
+  /* "ivshmem/channel/views.pyx":53
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5835,7 +5838,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":53
+    /* "ivshmem/channel/views.pyx":54
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -5844,7 +5847,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/views.pyx":54
+    /* "ivshmem/channel/views.pyx":55
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -5852,9 +5855,9 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5874,13 +5877,13 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -5889,14 +5892,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 53, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 54, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 53, __pyx_L1_error)
+    __PYX_ERR(0, 54, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":52
+    /* "ivshmem/channel/views.pyx":53
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5905,7 +5908,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/views.pyx":57
+  /* "ivshmem/channel/views.pyx":58
  *                 " release them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -5918,7 +5921,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":51
+  /* "ivshmem/channel/views.pyx":52
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -5942,7 +5945,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":59
+/* "ivshmem/channel/views.pyx":60
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -5989,27 +5992,27 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/views.pyx":61
+  /* "ivshmem/channel/views.pyx":62
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":62
+  /* "ivshmem/channel/views.pyx":63
  *         cdef char *start
  *         self.enter()
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":63
+  /* "ivshmem/channel/views.pyx":64
  *         self.enter()
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -6018,7 +6021,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/views.pyx":64
+  /* "ivshmem/channel/views.pyx":65
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6034,17 +6037,17 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":65
+      /* "ivshmem/channel/views.pyx":66
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/views.pyx":64
+      /* "ivshmem/channel/views.pyx":65
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6058,7 +6061,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/views.pyx":66
+    /* "ivshmem/channel/views.pyx":67
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -6068,25 +6071,25 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.Received.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 66, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 67, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":67
+      /* "ivshmem/channel/views.pyx":68
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
  *             raise
- *         self.exports += 1
+ *         ivshmem_count(&self.exports, 1)
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/views.pyx":68
+      /* "ivshmem/channel/views.pyx":69
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
- *         self.exports += 1
+ *         ivshmem_count(&self.exports, 1)
  * 
 */
       __Pyx_GIVEREF(__pyx_t_5);
@@ -6094,11 +6097,11 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 68, __pyx_L5_except_error)
+      __PYX_ERR(0, 69, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":64
+    /* "ivshmem/channel/views.pyx":65
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6114,16 +6117,16 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":69
+  /* "ivshmem/channel/views.pyx":70
  *             self.reader.membership.mapping.unpin()
  *             raise
- *         self.exports += 1             # <<<<<<<<<<<<<<
+ *         ivshmem_count(&self.exports, 1)             # <<<<<<<<<<<<<<
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
 */
-  __pyx_v_self->exports = (__pyx_v_self->exports + 1);
+  (void)(ivshmem_count((&__pyx_v_self->exports), 1));
 
-  /* "ivshmem/channel/views.pyx":59
+  /* "ivshmem/channel/views.pyx":60
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -6157,11 +6160,11 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":71
- *         self.exports += 1
+/* "ivshmem/channel/views.pyx":72
+ *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
+ *         ivshmem_count(&self.exports, -1)
  *         self.reader.membership.mapping.unpin()
 */
 
@@ -6181,29 +6184,29 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_5views_8Received_7__release
 
 static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/views.pyx":72
+  /* "ivshmem/channel/views.pyx":73
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1             # <<<<<<<<<<<<<<
+ *         ivshmem_count(&self.exports, -1)             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.unpin()
  * 
 */
-  __pyx_v_self->exports = (__pyx_v_self->exports - 1);
+  (void)(ivshmem_count((&__pyx_v_self->exports), -1));
 
-  /* "ivshmem/channel/views.pyx":73
+  /* "ivshmem/channel/views.pyx":74
  *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1
+ *         ivshmem_count(&self.exports, -1)
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/views.pyx":71
- *         self.exports += 1
+  /* "ivshmem/channel/views.pyx":72
+ *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
+ *         ivshmem_count(&self.exports, -1)
  *         self.reader.membership.mapping.unpin()
 */
 
@@ -6211,7 +6214,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 
 }
 
-/* "ivshmem/channel/views.pyx":75
+/* "ivshmem/channel/views.pyx":76
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6237,7 +6240,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_5views_8Received_9__len__(PyObject 
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/views.pyx":76
+  /* "ivshmem/channel/views.pyx":77
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
@@ -6250,7 +6253,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":75
+  /* "ivshmem/channel/views.pyx":76
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6264,7 +6267,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":98
+/* "ivshmem/channel/views.pyx":99
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6296,14 +6299,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":100
+  /* "ivshmem/channel/views.pyx":101
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6316,7 +6319,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":98
+  /* "ivshmem/channel/views.pyx":99
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6335,7 +6338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":102
+/* "ivshmem/channel/views.pyx":103
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6372,7 +6375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":105
+  /* "ivshmem/channel/views.pyx":106
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -6383,7 +6386,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":106
+    /* "ivshmem/channel/views.pyx":107
  *         cdef uint64_t late, today
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
@@ -6396,14 +6399,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 107, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 106, __pyx_L1_error)
+    __PYX_ERR(0, 107, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":105
+    /* "ivshmem/channel/views.pyx":106
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -6412,7 +6415,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":107
+  /* "ivshmem/channel/views.pyx":108
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -6424,7 +6427,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":108
+    /* "ivshmem/channel/views.pyx":109
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
  *             return None             # <<<<<<<<<<<<<<
@@ -6441,7 +6444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":107
+    /* "ivshmem/channel/views.pyx":108
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -6450,7 +6453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":110
+  /* "ivshmem/channel/views.pyx":111
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()             # <<<<<<<<<<<<<<
@@ -6459,7 +6462,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
 
-  /* "ivshmem/channel/views.pyx":111
+  /* "ivshmem/channel/views.pyx":112
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
@@ -6468,7 +6471,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   __pyx_v_late = ((__pyx_v_today - __pyx_v_self->__pyx_base.message.time) & ((((uint64_t)1) << 44) - 1));
 
-  /* "ivshmem/channel/views.pyx":112
+  /* "ivshmem/channel/views.pyx":113
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -6480,14 +6483,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":113
+    /* "ivshmem/channel/views.pyx":114
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
  *         return (today - late) / 1e6
  * 
 */
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -6500,7 +6503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":112
+    /* "ivshmem/channel/views.pyx":113
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -6509,14 +6512,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":114
+  /* "ivshmem/channel/views.pyx":115
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
  *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -6529,7 +6532,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":102
+  /* "ivshmem/channel/views.pyx":103
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6551,7 +6554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":116
+/* "ivshmem/channel/views.pyx":117
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6583,14 +6586,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":119
+  /* "ivshmem/channel/views.pyx":120
  *     def offset(self):
  *         """Where it lies in the region, in bytes."""
  *         return self.message.offset             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6603,7 +6606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":116
+  /* "ivshmem/channel/views.pyx":117
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6622,7 +6625,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":121
+/* "ivshmem/channel/views.pyx":122
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -6686,14 +6689,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/views.pyx":123
+  /* "ivshmem/channel/views.pyx":124
  *     def __bytes__(self):
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  *         self.check()
  *         return data
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -6703,14 +6706,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 123, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 124, __pyx_L1_error)
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":124
+  /* "ivshmem/channel/views.pyx":125
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
  *         self.check()             # <<<<<<<<<<<<<<
@@ -6724,12 +6727,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":125
+  /* "ivshmem/channel/views.pyx":126
  *         data = memoryview(self).tobytes()
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
@@ -6747,7 +6750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":121
+  /* "ivshmem/channel/views.pyx":122
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -6769,7 +6772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":127
+/* "ivshmem/channel/views.pyx":128
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6808,30 +6811,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":130
+  /* "ivshmem/channel/views.pyx":131
  *     def array(self):
  *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         self.enter()
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":132
+  /* "ivshmem/channel/views.pyx":133
  *         import numpy  # an extra, which only this needs
  * 
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":133
+  /* "ivshmem/channel/views.pyx":134
  * 
  *         self.enter()
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -6842,7 +6845,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/views.pyx":134
+    /* "ivshmem/channel/views.pyx":135
  *         self.enter()
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -6851,7 +6854,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
 */
     __pyx_t_5 = __pyx_v_self->__pyx_base.reader->type;
     __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_6 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 134, __pyx_L1_error)
+    __pyx_t_6 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 135, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = 0;
     {
@@ -6859,7 +6862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 134, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -6873,7 +6876,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":133
+    /* "ivshmem/channel/views.pyx":134
  * 
  *         self.enter()
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -6882,7 +6885,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
 */
   }
 
-  /* "ivshmem/channel/views.pyx":135
+  /* "ivshmem/channel/views.pyx":136
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -6896,7 +6899,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
     PyObject *__pyx_callargs[3] = {__pyx_t_6, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6910,7 +6913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":127
+  /* "ivshmem/channel/views.pyx":128
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6932,7 +6935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":137
+/* "ivshmem/channel/views.pyx":138
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6974,17 +6977,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":140
+  /* "ivshmem/channel/views.pyx":141
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 141, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":141
+  /* "ivshmem/channel/views.pyx":142
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
@@ -6993,19 +6996,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_u1;
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 142, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 142, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 141, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
   __pyx_t_3 = 0;
   __pyx_v_kind = __pyx_t_2;
   __pyx_t_2 = 0;
   __pyx_v_shape = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/views.pyx":142
+  /* "ivshmem/channel/views.pyx":143
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -7016,7 +7019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/channel/views.pyx":143
+    /* "ivshmem/channel/views.pyx":144
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
@@ -7025,7 +7028,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
     __pyx_t_2 = __pyx_v_self->__pyx_base.reader->type;
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_6 = 0;
     {
@@ -7033,7 +7036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
@@ -7042,7 +7045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       if (unlikely(size != 2)) {
         if (size > 2) __Pyx_RaiseTooManyValuesError(2);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 143, __pyx_L1_error)
+        __PYX_ERR(0, 144, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -7052,22 +7055,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
         __Pyx_INCREF(__pyx_t_2);
       } else {
         __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_2);
       }
       #else
-      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 143, __pyx_L1_error)
+      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 144, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
@@ -7075,7 +7078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __Pyx_GOTREF(__pyx_t_3);
       index = 1; __pyx_t_2 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_2)) goto __pyx_L4_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_2);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
       __pyx_t_8 = NULL;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       goto __pyx_L5_unpacking_done;
@@ -7083,7 +7086,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_8 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 143, __pyx_L1_error)
+      __PYX_ERR(0, 144, __pyx_L1_error)
       __pyx_L5_unpacking_done:;
     }
     __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_3);
@@ -7091,7 +7094,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
     __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":142
+    /* "ivshmem/channel/views.pyx":143
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -7100,7 +7103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   }
 
-  /* "ivshmem/channel/views.pyx":144
+  /* "ivshmem/channel/views.pyx":145
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -7109,29 +7112,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   __pyx_v_address = (((size_t)__pyx_v_self->__pyx_base.reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->__pyx_base.message.offset);
 
-  /* "ivshmem/channel/views.pyx":145
+  /* "ivshmem/channel/views.pyx":146
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack__(self, **options):
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 145, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 145, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 145, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 145, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
   __Pyx_INCREF(Py_True);
   __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, Py_True) != (0)) __PYX_ERR(0, 145, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, Py_True) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
   __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_3) < (0)) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_3) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -7144,7 +7147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":137
+  /* "ivshmem/channel/views.pyx":138
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7169,7 +7172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":147
+/* "ivshmem/channel/views.pyx":148
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -7242,21 +7245,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/channel/views.pyx":149
+  /* "ivshmem/channel/views.pyx":150
  *     def __dlpack__(self, **options):
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack_device__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7271,7 +7274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":147
+  /* "ivshmem/channel/views.pyx":148
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -7292,7 +7295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":151
+/* "ivshmem/channel/views.pyx":152
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -7348,7 +7351,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/channel/views.pyx":153
+  /* "ivshmem/channel/views.pyx":154
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -7366,7 +7369,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":151
+  /* "ivshmem/channel/views.pyx":152
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -7381,12 +7384,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":155
+/* "ivshmem/channel/views.pyx":156
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (
+ *         with cython.critical_section(self.reader):
 */
 
 /* Python wrapper */
@@ -7435,212 +7438,250 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8[5];
-  Py_ssize_t __pyx_t_9;
-  int __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  size_t __pyx_t_12;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[5];
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/views.pyx":157
- *     def check(self):
- *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
- *             self.reader.membership.usable()  # also without a place: it is only read
- *         ):
-*/
-  __pyx_t_2 = (!__pyx_v_self->overtaken);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  if (__pyx_v_self->__pyx_base.live) {
-  } else {
-
-    __pyx_t_1 = __pyx_v_self->__pyx_base.live;
-    goto __pyx_L4_bool_binop_done;
-  }
-  if (__pyx_v_self->__pyx_base.reader->__pyx_base.open) {
-  } else {
-
-    __pyx_t_1 = __pyx_v_self->__pyx_base.reader->__pyx_base.open;
-    goto __pyx_L4_bool_binop_done;
-  }
-
   /* "ivshmem/channel/views.pyx":158
- *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (
- *             self.reader.membership.usable()  # also without a place: it is only read             # <<<<<<<<<<<<<<
- *         ):
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->usable(__pyx_v_self->__pyx_base.reader->__pyx_base.membership);
-
-
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-
-  /* "ivshmem/channel/views.pyx":157
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
- *             self.reader.membership.usable()  # also without a place: it is only read
- *         ):
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.overtaken and self.live and self.reader.open and (
+ *                 self.reader.membership.usable()  # also without a place: it is only read
 */
-  if (__pyx_t_1) {
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-
-    /* "ivshmem/channel/views.pyx":160
- *             self.reader.membership.usable()  # also without a place: it is only read
- *         ):
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
- *         if self.overtaken:
- *             raise Overtaken(
-*/
-    __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->__pyx_base.reader->__pyx_base.channel), (&__pyx_v_self->__pyx_base.message)) != 0);
-
-    /* "ivshmem/channel/views.pyx":157
- *     def check(self):
+        /* "ivshmem/channel/views.pyx":159
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
- *             self.reader.membership.usable()  # also without a place: it is only read
- *         ):
+ *         with cython.critical_section(self.reader):
+ *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *                 self.reader.membership.usable()  # also without a place: it is only read
+ *             ):
 */
-  }
+        __pyx_t_3 = (!__pyx_v_self->overtaken);
 
-  /* "ivshmem/channel/views.pyx":161
- *         ):
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
- *         if self.overtaken:             # <<<<<<<<<<<<<<
- *             raise Overtaken(
- *                 f"channel {self.reader.name!r}: the writer overwrote message"
+        if (__pyx_t_3) {
+
+        } else {
+
+          __pyx_t_2 = __pyx_t_3;
+
+          goto __pyx_L7_bool_binop_done;
+        }
+        if (__pyx_v_self->__pyx_base.live) {
+        } else {
+
+          __pyx_t_2 = __pyx_v_self->__pyx_base.live;
+          goto __pyx_L7_bool_binop_done;
+        }
+        if (__pyx_v_self->__pyx_base.reader->__pyx_base.open) {
+        } else {
+
+          __pyx_t_2 = __pyx_v_self->__pyx_base.reader->__pyx_base.open;
+          goto __pyx_L7_bool_binop_done;
+        }
+
+        /* "ivshmem/channel/views.pyx":160
+ *         with cython.critical_section(self.reader):
+ *             if not self.overtaken and self.live and self.reader.open and (
+ *                 self.reader.membership.usable()  # also without a place: it is only read             # <<<<<<<<<<<<<<
+ *             ):
+ *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
 */
-  if (unlikely(__pyx_v_self->overtaken)) {
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->__pyx_vtab)->usable(__pyx_v_self->__pyx_base.reader->__pyx_base.membership);
 
-    /* "ivshmem/channel/views.pyx":162
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
- *         if self.overtaken:
- *             raise Overtaken(             # <<<<<<<<<<<<<<
- *                 f"channel {self.reader.name!r}: the writer overwrote message"
- *                 f" {self.message.position} while it was looked at; what was seen may be torn"
+
+        __pyx_t_2 = __pyx_t_3;
+
+        __pyx_L7_bool_binop_done:;
+
+        /* "ivshmem/channel/views.pyx":159
+ *         """Raise Overtaken if the message was overwritten since it was taken."""
+ *         with cython.critical_section(self.reader):
+ *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *                 self.reader.membership.usable()  # also without a place: it is only read
+ *             ):
 */
-    __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 162, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
+        if (__pyx_t_2) {
 
-    /* "ivshmem/channel/views.pyx":163
- *         if self.overtaken:
- *             raise Overtaken(
- *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
- *                 f" {self.message.position} while it was looked at; what was seen may be torn"
- *             )
+
+          /* "ivshmem/channel/views.pyx":162
+ *                 self.reader.membership.usable()  # also without a place: it is only read
+ *             ):
+ *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
+ *             if self.overtaken:
+ *                 raise Overtaken(
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 163, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
+          __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->__pyx_base.reader->__pyx_base.channel), (&__pyx_v_self->__pyx_base.message)) != 0);
 
-    /* "ivshmem/channel/views.pyx":164
- *             raise Overtaken(
- *                 f"channel {self.reader.name!r}: the writer overwrote message"
- *                 f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
- *             )
+          /* "ivshmem/channel/views.pyx":159
+ *         """Raise Overtaken if the message was overwritten since it was taken."""
+ *         with cython.critical_section(self.reader):
+ *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
+ *                 self.reader.membership.usable()  # also without a place: it is only read
+ *             ):
+*/
+        }
+
+        /* "ivshmem/channel/views.pyx":163
+ *             ):
+ *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
+ *             if self.overtaken:             # <<<<<<<<<<<<<<
+ *                 raise Overtaken(
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"
+*/
+        if (unlikely(__pyx_v_self->overtaken)) {
+
+          /* "ivshmem/channel/views.pyx":164
+ *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
+ *             if self.overtaken:
+ *                 raise Overtaken(             # <<<<<<<<<<<<<<
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"
+ *                     f" {self.message.position} while it was looked at; what was seen may be torn"
+*/
+          __pyx_t_5 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+
+          /* "ivshmem/channel/views.pyx":165
+ *             if self.overtaken:
+ *                 raise Overtaken(
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
+ *                     f" {self.message.position} while it was looked at; what was seen may be torn"
+ *                 )
+*/
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 165, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+
+          /* "ivshmem/channel/views.pyx":166
+ *                 raise Overtaken(
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"
+ *                     f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
+ *                 )
  * 
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 164, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_8[1] = __pyx_t_6;
-    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_the_writer_overwrote_message;
-    __pyx_t_8[3] = __pyx_t_7;
-    __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+          __pyx_t_9[1] = __pyx_t_7;
+          __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_the_writer_overwrote_message;
+          __pyx_t_9[3] = __pyx_t_8;
+          __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-    /* "ivshmem/channel/views.pyx":163
- *         if self.overtaken:
- *             raise Overtaken(
- *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
- *                 f" {self.message.position} while it was looked at; what was seen may be torn"
- *             )
+          /* "ivshmem/channel/views.pyx":165
+ *             if self.overtaken:
+ *                 raise Overtaken(
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
+ *                     f" {self.message.position} while it was looked at; what was seen may be torn"
+ *                 )
 */
-    __pyx_t_9 = 89;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
-    #endif
-    __pyx_t_10 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
-    #endif
-    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 163, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_12 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_5))) {
-      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-      assert(__pyx_t_4);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-      __Pyx_INCREF(__pyx_t_4);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-      __pyx_t_12 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 162, __pyx_L1_error)
+          __pyx_t_10 = 89;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+          #endif
+          __pyx_t_11 = 0;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+          #endif
+          __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 165, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_12);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __pyx_t_13 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_6))) {
+            __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+            assert(__pyx_t_5);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+            __Pyx_INCREF(__pyx_t_5);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+            __pyx_t_13 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_12};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __PYX_ERR(0, 164, __pyx_L4_error)
 
-    /* "ivshmem/channel/views.pyx":161
- *         ):
- *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
- *         if self.overtaken:             # <<<<<<<<<<<<<<
- *             raise Overtaken(
- *                 f"channel {self.reader.name!r}: the writer overwrote message"
+          /* "ivshmem/channel/views.pyx":163
+ *             ):
+ *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
+ *             if self.overtaken:             # <<<<<<<<<<<<<<
+ *                 raise Overtaken(
+ *                     f"channel {self.reader.name!r}: the writer overwrote message"
 */
+        }
+      }
+
+      /* "ivshmem/channel/views.pyx":158
+ *     def check(self):
+ *         """Raise Overtaken if the message was overwritten since it was taken."""
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if not self.overtaken and self.live and self.reader.open and (
+ *                 self.reader.membership.usable()  # also without a place: it is only read
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":155
+  /* "ivshmem/channel/views.pyx":156
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (
+ *         with cython.critical_section(self.reader):
 */
 
   /* function exit code */
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.views.View.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7649,8 +7690,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":167
- *             )
+/* "ivshmem/channel/views.pyx":169
+ *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
@@ -7722,7 +7763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/views.pyx":174
+  /* "ivshmem/channel/views.pyx":176
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7734,7 +7775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":175
+    /* "ivshmem/channel/views.pyx":177
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -7751,7 +7792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":174
+    /* "ivshmem/channel/views.pyx":176
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7760,17 +7801,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/views.pyx":176
+  /* "ivshmem/channel/views.pyx":178
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":177
+  /* "ivshmem/channel/views.pyx":179
  *             return
  *         self.check_exports()
  *         try:             # <<<<<<<<<<<<<<
@@ -7779,7 +7820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":178
+    /* "ivshmem/channel/views.pyx":180
  *         self.check_exports()
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -7793,13 +7834,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":180
+  /* "ivshmem/channel/views.pyx":182
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -7808,7 +7849,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
 
       goto __pyx_L6;
     }
@@ -7829,7 +7870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       __Pyx_XGOTREF(__pyx_t_13);
       __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
       {
-        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L8_error)
+        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L8_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_11);
@@ -7857,8 +7898,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/views.pyx":167
- *             )
+  /* "ivshmem/channel/views.pyx":169
+ *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
@@ -7879,7 +7920,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":182
+/* "ivshmem/channel/views.pyx":184
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -7935,7 +7976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/views.pyx":183
+  /* "ivshmem/channel/views.pyx":185
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7953,7 +7994,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":182
+  /* "ivshmem/channel/views.pyx":184
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -7968,7 +8009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":185
+/* "ivshmem/channel/views.pyx":187
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8023,33 +8064,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 185, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 187, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 187, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 185, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 187, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 185, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 187, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 187, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 185, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 187, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8085,7 +8126,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/views.pyx":186
+  /* "ivshmem/channel/views.pyx":188
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8096,7 +8137,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":187
+    /* "ivshmem/channel/views.pyx":189
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8110,12 +8151,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":186
+    /* "ivshmem/channel/views.pyx":188
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8125,7 +8166,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/views.pyx":188
+  /* "ivshmem/channel/views.pyx":190
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8137,17 +8178,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":189
+    /* "ivshmem/channel/views.pyx":191
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/views.pyx":188
+    /* "ivshmem/channel/views.pyx":190
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8157,7 +8198,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/views.pyx":185
+  /* "ivshmem/channel/views.pyx":187
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8179,99 +8220,142 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":191
+/* "ivshmem/channel/views.pyx":193
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.live:
- *             self.live = False
+ *         with cython.critical_section(self.reader):
+ *             if self.live:
 */
 
 static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
   int __pyx_r;
-  int __pyx_t_1;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/views.pyx":192
+  /* "ivshmem/channel/views.pyx":194
  * 
  *     cdef int abandon(self) except -1:
- *         if self.live:             # <<<<<<<<<<<<<<
- *             self.live = False
- *             self.reader.views -= 1
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if self.live:
+ *                 self.live = False
 */
-  if (__pyx_v_self->__pyx_base.live) {
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":193
+        /* "ivshmem/channel/views.pyx":195
  *     cdef int abandon(self) except -1:
- *         if self.live:
- *             self.live = False             # <<<<<<<<<<<<<<
- *             self.reader.views -= 1
- *             self.reader.let_go(self.message.writer, self.message.position)
+ *         with cython.critical_section(self.reader):
+ *             if self.live:             # <<<<<<<<<<<<<<
+ *                 self.live = False
+ *                 self.reader.views -= 1
 */
-    __pyx_v_self->__pyx_base.live = 0;
+        if (__pyx_v_self->__pyx_base.live) {
 
-    /* "ivshmem/channel/views.pyx":194
- *         if self.live:
- *             self.live = False
- *             self.reader.views -= 1             # <<<<<<<<<<<<<<
- *             self.reader.let_go(self.message.writer, self.message.position)
- *         return 0
+          /* "ivshmem/channel/views.pyx":196
+ *         with cython.critical_section(self.reader):
+ *             if self.live:
+ *                 self.live = False             # <<<<<<<<<<<<<<
+ *                 self.reader.views -= 1
+ *                 self.reader.let_go(self.message.writer, self.message.position)
 */
-    __pyx_v_self->__pyx_base.reader->views = (__pyx_v_self->__pyx_base.reader->views - 1);
+          __pyx_v_self->__pyx_base.live = 0;
 
-    /* "ivshmem/channel/views.pyx":195
- *             self.live = False
- *             self.reader.views -= 1
- *             self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
- *         return 0
+          /* "ivshmem/channel/views.pyx":197
+ *             if self.live:
+ *                 self.live = False
+ *                 self.reader.views -= 1             # <<<<<<<<<<<<<<
+ *                 self.reader.let_go(self.message.writer, self.message.position)
+ *             return 0
+*/
+          __pyx_v_self->__pyx_base.reader->views = (__pyx_v_self->__pyx_base.reader->views - 1);
+
+          /* "ivshmem/channel/views.pyx":198
+ *                 self.live = False
+ *                 self.reader.views -= 1
+ *                 self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
+ *             return 0
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L4_error)
 
 
-    /* "ivshmem/channel/views.pyx":192
- * 
+          /* "ivshmem/channel/views.pyx":195
  *     cdef int abandon(self) except -1:
- *         if self.live:             # <<<<<<<<<<<<<<
- *             self.live = False
- *             self.reader.views -= 1
+ *         with cython.critical_section(self.reader):
+ *             if self.live:             # <<<<<<<<<<<<<<
+ *                 self.live = False
+ *                 self.reader.views -= 1
 */
-  }
+        }
 
-  /* "ivshmem/channel/views.pyx":196
- *             self.reader.views -= 1
- *             self.reader.let_go(self.message.writer, self.message.position)
- *         return 0             # <<<<<<<<<<<<<<
+        /* "ivshmem/channel/views.pyx":199
+ *                 self.reader.views -= 1
+ *                 self.reader.let_go(self.message.writer, self.message.position)
+ *             return 0             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  {
+        {
 
-    __pyx_r = 0;
+          __pyx_r = 0;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/views.pyx":194
+ * 
+ *     cdef int abandon(self) except -1:
+ *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
+ *             if self.live:
+ *                 self.live = False
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_2 = __pyx_r;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_2;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
-  goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":191
+  /* "ivshmem/channel/views.pyx":193
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.live:
- *             self.live = False
+ *         with cython.critical_section(self.reader):
+ *             if self.live:
 */
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_AddTraceback("ivshmem.channel.views.View.abandon", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
+  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":198
- *         return 0
+/* "ivshmem/channel/views.pyx":201
+ *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
  *         self.abandon()
@@ -8297,18 +8381,18 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/views.pyx":199
+  /* "ivshmem/channel/views.pyx":202
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 202, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":198
- *         return 0
+  /* "ivshmem/channel/views.pyx":201
+ *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
  *         self.abandon()
@@ -8323,7 +8407,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
 
 }
 
-/* "ivshmem/channel/views.pyx":201
+/* "ivshmem/channel/views.pyx":204
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8361,7 +8445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/views.pyx":202
+  /* "ivshmem/channel/views.pyx":205
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -8378,16 +8462,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":203
+  /* "ivshmem/channel/views.pyx":206
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -8403,7 +8487,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8418,7 +8502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":201
+  /* "ivshmem/channel/views.pyx":204
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8440,7 +8524,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":206
+/* "ivshmem/channel/views.pyx":209
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -8464,17 +8548,17 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/views.pyx":209
+  /* "ivshmem/channel/views.pyx":212
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":210
+  /* "ivshmem/channel/views.pyx":213
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8490,19 +8574,19 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":211
+      /* "ivshmem/channel/views.pyx":214
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 211, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/views.pyx":210
+      /* "ivshmem/channel/views.pyx":213
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8517,7 +8601,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/views.pyx":212
+    /* "ivshmem/channel/views.pyx":215
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8527,22 +8611,22 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 212, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 215, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":213
+      /* "ivshmem/channel/views.pyx":216
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/views.pyx":214
+      /* "ivshmem/channel/views.pyx":217
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -8554,11 +8638,11 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 214, __pyx_L5_except_error)
+      __PYX_ERR(0, 217, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":210
+    /* "ivshmem/channel/views.pyx":213
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8574,7 +8658,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":215
+  /* "ivshmem/channel/views.pyx":218
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -8583,7 +8667,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/views.pyx":216
+  /* "ivshmem/channel/views.pyx":219
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -8592,7 +8676,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.message = __pyx_v_message;
 
-  /* "ivshmem/channel/views.pyx":217
+  /* "ivshmem/channel/views.pyx":220
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -8604,7 +8688,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   __Pyx_GOTREF((PyObject *)__pyx_v_view->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_view->__pyx_base.reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/views.pyx":218
+  /* "ivshmem/channel/views.pyx":221
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -8612,7 +8696,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/views.pyx":219
+  /* "ivshmem/channel/views.pyx":222
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -8628,7 +8712,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":206
+  /* "ivshmem/channel/views.pyx":209
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -9117,7 +9201,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
   __pyx_vtable_7ivshmem_7channel_5views_Received.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_enter;
   __pyx_vtable_7ivshmem_7channel_5views_Received.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_Received_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received)) __PYX_ERR(0, 22, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_Received_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received)) __PYX_ERR(0, 23, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received->tp_as_buffer = &__pyx_tp_as_buffer_Received;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -9133,7 +9217,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received);
@@ -9143,8 +9227,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_vtabptr_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Received, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_vtabptr_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Received, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9165,11 +9249,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5views_View.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   __pyx_vtable_7ivshmem_7channel_5views_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_View *))__pyx_f_7ivshmem_7channel_5views_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 79, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 80, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_View_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 79, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 80, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = &__pyx_type_7ivshmem_7channel_5views_View;
   #endif
@@ -9177,7 +9261,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 79, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View);
@@ -9187,8 +9271,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 79, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 79, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9362,7 +9446,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(6, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(6, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9372,8 +9456,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(7, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(7, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(7, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(7, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -9382,8 +9466,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 28, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 28, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -9769,7 +9853,7 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/views.pyx":18
+  /* "ivshmem/channel/views.pyx":19
  * from .roles cimport microseconds, ReaderEnd
  * 
  * from ..errors import ClosedError, Overtaken             # <<<<<<<<<<<<<<
@@ -9778,37 +9862,13 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_Overtaken};
     for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 18, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 18, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/views.pyx":19
- * 
- * from ..errors import ClosedError, Overtaken
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 19, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
@@ -9817,124 +9877,148 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":29
+  /* "ivshmem/channel/views.pyx":20
+ * 
+ * from ..errors import ClosedError, Overtaken
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/views.pyx":30
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":121
+  /* "ivshmem/channel/views.pyx":122
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":147
+  /* "ivshmem/channel/views.pyx":148
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":151
+  /* "ivshmem/channel/views.pyx":152
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":155
+  /* "ivshmem/channel/views.pyx":156
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and self.reader.open and (
+ *         with cython.critical_section(self.reader):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":167
- *             )
+  /* "ivshmem/channel/views.pyx":169
+ *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":182
+  /* "ivshmem/channel/views.pyx":184
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":185
+  /* "ivshmem/channel/views.pyx":187
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 185, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/views.pyx":1
@@ -10004,7 +10088,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/views.pyx":153
+  /* "ivshmem/channel/views.pyx":154
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -10013,7 +10097,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 153, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -10055,30 +10139,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{29},{8},{7},{6},{2},{9},{14},{12},{25},{4},{3},{11},{9},{8},{19},{4},{14},{15},{22},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{5},{6},{10},{9},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{4},{7},{7},{5},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{103},{15},{27},{9},{40}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{15},{27},{9},{110},{40}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (812 bytes) */
-static const char cstring[] = "x\332\215S?o\0337\024\267\321\"qP;\261\332N\355B\003)j\005\201\002\001\216S8E\013#N\272\271\251St+\030\212|\0271\272#O$O\322\245\031<j\274\361F\215\036=f\364G\310\250\321\037\241\037\241\357Qwr\221.\035\356\370\336\217\357\317\357\375!\033\224\001<\223\302\030\033\330\000\230\264\271\006\305\254c\271\226\243\024\324\021{\035m\366\273\257Y&Fh,\310\250d\332\243\256\200\rJ\026\206\300\300\240WB\227C\014\006)\205\020\316\211\322\023L\026\031x/\336\000\242\300\264a\205\207#\346 \005\341\201\3563\226h\347\003\333W\220v\331T\370\366R\261\351P\247\350\023\"\232Z;BL\204\247\210\213\025\346\001\014\262)\251\202`\235y\270\366\355\035\305\334S\247\0038f\047\340\246\316\206\0332?\352\211\037f\220\365\032\332\275?4L\211\361O?\237Z\003\002\013\212\310\277\252=\003\024\\o\202p[\253\322^\014R$A\3777R\373\225\244\332\340\340\234u\276\325\002\314B#?j\"<\242h\276\227\2273b\373\276\350?K-\262\177N~\277\"\351\200\2357g AO@\265g\217s\007\252\220\3009q\244\017\2418\255\025\202\232Js!G\237\252\n&\272uC\024\0146\347F\233\351\320(r\010r\024\245\246\237\234\277,g\370\235h\031\370)\326q\006\t\347q{D\300\333u\372\233\314\377I\272\316\327\246\342<)\214\2443\023\332\304\323\252\"\215\246Fd\361\304\316p)r\335\312\223@\r&m\\\210\264\265j\333\301\271\207\260\366EB\224E{.\255\263E\3208W\332L\341K#\265\355\255Q\037\353\225)\212\034\211\004\047$\014\220\272\264\0052VJ\004\021\047\271\032g\342l6(\222\004\234\246z\0224\306%\313\374\247\033\025G;\322F!h]I\252)\262\274\264y\320\326\370\334\346Ms=\244\t\362V\220\210\"\r~(r\240U\t6\3664\2249\376\\\201\311~\230\210\264\000\217{\341)\002\2022\260U_\354\340-\177\3220\340O\032\n\374q\344\020g\312\036\354\377\037\007gS\034\343j\325\237\343\323~\360\2205n\255m\363\202\272\033\024\233\333\204\210\035\036p|\300\023\253Uw#\323\322\341\016Kk\224\077\077^n}1\177\\}V\365\227\333\273\325V\275\271\334\351T_W\2775\032\335\337\235\353jL\372&]TP\367\t\2757\037\237\037_\243\363\301<TOk\265\270\277H.N.?\277\374\345\303\341U\207\314oW\177-\276\277\350\\\243\270S\377y\261w\321""\307\373\333\227\357\256:W\367\257\336~|\371\352\343\253\337\2271\000F\377\262\352\326\375\345\3567\365^}PO\027b\271\373U\325\257N\352\255\305&\245\271\207I\016\353o\027\317\026\343\225\372\256\356\324\337\325\263\305x\271\265=\177Q\355\255\t\355R-\347\307\177\337\335\270\263\035\271aa;dtZ\243\321\035\"v\253\022\327\253\362\376\001}\272\022(";
-    PyObject *data = __Pyx_DecompressString(cstring, 812, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (823 bytes) */
+static const char cstring[] = "x\332\215S\275o\3346\024w\320 u\320sj\003F2\024-\030 )l#\270\300\200\023\027N\321\302\310W\227\270\265\0214\335\030\036\371\344cN\"u$\245;\265\031<\336\250Q\243\306\0333z\364\3301\243F\377\t\371\023\372\310\223\316E\272t\220\370\336\217\357\343\367>H\006\205\003K8SJ;2\000\302u*A\020mH*\371(\006q@\336\006\233\255\355\267$a#4f\336\250 \322\242.\200\014\n\342\206@@\241W\344/\207\030\014b\037\202\031\303\n\353ao\221\200\265\354\024\020\005\"\025\311,\034\020\00310\013\376>!\2214\326\221-\001\3616\2310\333]\n2\031\312\030}\\@c\255G\2101\367\004q\266\300,\200B6\205\257\300i\243\036,}\373\007!\367\304H\007\206\350\034\314\304hwE\346G\231\333a\002I\277\245\335\377]\302\3043\376\351\347#\255\200aA\001\371W\265\047\200\202\351\347\010w\265\ni\331 F\022\376\177\312\245]H\242\013\016\306hc;\315\301\324\265\362\3036\302C\037\315\366\323b\352\331\276\317v\237\306\032\331?\367~\277\"i\207\235W\047\300A\346 \272\263O\251\001\221q\240\324s\364\037BaZ\013\0045\021\247\214\217>W\005\344\262sC\024\0246\347J\233J\327*|\010|\024\244\266\237\224\376VL\361{&\271\243GX\307\tD\224\206\355a\016o\227\351\2572\377\047\3512_\227\212\322(S\334\237\t\223*\234Zdq0U,\t\047v\206r\226\312N\316\235o\260\327\306\031\213;\253\256\035\224ZpK_$\344\263HK\2716:s\022\347\3527\223\331Bq\251\373K\324\206zy\214\"E\"\3160\016\003\244\316u\206\214\205`\216\205I.\306\031\031\235\014\262(\002#}=\021\032\343\222%\366\363\215\n\243\035I%\020\324\246\360\252\312\222\264\320\251\223Z\331T\247ms-\304\021\362\026\020\261,vv\310R\360\253\342t\350\251+R\374\231\014\223\375\220\2638\003\213{a}\004\004\271#\213\276\350\301;\272\3372\240\373-\005\372(p\0103%;[\377\307\301\350\030\307\270X\365\347\370\264w\036\220\326\255\263m_\320\366\212\217Mu\344\211=\336\243\370\200s-\305\366J\"\271\301\035\346Z\t{v\330\254~5{T~Q\3566\275\365r\265\272\326\254m\224\233\345q\253\371\373[3Y\216\275~\315_\224P\355z\364\353\331\370\354\360\022\017W>\256\276\251\237\326\255\372g\265Q\335\257\246\365\270Y\355\315^\224w\227\226\353>\t\nk\367\353""\327\363\215\246\347=\367\312\277\352{\265\230\177\377\341\372\207g\347_\236\347\027\307\315\372f\371\262zR\237\316\217/Q|U\177;g\3631\336\277<?\2708\276\020\177\357||\375\346\343\233?\026\001v\233\365\333\245\254\306\315\346w\025\253\\\275?\277\333l\336)\307\325\365\352\227\372\360\354\360\323\255\225\233\275\331^\260\354\255yJG\025R\272\351\313\271Q\262\313E\225\377\000\2575\027\327";
+    PyObject *data = __Pyx_DecompressString(cstring, 823, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1059 bytes) */
-static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\346\342`ms\302m\326Bkin\335d\344`ory\264anu\377mpyoptio\337nspop\377\204\004se\373lf\265\000defau\177ltshape\247a\273to\240\206\002typ\305\000r\375uj\0008value\347sve\321`?\000tru\337ct __\240!ob\267j_7\315\204\004_7\316\204\004_y5\332b\241b *(s\016 \277roles_\345\204\003E?nd *, 0\004U\005v\310\206\004)\000\205\205\001_of\225\001\37764_t (vo\377id)\000micr\377oseconds\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\010\377\230\001\330\r\021\220\024\220\371Q\007\004\034\001\016\210i\220qz\032\001\001\025\001\220e\23012\001\277\017\210q\200A\340:\0004\377\210t\220;\230d\240$\377\240f\250D\260\004\260G\357\2706\300\021I\001\007\220{\337\240\047\250\021\340U\000\r\230\337]\250!\2501\035\000\007\260\377z\300\021\300$\300j\320\337PS\320STz\0014\210\376[\000\022\220)\2301\330\020\377\032\230!\2304""\230w\240\377a\330\020\023\2201\220D\257\230\010\240\001c\001\017b\0006\337\230\033\240C\240q\002\017\210\377z\230\021\230%\230x\240\377q\330\010\014\210F\220!\353\330\010\212\004\020\310\001\200A\360\237\016\000\t\014\210\230\001\326\000\r\326!\001N\230\"\000\t\342\001\006\220\003a\340\347\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1059, 1382);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1068 bytes) */
+static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\346\342`ms\302m\326Bkin\335d\344`ory\264anu\377mpyoptio\337nspop\377\204\004se\373lf\265\000defau\177ltshape\247a\273to\240\206\002typ\305\000r\375uj\0008value\347sve\321`?\000tru\337ct __\240!ob\267j_7\315\204\004_7\316\204\004_y5\332b\241b *(s\016 \277roles_\345\204\003E?nd *, 0\004U\005v\310\206\004)\000\205\205\001_of\225\001\37764_t (vo\377id)\000micr\377oseconds\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\010\377\230\001\330\r\021\220\024\220\371Q\007\004\034\001\016\210i\220qz\032\001\001\025\001\220e\23012\001\377\017\210q\200A\340\010\017\377\210t\2206\230\033\240C\375\240\010\004z\230\021\230%\230\377x\240q\330\010\014\210F/\220!\330\010#\004\020a\0010\000\377\r%\240T\250\021\330\014\3766\0014\220{\240$\240d\377\250&\260\004\260D\270\007\377\270v\300Q\330\020\024\220\377G\230;""\240g\250Q\340\376\010\000M\240\035\250a\250q\376\035\000G\270:\300Q\300d\377\310*\320TW\320WX\376;\0031\330\020\026\220i\230\377q\330\024\036\230a\230t\377\2407\250!\330\024\027\220\377q\230\004\230H\240A\200\377A\360\016\000\t\014\2104\264\242\000\335\000\r\217\001N\230\220\000\t\036\351\001\006\220a\340\356\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1068, 1389);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1382 bytes) */
-static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapetexttobytestypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2706\300\021\330\014\020\220\007\220{\240\047\250\021\340\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
+    #else /* compression: none (1389 bytes) */
+static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapetexttobytestypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\340\r%\240T\250\021\330\014\017\210t\2204\220{\240$\240d\250&\260\004\260D\270\007\270v\300Q\330\020\024\220G\230;\240g\250Q\340\020\024\220M\240\035\250a\250q\260\004\260G\270:\300Q\300d\310*\320TW\320WX\330\014\017\210t\2201\330\020\026\220i\230q\330\024\036\230a\230t\2407\250!\330\024\027\220q\230\004\230H\240A\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -10201,42 +10285,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 29};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 30};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 121};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 122};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 147};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 148};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 151};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 152};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 155};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 156};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G6_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 185};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 187};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -12,6 +12,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uint64_t
 
+from ..native.syscalls cimport ivshmem_count
 from .header cimport *
 from .roles cimport microseconds, ReaderEnd
 
@@ -66,10 +67,10 @@ cdef class Received:
         except BaseException:
             self.reader.membership.mapping.unpin()
             raise
-        self.exports += 1
+        ivshmem_count(&self.exports, 1)
 
     def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
+        ivshmem_count(&self.exports, -1)
         self.reader.membership.mapping.unpin()
 
     def __len__(self):
@@ -154,15 +155,16 @@ cdef class View(Received):
 
     def check(self):
         """Raise Overtaken if the message was overwritten since it was taken."""
-        if not self.overtaken and self.live and self.reader.open and (
-            self.reader.membership.usable()  # also without a place: it is only read
-        ):
-            self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
-        if self.overtaken:
-            raise Overtaken(
-                f"channel {self.reader.name!r}: the writer overwrote message"
-                f" {self.message.position} while it was looked at; what was seen may be torn"
-            )
+        with cython.critical_section(self.reader):
+            if not self.overtaken and self.live and self.reader.open and (
+                self.reader.membership.usable()  # also without a place: it is only read
+            ):
+                self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
+            if self.overtaken:
+                raise Overtaken(
+                    f"channel {self.reader.name!r}: the writer overwrote message"
+                    f" {self.message.position} while it was looked at; what was seen may be torn"
+                )
 
     def release(self):
         """Give the memory back to the writer; may be called twice.
@@ -189,11 +191,12 @@ cdef class View(Received):
             self.abandon()
 
     cdef int abandon(self) except -1:
-        if self.live:
-            self.live = False
-            self.reader.views -= 1
-            self.reader.let_go(self.message.writer, self.message.position)
-        return 0
+        with cython.critical_section(self.reader):
+            if self.live:
+                self.live = False
+                self.reader.views -= 1
+                self.reader.let_go(self.message.writer, self.message.position)
+            return 0
 
     def __del__(self):
         self.abandon()

@@ -2202,6 +2202,7 @@ enum  {
 struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
   int count;
+  uint32_t lock;
 };
 struct __pyx_t_7ivshmem_7channel_5roles_Held;
 
@@ -2462,7 +2463,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
 };
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2476,7 +2477,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Dependent {
 };
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2833,7 +2834,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "membership.pxd":21
+/* "membership.pxd":22
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2848,7 +2849,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "membership.pxd":28
+/* "membership.pxd":29
  * 
  * 
  * cdef class Membership:             # <<<<<<<<<<<<<<
@@ -2861,6 +2862,8 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
   void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  PyObject *(*open_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*watch)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
   int (*look_for_quiet_ends)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
@@ -2985,7 +2988,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *__pyx_vtabptr_7ivshmem_7channel_7writers_Writer;
 
 
-/* "ivshmem/channel/writers.pyx":201
+/* "ivshmem/channel/writers.pyx":202
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4543,11 +4546,11 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[129]
 #define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[130]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q __pyx_string_tab[136]
+#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[136]
 #define __pyx_kp_b_iso88591_N_it_YeST __pyx_string_tab[137]
 #define __pyx_kp_b_iso88591_a_F_1 __pyx_string_tab[138]
 #define __pyx_kp_b_iso88591_1_Ky __pyx_string_tab[139]
@@ -8182,7 +8185,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
  *         ivshmem_writer_announce(&self.writer)
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
- *     def loan(self, size=None):
+ *     @cython.critical_section
 */
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 174, __pyx_L1_error)
   {
@@ -8210,9 +8213,9 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
 /* "ivshmem/channel/writers.pyx":176
  *         return self.membership.flush()
  * 
- *     def loan(self, size=None):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def loan(self, size=None):
  *         """Borrow the memory of a message, to write into it without a copy.
- * 
 */
 
 /* Python wrapper */
@@ -8267,6 +8270,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 176, __pyx_L3_error)
+
+      /* "ivshmem/channel/writers.pyx":177
+ * 
+ *     @cython.critical_section
+ *     def loan(self, size=None):             # <<<<<<<<<<<<<<
+ *         """Borrow the memory of a message, to write into it without a copy.
+ * 
+*/
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
@@ -8296,6 +8307,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_v_self), __pyx_v_size);
 
+  /* "ivshmem/channel/writers.pyx":176
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def loan(self, size=None):
+ *         """Borrow the memory of a message, to write into it without a copy.
+*/
+
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
@@ -8308,243 +8327,272 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_12loan(struct __pyx
   uint64_t __pyx_v_wanted;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  uint64_t __pyx_t_11;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  PyObject *__pyx_t_10[3];
+  Py_ssize_t __pyx_t_11;
+  uint64_t __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("loan", 0);
   __Pyx_INCREF(__pyx_v_size);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/channel/writers.pyx":191
+        /* "ivshmem/channel/writers.pyx":192
  *         """
  *         cdef uint64_t wanted
  *         self.enter()             # <<<<<<<<<<<<<<
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L4_error)
 
 
-  /* "ivshmem/channel/writers.pyx":192
+        /* "ivshmem/channel/writers.pyx":193
  *         cdef uint64_t wanted
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)             # <<<<<<<<<<<<<<
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
 */
-  __pyx_t_3 = (__pyx_v_size == Py_None);
-  if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_2 = __pyx_t_4;
-    __pyx_t_4 = 0;
-  } else {
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 192, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 192, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_7))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_7);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-      __pyx_t_8 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_size};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    __pyx_t_2 = __pyx_t_4;
-    __pyx_t_4 = 0;
-  }
+        __pyx_t_4 = (__pyx_v_size == Py_None);
+        if (__pyx_t_4) {
+          __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_3 = __pyx_t_5;
+          __pyx_t_5 = 0;
+        } else {
+          __pyx_t_6 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 193, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __pyx_t_9 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_8))) {
+            __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_8);
+            assert(__pyx_t_6);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+            __Pyx_INCREF(__pyx_t_6);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+            __pyx_t_9 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_v_size};
+            __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+          }
+          __pyx_t_3 = __pyx_t_5;
+          __pyx_t_5 = 0;
+        }
 
-  __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_2);
-  __pyx_t_2 = 0;
+        __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_3);
+        __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/writers.pyx":193
+        /* "ivshmem/channel/writers.pyx":194
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 193, __pyx_L1_error)
-  if (unlikely(__pyx_t_3)) {
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 194, __pyx_L4_error)
+        if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/writers.pyx":194
+          /* "ivshmem/channel/writers.pyx":195
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")             # <<<<<<<<<<<<<<
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:
 */
-    __pyx_t_4 = NULL;
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 194, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
-    __pyx_t_9[1] = __pyx_t_7;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
-    __pyx_t_10 = 21;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
-    #endif
-    __pyx_t_1 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
-    #endif
-    __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 194, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_8 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 194, __pyx_L1_error)
+          __pyx_t_5 = NULL;
+          __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 195, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_8);
+          __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
+          __pyx_t_10[1] = __pyx_t_8;
+          __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
+          __pyx_t_11 = 21;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]);
+          #endif
+          __pyx_t_2 = 0;
+          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+          __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]);
+          #endif
+          __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_2);
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 195, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __pyx_t_9 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_6};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
+          }
+          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __PYX_ERR(0, 195, __pyx_L4_error)
 
-    /* "ivshmem/channel/writers.pyx":193
+          /* "ivshmem/channel/writers.pyx":194
  *         self.enter()
  *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
 */
-  }
+        }
 
-  /* "ivshmem/channel/writers.pyx":195
+        /* "ivshmem/channel/writers.pyx":196
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)             # <<<<<<<<<<<<<<
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)
 */
-  __Pyx_INCREF(__pyx_mstate_global->__pyx_int_1099511627776);
-  __pyx_t_2 = __pyx_mstate_global->__pyx_int_1099511627776;
-  __Pyx_INCREF(__pyx_v_size);
-  __pyx_t_5 = __pyx_v_size;
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_2, __pyx_t_5, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 195, __pyx_L1_error)
-  if (__pyx_t_3) {
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_4 = __pyx_t_2;
-  } else {
-    __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_4 = __pyx_t_5;
-  }
+        __Pyx_INCREF(__pyx_mstate_global->__pyx_int_1099511627776);
+        __pyx_t_3 = __pyx_mstate_global->__pyx_int_1099511627776;
+        __Pyx_INCREF(__pyx_v_size);
+        __pyx_t_6 = __pyx_v_size;
+        __pyx_t_4 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_3, __pyx_t_6, Py_LT); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 196, __pyx_L4_error)
+        if (__pyx_t_4) {
+          __Pyx_INCREF(__pyx_t_3);
+          __pyx_t_5 = __pyx_t_3;
+        } else {
+          __Pyx_INCREF(__pyx_t_6);
+          __pyx_t_5 = __pyx_t_6;
+        }
 
-  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 195, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_v_wanted = __pyx_t_11;
+        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __pyx_t_12 = __Pyx_PyLong_As_uint64_t(__pyx_t_5); if (unlikely((__pyx_t_12 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 196, __pyx_L4_error)
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __pyx_v_wanted = __pyx_t_12;
 
-  /* "ivshmem/channel/writers.pyx":196
+        /* "ivshmem/channel/writers.pyx":197
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)
 */
-  __pyx_t_3 = (__pyx_v_wanted > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+        __pyx_t_4 = (__pyx_v_wanted > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-  if (unlikely(__pyx_t_3)) {
+        if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/writers.pyx":197
+          /* "ivshmem/channel/writers.pyx":198
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)             # <<<<<<<<<<<<<<
  *         return Loan(self, wanted)
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 197, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 197, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __PYX_ERR(0, 198, __pyx_L4_error)
 
-    /* "ivshmem/channel/writers.pyx":196
+          /* "ivshmem/channel/writers.pyx":197
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)
 */
-  }
+        }
 
-  /* "ivshmem/channel/writers.pyx":198
+        /* "ivshmem/channel/writers.pyx":199
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_2 = NULL;
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_8 = 1;
-  {
-    PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_5};
-    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_4);
-  }
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = ((PyObject *)__pyx_t_4);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_4 = 0;
-  goto __pyx_L0;
+        __pyx_t_3 = NULL;
+        __pyx_t_6 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 199, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_6);
+        __pyx_t_9 = 1;
+        {
+          PyObject *__pyx_callargs[3] = {__pyx_t_3, ((PyObject *)__pyx_v_self), __pyx_t_6};
+          __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 199, __pyx_L4_error)
+          __Pyx_GOTREF((PyObject *)__pyx_t_5);
+        }
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = ((PyObject *)__pyx_t_5);
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
 
-  /* "ivshmem/channel/writers.pyx":176
+      /* "ivshmem/channel/writers.pyx":176
  *         return self.membership.flush()
  * 
- *     def loan(self, size=None):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def loan(self, size=None):
  *         """Borrow the memory of a message, to write into it without a copy.
- * 
 */
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_13 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_13;
+          __pyx_t_13 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.loan", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8761,7 +8809,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_16__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":213
+/* "ivshmem/channel/writers.pyx":214
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -8808,39 +8856,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_writer,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 213, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 214, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 213, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 214, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 214, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 213, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 214, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 214, __pyx_L3_error)
     }
     __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)values[0]);
-    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 214, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 213, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 214, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8851,7 +8899,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, 0, "writer", 0))) __PYX_ERR(0, 214, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(((struct __pyx_obj_7ivshmem_7channel_7writers_Loan *)__pyx_v_self), __pyx_v_writer, __pyx_v_size);
 
   /* function exit code */
@@ -8883,7 +8931,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":214
+  /* "ivshmem/channel/writers.pyx":215
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer             # <<<<<<<<<<<<<<
@@ -8895,7 +8943,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   __Pyx_GOTREF((PyObject *)__pyx_v_self->writer);
   __Pyx_DECREF_SET(__pyx_v_self->writer, __pyx_v_writer);
 
-  /* "ivshmem/channel/writers.pyx":215
+  /* "ivshmem/channel/writers.pyx":216
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -8904,7 +8952,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/channel/writers.pyx":216
+  /* "ivshmem/channel/writers.pyx":217
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8916,20 +8964,20 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":217
+    /* "ivshmem/channel/writers.pyx":218
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)             # <<<<<<<<<<<<<<
  *         writer.loan_cell(&self.cell)
  *         self.live = True
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 217, __pyx_L1_error)
+    __PYX_ERR(0, 218, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":216
+    /* "ivshmem/channel/writers.pyx":217
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8938,17 +8986,17 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":218
+  /* "ivshmem/channel/writers.pyx":219
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)             # <<<<<<<<<<<<<<
  *         self.live = True
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 218, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 219, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/writers.pyx":219
+  /* "ivshmem/channel/writers.pyx":220
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
  *         self.live = True             # <<<<<<<<<<<<<<
@@ -8957,7 +9005,7 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
 */
   __pyx_v_self->live = 1;
 
-  /* "ivshmem/channel/writers.pyx":213
+  /* "ivshmem/channel/writers.pyx":214
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -8978,12 +9026,12 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan___cinit__(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":221
+/* "ivshmem/channel/writers.pyx":222
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released
+ *         with cython.critical_section(self.writer):
+ *             self.check()
 */
 
 /* Python wrapper */
@@ -9006,13 +9054,14 @@ CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_7writers_4Loan_3__getbuffer_
 static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9024,156 +9073,193 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/writers.pyx":222
+  /* "ivshmem/channel/writers.pyx":223
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.writer.begin_copy()  # by the user, until the buffer is released
- *         try:
-*/
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 222, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/writers.pyx":223
- *     def __getbuffer__(self, Py_buffer *view, int flags):
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
- *         try:
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/writers.pyx":224
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
- *         except BaseException:
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
 */
   {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
-    __Pyx_XGOTREF(__pyx_t_2);
-    __Pyx_XGOTREF(__pyx_t_3);
-    __Pyx_XGOTREF(__pyx_t_4);
-    /*try:*/ {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-      /* "ivshmem/channel/writers.pyx":225
- *         self.writer.begin_copy()  # by the user, until the buffer is released
- *         try:
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
- *         except BaseException:
- *             self.writer.end_copy()
+        /* "ivshmem/channel/writers.pyx":224
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+ *         with cython.critical_section(self.writer):
+ *             self.check()             # <<<<<<<<<<<<<<
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+ *             try:
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L3_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L4_error)
 
 
-      /* "ivshmem/channel/writers.pyx":224
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
- *         except BaseException:
+        /* "ivshmem/channel/writers.pyx":225
+ *         with cython.critical_section(self.writer):
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
+ *             try:
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
 */
-    }
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    goto __pyx_L8_try_end;
-    __pyx_L3_error:;
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L4_error)
 
-    /* "ivshmem/channel/writers.pyx":226
- *         try:
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
- *         except BaseException:             # <<<<<<<<<<<<<<
- *             self.writer.end_copy()
- *             raise
+
+        /* "ivshmem/channel/writers.pyx":226
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+ *             try:             # <<<<<<<<<<<<<<
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+ *             except BaseException:
 */
-    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-    if (__pyx_t_1) {
-      __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 226, __pyx_L5_except_error)
-      __Pyx_XGOTREF(__pyx_t_5);
-      __Pyx_XGOTREF(__pyx_t_6);
-      __Pyx_XGOTREF(__pyx_t_7);
+        {
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __Pyx_ExceptionSave(&__pyx_t_3, &__pyx_t_4, &__pyx_t_5);
+          __Pyx_XGOTREF(__pyx_t_3);
+          __Pyx_XGOTREF(__pyx_t_4);
+          __Pyx_XGOTREF(__pyx_t_5);
+          /*try:*/ {
 
-      /* "ivshmem/channel/writers.pyx":227
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
- *         except BaseException:
- *             self.writer.end_copy()             # <<<<<<<<<<<<<<
- *             raise
- *         self.exports += 1
+            /* "ivshmem/channel/writers.pyx":227
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+ *             try:
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
+ *             except BaseException:
+ *                 self.writer.end_copy()
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L5_except_error)
+            __pyx_t_2 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L6_error)
 
 
-      /* "ivshmem/channel/writers.pyx":228
- *         except BaseException:
- *             self.writer.end_copy()
- *             raise             # <<<<<<<<<<<<<<
- *         self.exports += 1
- *         self.writer.exports += 1
+            /* "ivshmem/channel/writers.pyx":226
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+ *             try:             # <<<<<<<<<<<<<<
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+ *             except BaseException:
 */
-      __Pyx_GIVEREF(__pyx_t_5);
-      __Pyx_GIVEREF(__pyx_t_6);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
-      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 228, __pyx_L5_except_error)
-    }
-    goto __pyx_L5_except_error;
+          }
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          goto __pyx_L11_try_end;
+          __pyx_L6_error:;
 
-    /* "ivshmem/channel/writers.pyx":224
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released
- *         try:             # <<<<<<<<<<<<<<
- *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
- *         except BaseException:
+          /* "ivshmem/channel/writers.pyx":228
+ *             try:
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+ *             except BaseException:             # <<<<<<<<<<<<<<
+ *                 self.writer.end_copy()
+ *                 raise
 */
-    __pyx_L5_except_error:;
-    __Pyx_XGIVEREF(__pyx_t_2);
-    __Pyx_XGIVEREF(__pyx_t_3);
-    __Pyx_XGIVEREF(__pyx_t_4);
-    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
-    goto __pyx_L1_error;
-    __pyx_L8_try_end:;
-  }
+          __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+          if (__pyx_t_2) {
+            __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 228, __pyx_L8_except_error)
+            __Pyx_XGOTREF(__pyx_t_6);
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
 
-  /* "ivshmem/channel/writers.pyx":229
- *             self.writer.end_copy()
- *             raise
- *         self.exports += 1             # <<<<<<<<<<<<<<
- *         self.writer.exports += 1
+            /* "ivshmem/channel/writers.pyx":229
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+ *             except BaseException:
+ *                 self.writer.end_copy()             # <<<<<<<<<<<<<<
+ *                 raise
+ *             self.exports += 1
+*/
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L8_except_error)
+
+
+            /* "ivshmem/channel/writers.pyx":230
+ *             except BaseException:
+ *                 self.writer.end_copy()
+ *                 raise             # <<<<<<<<<<<<<<
+ *             self.exports += 1
+ *             self.writer.exports += 1
+*/
+            __Pyx_GIVEREF(__pyx_t_6);
+            __Pyx_GIVEREF(__pyx_t_7);
+            __Pyx_XGIVEREF(__pyx_t_8);
+            __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
+            __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
+            __PYX_ERR(0, 230, __pyx_L8_except_error)
+          }
+          goto __pyx_L8_except_error;
+
+          /* "ivshmem/channel/writers.pyx":226
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+ *             try:             # <<<<<<<<<<<<<<
+ *                 PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+ *             except BaseException:
+*/
+          __pyx_L8_except_error:;
+          __Pyx_XGIVEREF(__pyx_t_3);
+          __Pyx_XGIVEREF(__pyx_t_4);
+          __Pyx_XGIVEREF(__pyx_t_5);
+          __Pyx_ExceptionReset(__pyx_t_3, __pyx_t_4, __pyx_t_5);
+          goto __pyx_L4_error;
+          __pyx_L11_try_end:;
+        }
+
+        /* "ivshmem/channel/writers.pyx":231
+ *                 self.writer.end_copy()
+ *                 raise
+ *             self.exports += 1             # <<<<<<<<<<<<<<
+ *             self.writer.exports += 1
  * 
 */
-  __pyx_v_self->exports = (__pyx_v_self->exports + 1);
+        __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/writers.pyx":230
- *             raise
- *         self.exports += 1
- *         self.writer.exports += 1             # <<<<<<<<<<<<<<
+        /* "ivshmem/channel/writers.pyx":232
+ *                 raise
+ *             self.exports += 1
+ *             self.writer.exports += 1             # <<<<<<<<<<<<<<
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
 */
-  __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
+        __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
+      }
 
-  /* "ivshmem/channel/writers.pyx":221
+      /* "ivshmem/channel/writers.pyx":223
+ * 
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self.writer.begin_copy()  # by the user, until the buffer is released
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/writers.pyx":222
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
- *         self.check()
- *         self.writer.begin_copy()  # by the user, until the buffer is released
+ *         with cython.critical_section(self.writer):
+ *             self.check()
 */
 
   /* function exit code */
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.writers.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   if (__pyx_v_view->obj != NULL) {
@@ -9192,12 +9278,12 @@ static int __pyx_pf_7ivshmem_7channel_7writers_4Loan_2__getbuffer__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":232
- *         self.writer.exports += 1
+/* "ivshmem/channel/writers.pyx":234
+ *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
- *         self.writer.exports -= 1
+ *         with cython.critical_section(self.writer):
+ *             self.exports -= 1
 */
 
 /* Python wrapper */
@@ -9215,57 +9301,98 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_7writers_4Loan_5__releasebu
 }
 
 static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
-  int __pyx_t_1;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-
-  /* "ivshmem/channel/writers.pyx":233
- * 
- *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1             # <<<<<<<<<<<<<<
- *         self.writer.exports -= 1
- *         self.writer.end_copy()
-*/
-  __pyx_v_self->exports = (__pyx_v_self->exports - 1);
-
-  /* "ivshmem/channel/writers.pyx":234
- *     def __releasebuffer__(self, Py_buffer *view):
- *         self.exports -= 1
- *         self.writer.exports -= 1             # <<<<<<<<<<<<<<
- *         self.writer.end_copy()
- * 
-*/
-  __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
+  __Pyx_RefNannySetupContext("__releasebuffer__", 0);
 
   /* "ivshmem/channel/writers.pyx":235
- *         self.exports -= 1
- *         self.writer.exports -= 1
- *         self.writer.end_copy()             # <<<<<<<<<<<<<<
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.exports -= 1
+ *             self.writer.exports -= 1
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/writers.pyx":236
+ *     def __releasebuffer__(self, Py_buffer *view):
+ *         with cython.critical_section(self.writer):
+ *             self.exports -= 1             # <<<<<<<<<<<<<<
+ *             self.writer.exports -= 1
+ *             self.writer.end_copy()
+*/
+        __pyx_v_self->exports = (__pyx_v_self->exports - 1);
+
+        /* "ivshmem/channel/writers.pyx":237
+ *         with cython.critical_section(self.writer):
+ *             self.exports -= 1
+ *             self.writer.exports -= 1             # <<<<<<<<<<<<<<
+ *             self.writer.end_copy()
+ * 
+*/
+        __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
+
+        /* "ivshmem/channel/writers.pyx":238
+ *             self.exports -= 1
+ *             self.writer.exports -= 1
+ *             self.writer.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L1_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L4_error)
 
+      }
 
-  /* "ivshmem/channel/writers.pyx":232
- *         self.writer.exports += 1
+      /* "ivshmem/channel/writers.pyx":235
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.exports -= 1
+ *             self.writer.exports -= 1
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/writers.pyx":234
+ *             self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
- *         self.exports -= 1
- *         self.writer.exports -= 1
+ *         with cython.critical_section(self.writer):
+ *             self.exports -= 1
 */
 
   /* function exit code */
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_WriteUnraisable("ivshmem.channel.writers.Loan.__releasebuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_L0:;
 
+  __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/writers.pyx":237
- *         self.writer.end_copy()
+/* "ivshmem/channel/writers.pyx":240
+ *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Loan cannot be copied or pickled")
@@ -9326,7 +9453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/writers.pyx":238
+  /* "ivshmem/channel/writers.pyx":241
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Loan cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -9339,15 +9466,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Loan_cannot_be_copied_or_pickl};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 238, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 238, __pyx_L1_error)
+  __PYX_ERR(0, 241, __pyx_L1_error)
 
-  /* "ivshmem/channel/writers.pyx":237
- *         self.writer.end_copy()
+  /* "ivshmem/channel/writers.pyx":240
+ *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Loan cannot be copied or pickled")
@@ -9365,7 +9492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_6__reduce__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":240
+/* "ivshmem/channel/writers.pyx":243
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9391,7 +9518,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_7writers_4Loan_9__len__(PyObject *_
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/writers.pyx":241
+  /* "ivshmem/channel/writers.pyx":244
  * 
  *     def __len__(self):
  *         return self.size             # <<<<<<<<<<<<<<
@@ -9404,7 +9531,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":240
+  /* "ivshmem/channel/writers.pyx":243
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9418,7 +9545,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_7writers_4Loan_8__len__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":243
+/* "ivshmem/channel/writers.pyx":246
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9440,7 +9567,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/writers.pyx":244
+  /* "ivshmem/channel/writers.pyx":247
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9452,7 +9579,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":245
+    /* "ivshmem/channel/writers.pyx":248
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")             # <<<<<<<<<<<<<<
@@ -9460,7 +9587,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 245, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9479,14 +9606,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 245, __pyx_L1_error)
+    __PYX_ERR(0, 248, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":244
+    /* "ivshmem/channel/writers.pyx":247
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9495,20 +9622,20 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":246
+  /* "ivshmem/channel/writers.pyx":249
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")
  *         return self.writer.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":243
+  /* "ivshmem/channel/writers.pyx":246
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9529,7 +9656,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":248
+/* "ivshmem/channel/writers.pyx":251
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9553,7 +9680,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/writers.pyx":249
+  /* "ivshmem/channel/writers.pyx":252
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9565,7 +9692,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/writers.pyx":250
+    /* "ivshmem/channel/writers.pyx":253
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -9574,7 +9701,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/writers.pyx":251
+    /* "ivshmem/channel/writers.pyx":254
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
@@ -9582,9 +9709,9 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9604,13 +9731,13 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -9619,14 +9746,14 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 250, __pyx_L1_error)
+    __PYX_ERR(0, 253, __pyx_L1_error)
 
-    /* "ivshmem/channel/writers.pyx":249
+    /* "ivshmem/channel/writers.pyx":252
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9635,7 +9762,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":254
+  /* "ivshmem/channel/writers.pyx":257
  *                 " them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -9648,7 +9775,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":248
+  /* "ivshmem/channel/writers.pyx":251
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9672,7 +9799,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":256
+/* "ivshmem/channel/writers.pyx":259
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9710,20 +9837,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/writers.pyx":263
+  /* "ivshmem/channel/writers.pyx":266
  *         arrays cannot be published.
  *         """
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.writer.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":265
+  /* "ivshmem/channel/writers.pyx":268
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9734,7 +9861,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/writers.pyx":266
+    /* "ivshmem/channel/writers.pyx":269
  * 
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -9743,7 +9870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
     __pyx_t_4 = __pyx_v_self->writer->__pyx_base.type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -9751,7 +9878,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 266, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -9765,7 +9892,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":265
+    /* "ivshmem/channel/writers.pyx":268
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9774,7 +9901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":267
+  /* "ivshmem/channel/writers.pyx":270
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -9788,7 +9915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9802,7 +9929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":256
+  /* "ivshmem/channel/writers.pyx":259
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9824,7 +9951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_5array___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":269
+/* "ivshmem/channel/writers.pyx":272
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -9874,18 +10001,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 269, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 272, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 272, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -9893,7 +10020,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9908,7 +10035,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 269, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 272, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9939,21 +10066,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   uint32_t __pyx_t_2;
   int __pyx_t_3;
   int __pyx_t_4;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[3];
-  Py_ssize_t __pyx_t_10;
-  PyObject *__pyx_t_11 = NULL;
-  size_t __pyx_t_12;
-  uint64_t __pyx_t_13;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10[3];
+  Py_ssize_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_13;
+  uint64_t __pyx_t_14;
+  PyObject *__pyx_t_15 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish", 0);
 
-  /* "ivshmem/channel/writers.pyx":284
+  /* "ivshmem/channel/writers.pyx":287
  *             TimeoutError: as of `put`. The loan stays.
  *         """
  *         cdef Writer writer = self.writer             # <<<<<<<<<<<<<<
@@ -9965,275 +10094,315 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_7writers_Writer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":285
+  /* "ivshmem/channel/writers.pyx":288
  *         """
  *         cdef Writer writer = self.writer
  *         cdef uint32_t length = self.size             # <<<<<<<<<<<<<<
  *         cdef int code
- *         self.check()
+ *         with cython.critical_section(self.writer):
 */
   __pyx_t_2 = __pyx_v_self->size;
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":287
+  /* "ivshmem/channel/writers.pyx":290
  *         cdef uint32_t length = self.size
  *         cdef int code
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.check_exports()
- *         if size is not None:
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self.check_exports()
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L1_error)
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-
-  /* "ivshmem/channel/writers.pyx":288
+        /* "ivshmem/channel/writers.pyx":291
  *         cdef int code
- *         self.check()
- *         self.check_exports()             # <<<<<<<<<<<<<<
- *         if size is not None:
- *             if not 0 <= size <= self.size:
+ *         with cython.critical_section(self.writer):
+ *             self.check()             # <<<<<<<<<<<<<<
+ *             self.check_exports()
+ *             if size is not None:
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L1_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L4_error)
 
 
-  /* "ivshmem/channel/writers.pyx":289
- *         self.check()
- *         self.check_exports()
- *         if size is not None:             # <<<<<<<<<<<<<<
- *             if not 0 <= size <= self.size:
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
+        /* "ivshmem/channel/writers.pyx":292
+ *         with cython.critical_section(self.writer):
+ *             self.check()
+ *             self.check_exports()             # <<<<<<<<<<<<<<
+ *             if size is not None:
+ *                 if not 0 <= size <= self.size:
 */
-  __pyx_t_4 = (__pyx_v_size != Py_None);
-  if (__pyx_t_4) {
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L4_error)
 
 
-    /* "ivshmem/channel/writers.pyx":290
- *         self.check_exports()
- *         if size is not None:
- *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
- *             length = size
+        /* "ivshmem/channel/writers.pyx":293
+ *             self.check()
+ *             self.check_exports()
+ *             if size is not None:             # <<<<<<<<<<<<<<
+ *                 if not 0 <= size <= self.size:
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
 */
-    __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
-    if (__pyx_t_4) {
-      __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_1, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    }
-    __pyx_t_5 = (!__pyx_t_4);
+        __pyx_t_4 = (__pyx_v_size != Py_None);
+        if (__pyx_t_4) {
 
 
-    if (unlikely(__pyx_t_5)) {
-
-
-      /* "ivshmem/channel/writers.pyx":291
- *         if size is not None:
- *             if not 0 <= size <= self.size:
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
- *             length = size
- *         code = writer.wait(timeout, spin)
+          /* "ivshmem/channel/writers.pyx":294
+ *             self.check_exports()
+ *             if size is not None:
+ *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
+ *                 length = size
 */
-      __pyx_t_6 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 291, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-      __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 291, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-      __pyx_t_9[0] = __pyx_t_7;
-      __pyx_t_9[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
-      __pyx_t_9[2] = __pyx_t_8;
-      __pyx_t_10 = 20;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[2]);
-      #endif
-      __pyx_t_3 = 0;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[0]);
-      #endif
-      __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_3);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 291, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_11);
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_12 = 1;
-      {
-        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-      }
-      __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 291, __pyx_L1_error)
+          __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L4_error)
+          if (__pyx_t_4) {
+            __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 294, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_5);
+            __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_5, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L4_error)
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          }
+          __pyx_t_6 = (!__pyx_t_4);
 
-      /* "ivshmem/channel/writers.pyx":290
- *         self.check_exports()
- *         if size is not None:
- *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
- *             length = size
+
+          if (unlikely(__pyx_t_6)) {
+
+
+            /* "ivshmem/channel/writers.pyx":295
+ *             if size is not None:
+ *                 if not 0 <= size <= self.size:
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
+ *                 length = size
+ *             code = writer.wait(timeout, spin)
 */
-    }
+            __pyx_t_7 = NULL;
+            __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_8);
+            __pyx_t_9 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 295, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_9);
+            __pyx_t_10[0] = __pyx_t_8;
+            __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
+            __pyx_t_10[2] = __pyx_t_9;
+            __pyx_t_11 = 20;
+            #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+            __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[2]);
+            #endif
+            __pyx_t_3 = 0;
+            #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+            __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[0]);
+            #endif
+            __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_11, __pyx_t_3);
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 295, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_12);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __pyx_t_13 = 1;
+            {
+              PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_12};
+              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+              __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 295, __pyx_L4_error)
+              __Pyx_GOTREF(__pyx_t_5);
+            }
+            __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __PYX_ERR(0, 295, __pyx_L4_error)
 
-    /* "ivshmem/channel/writers.pyx":292
- *             if not 0 <= size <= self.size:
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
- *             length = size             # <<<<<<<<<<<<<<
- *         code = writer.wait(timeout, spin)
- *         if code == IVSHMEM_AGAIN:
+            /* "ivshmem/channel/writers.pyx":294
+ *             self.check_exports()
+ *             if size is not None:
+ *                 if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
+ *                 length = size
 */
-    __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 292, __pyx_L1_error)
-    __pyx_v_length = __pyx_t_2;
+          }
 
-    /* "ivshmem/channel/writers.pyx":289
- *         self.check()
- *         self.check_exports()
- *         if size is not None:             # <<<<<<<<<<<<<<
- *             if not 0 <= size <= self.size:
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
+          /* "ivshmem/channel/writers.pyx":296
+ *                 if not 0 <= size <= self.size:
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
+ *                 length = size             # <<<<<<<<<<<<<<
+ *             code = writer.wait(timeout, spin)
+ *             if code == IVSHMEM_AGAIN:
 */
-  }
+          __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L4_error)
+          __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":293
- *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
- *             length = size
- *         code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_AGAIN:
- *             raise writer.blocked(timeout)
+          /* "ivshmem/channel/writers.pyx":293
+ *             self.check()
+ *             self.check_exports()
+ *             if size is not None:             # <<<<<<<<<<<<<<
+ *                 if not 0 <= size <= self.size:
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 293, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_3;
+        }
 
-  /* "ivshmem/channel/writers.pyx":294
- *             length = size
- *         code = writer.wait(timeout, spin)
- *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             raise writer.blocked(timeout)
- *         if code:
+        /* "ivshmem/channel/writers.pyx":297
+ *                     raise ValueError(f"{size} bytes of a loan of {self.size}")
+ *                 length = size
+ *             code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
+ *             if code == IVSHMEM_AGAIN:
+ *                 raise writer.blocked(timeout)
 */
-  __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 297, __pyx_L4_error)
+        __pyx_v_code = __pyx_t_3;
 
-  if (unlikely(__pyx_t_5)) {
-
-
-    /* "ivshmem/channel/writers.pyx":295
- *         code = writer.wait(timeout, spin)
- *         if code == IVSHMEM_AGAIN:
- *             raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
- *         if code:
- *             raise writer.fail(code)
+        /* "ivshmem/channel/writers.pyx":298
+ *                 length = size
+ *             code = writer.wait(timeout, spin)
+ *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 raise writer.blocked(timeout)
+ *             if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 295, __pyx_L1_error)
+        __pyx_t_6 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-    /* "ivshmem/channel/writers.pyx":294
- *             length = size
- *         code = writer.wait(timeout, spin)
- *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             raise writer.blocked(timeout)
- *         if code:
+        if (unlikely(__pyx_t_6)) {
+
+
+          /* "ivshmem/channel/writers.pyx":299
+ *             code = writer.wait(timeout, spin)
+ *             if code == IVSHMEM_AGAIN:
+ *                 raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
+ *             if code:
+ *                 raise writer.fail(code)
 */
-  }
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 299, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __PYX_ERR(0, 299, __pyx_L4_error)
 
-  /* "ivshmem/channel/writers.pyx":296
- *         if code == IVSHMEM_AGAIN:
- *             raise writer.blocked(timeout)
- *         if code:             # <<<<<<<<<<<<<<
- *             raise writer.fail(code)
- *         self.check()
+          /* "ivshmem/channel/writers.pyx":298
+ *                 length = size
+ *             code = writer.wait(timeout, spin)
+ *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *                 raise writer.blocked(timeout)
+ *             if code:
 */
-  __pyx_t_5 = (__pyx_v_code != 0);
+        }
 
-  if (unlikely(__pyx_t_5)) {
-
-
-    /* "ivshmem/channel/writers.pyx":297
- *             raise writer.blocked(timeout)
- *         if code:
- *             raise writer.fail(code)             # <<<<<<<<<<<<<<
- *         self.check()
- *         self.check_exports()  # another thread may have made one during the wait
+        /* "ivshmem/channel/writers.pyx":300
+ *             if code == IVSHMEM_AGAIN:
+ *                 raise writer.blocked(timeout)
+ *             if code:             # <<<<<<<<<<<<<<
+ *                 raise writer.fail(code)
+ *             self.check()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 297, __pyx_L1_error)
+        __pyx_t_6 = (__pyx_v_code != 0);
 
-    /* "ivshmem/channel/writers.pyx":296
- *         if code == IVSHMEM_AGAIN:
- *             raise writer.blocked(timeout)
- *         if code:             # <<<<<<<<<<<<<<
- *             raise writer.fail(code)
- *         self.check()
+        if (unlikely(__pyx_t_6)) {
+
+
+          /* "ivshmem/channel/writers.pyx":301
+ *                 raise writer.blocked(timeout)
+ *             if code:
+ *                 raise writer.fail(code)             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self.check_exports()  # another thread may have made one during the wait
 */
-  }
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 301, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __PYX_ERR(0, 301, __pyx_L4_error)
 
-  /* "ivshmem/channel/writers.pyx":298
- *         if code:
- *             raise writer.fail(code)
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.check_exports()  # another thread may have made one during the wait
- *         self.live = False
+          /* "ivshmem/channel/writers.pyx":300
+ *             if code == IVSHMEM_AGAIN:
+ *                 raise writer.blocked(timeout)
+ *             if code:             # <<<<<<<<<<<<<<
+ *                 raise writer.fail(code)
+ *             self.check()
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L1_error)
+        }
 
-
-  /* "ivshmem/channel/writers.pyx":299
- *             raise writer.fail(code)
- *         self.check()
- *         self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
- *         self.live = False
- *         writer.send(self.cell, length, 0)
+        /* "ivshmem/channel/writers.pyx":302
+ *             if code:
+ *                 raise writer.fail(code)
+ *             self.check()             # <<<<<<<<<<<<<<
+ *             self.check_exports()  # another thread may have made one during the wait
+ *             self.live = False
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L1_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L4_error)
 
 
-  /* "ivshmem/channel/writers.pyx":300
- *         self.check()
- *         self.check_exports()  # another thread may have made one during the wait
- *         self.live = False             # <<<<<<<<<<<<<<
- *         writer.send(self.cell, length, 0)
- *         return writer.writer.missed
+        /* "ivshmem/channel/writers.pyx":303
+ *                 raise writer.fail(code)
+ *             self.check()
+ *             self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
+ *             self.live = False
+ *             writer.send(self.cell, length, 0)
 */
-  __pyx_v_self->live = 0;
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
 
-  /* "ivshmem/channel/writers.pyx":301
- *         self.check_exports()  # another thread may have made one during the wait
- *         self.live = False
- *         writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
- *         return writer.writer.missed
+
+        /* "ivshmem/channel/writers.pyx":304
+ *             self.check()
+ *             self.check_exports()  # another thread may have made one during the wait
+ *             self.live = False             # <<<<<<<<<<<<<<
+ *             writer.send(self.cell, length, 0)
+ *             return writer.writer.missed
+*/
+        __pyx_v_self->live = 0;
+
+        /* "ivshmem/channel/writers.pyx":305
+ *             self.check_exports()  # another thread may have made one during the wait
+ *             self.live = False
+ *             writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
+ *             return writer.writer.missed
  * 
 */
-  __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_13 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 301, __pyx_L1_error)
+        __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7writers_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L4_error)
 
 
-  /* "ivshmem/channel/writers.pyx":302
- *         self.live = False
- *         writer.send(self.cell, length, 0)
- *         return writer.writer.missed             # <<<<<<<<<<<<<<
+        /* "ivshmem/channel/writers.pyx":306
+ *             self.live = False
+ *             writer.send(self.cell, length, 0)
+ *             return writer.writer.missed             # <<<<<<<<<<<<<<
  * 
  *     def publish_async(self, timeout=None, *, size=None):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
+        __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_5;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
 
-  /* "ivshmem/channel/writers.pyx":269
+      /* "ivshmem/channel/writers.pyx":290
+ *         cdef uint32_t length = self.size
+ *         cdef int code
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             self.check()
+ *             self.check_exports()
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_15 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_15;
+          __pyx_t_15 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/writers.pyx":272
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10244,10 +10413,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_12);
   __Pyx_AddTraceback("ivshmem.channel.writers.Loan.publish", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10259,8 +10429,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":304
- *         return writer.writer.missed
+/* "ivshmem/channel/writers.pyx":308
+ *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
@@ -10308,25 +10478,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10339,7 +10509,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10374,7 +10544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish_async", 0);
 
-  /* "ivshmem/channel/writers.pyx":306
+  /* "ivshmem/channel/writers.pyx":310
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -10382,12 +10552,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
  *     def drop(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_VECTORCALL
   #endif
@@ -10407,13 +10577,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
     PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self->writer), __pyx_t_3, __pyx_v_timeout, __pyx_v_size};
     #if CYTHON_VECTORCALL
     __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_6);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
       __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+4, 1);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     #endif
@@ -10424,7 +10594,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
     #endif
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10438,8 +10608,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":304
- *         return writer.writer.missed
+  /* "ivshmem/channel/writers.pyx":308
+ *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
@@ -10461,7 +10631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":308
+/* "ivshmem/channel/writers.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10515,98 +10685,145 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drop", 0);
 
-  /* "ivshmem/channel/writers.pyx":314
- *             BufferError: as of `publish`.
- *         """
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
-*/
-  __pyx_t_1 = (!__pyx_v_self->live);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/writers.pyx":315
- *         """
- *         if not self.live:
- *             return             # <<<<<<<<<<<<<<
- *         self.check_exports()
- *         self.live = False
-*/
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/writers.pyx":314
- *             BufferError: as of `publish`.
- *         """
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             return
- *         self.check_exports()
-*/
-  }
-
-  /* "ivshmem/channel/writers.pyx":316
- *         if not self.live:
- *             return
- *         self.check_exports()             # <<<<<<<<<<<<<<
- *         self.live = False
- *         if self.writer.open:
-*/
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/writers.pyx":317
- *             return
- *         self.check_exports()
- *         self.live = False             # <<<<<<<<<<<<<<
- *         if self.writer.open:
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
-*/
-  __pyx_v_self->live = 0;
-
   /* "ivshmem/channel/writers.pyx":318
- *         self.check_exports()
- *         self.live = False
- *         if self.writer.open:             # <<<<<<<<<<<<<<
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
+ *             BufferError: as of `publish`.
+ *         """
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/writers.pyx":319
+ *         """
+ *         with cython.critical_section(self.writer):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
+*/
+        __pyx_t_2 = (!__pyx_v_self->live);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/writers.pyx":320
+ *         with cython.critical_section(self.writer):
+ *             if not self.live:
+ *                 return             # <<<<<<<<<<<<<<
+ *             self.check_exports()
+ *             self.live = False
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/writers.pyx":319
+ *         """
+ *         with cython.critical_section(self.writer):
+ *             if not self.live:             # <<<<<<<<<<<<<<
+ *                 return
+ *             self.check_exports()
+*/
+        }
+
+        /* "ivshmem/channel/writers.pyx":321
+ *             if not self.live:
+ *                 return
+ *             self.check_exports()             # <<<<<<<<<<<<<<
+ *             self.live = False
+ *             if self.writer.open:
+*/
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/writers.pyx":322
+ *                 return
+ *             self.check_exports()
+ *             self.live = False             # <<<<<<<<<<<<<<
+ *             if self.writer.open:
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
+*/
+        __pyx_v_self->live = 0;
+
+        /* "ivshmem/channel/writers.pyx":323
+ *             self.check_exports()
+ *             self.live = False
+ *             if self.writer.open:             # <<<<<<<<<<<<<<
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
 */
-  if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
+        if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
 
-    /* "ivshmem/channel/writers.pyx":319
- *         self.live = False
- *         if self.writer.open:
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/writers.pyx":324
+ *             self.live = False
+ *             if self.writer.open:
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-    ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
+          ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/writers.pyx":318
- *         self.check_exports()
- *         self.live = False
- *         if self.writer.open:             # <<<<<<<<<<<<<<
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
+          /* "ivshmem/channel/writers.pyx":323
+ *             self.check_exports()
+ *             self.live = False
+ *             if self.writer.open:             # <<<<<<<<<<<<<<
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
 */
+        }
+      }
+
+      /* "ivshmem/channel/writers.pyx":318
+ *             BufferError: as of `publish`.
+ *         """
+ *         with cython.critical_section(self.writer):             # <<<<<<<<<<<<<<
+ *             if not self.live:
+ *                 return
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L3_return: {
+          __pyx_t_4 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/writers.pyx":308
+  /* "ivshmem/channel/writers.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10618,6 +10835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_AddTraceback("ivshmem.channel.writers.Loan.drop", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10626,8 +10844,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":321
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
+/* "ivshmem/channel/writers.pyx":326
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -10682,7 +10900,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/writers.pyx":322
+  /* "ivshmem/channel/writers.pyx":327
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10700,8 +10918,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":321
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
+  /* "ivshmem/channel/writers.pyx":326
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -10715,7 +10933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_16__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":324
+/* "ivshmem/channel/writers.pyx":329
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10770,33 +10988,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 324, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 329, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 324, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 329, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 324, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 329, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 324, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 324, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 329, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10831,7 +11049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/writers.pyx":325
+  /* "ivshmem/channel/writers.pyx":330
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10843,7 +11061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":326
+    /* "ivshmem/channel/writers.pyx":331
  *     def __exit__(self, kind, *error):
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10860,7 +11078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/writers.pyx":325
+    /* "ivshmem/channel/writers.pyx":330
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10869,7 +11087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":327
+  /* "ivshmem/channel/writers.pyx":332
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10880,7 +11098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":328
+    /* "ivshmem/channel/writers.pyx":333
  *             return
  *         if kind is None:
  *             self.publish()             # <<<<<<<<<<<<<<
@@ -10894,12 +11112,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 328, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":327
+    /* "ivshmem/channel/writers.pyx":332
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10909,7 +11127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
     goto __pyx_L4;
   }
 
-  /* "ivshmem/channel/writers.pyx":329
+  /* "ivshmem/channel/writers.pyx":334
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10921,7 +11139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":330
+    /* "ivshmem/channel/writers.pyx":335
  *             self.publish()
  *         elif self.exports == 0:
  *             self.drop()             # <<<<<<<<<<<<<<
@@ -10935,12 +11153,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 335, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/writers.pyx":329
+    /* "ivshmem/channel/writers.pyx":334
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10950,7 +11168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   }
   __pyx_L4:;
 
-  /* "ivshmem/channel/writers.pyx":324
+  /* "ivshmem/channel/writers.pyx":329
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10972,7 +11190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_18__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/writers.pyx":332
+/* "ivshmem/channel/writers.pyx":337
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10997,7 +11215,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/writers.pyx":333
+  /* "ivshmem/channel/writers.pyx":338
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11025,7 +11243,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/writers.pyx":334
+    /* "ivshmem/channel/writers.pyx":339
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11034,7 +11252,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/writers.pyx":333
+    /* "ivshmem/channel/writers.pyx":338
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11043,7 +11261,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/writers.pyx":332
+  /* "ivshmem/channel/writers.pyx":337
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11055,7 +11273,7 @@ static void __pyx_pf_7ivshmem_7channel_7writers_4Loan_20__del__(struct __pyx_obj
 
 }
 
-/* "ivshmem/channel/writers.pyx":336
+/* "ivshmem/channel/writers.pyx":341
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11093,7 +11311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/writers.pyx":337
+  /* "ivshmem/channel/writers.pyx":342
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"             # <<<<<<<<<<<<<<
@@ -11109,14 +11327,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/writers.pyx":338
+  /* "ivshmem/channel/writers.pyx":343
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"
  *         return f"<ivshmem.channel.Loan of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_Loan_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -11132,7 +11350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 338, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11147,7 +11365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_22__repr__(struct __p
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/writers.pyx":336
+  /* "ivshmem/channel/writers.pyx":341
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11808,7 +12026,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check;
   __pyx_vtable_7ivshmem_7channel_7writers_Loan.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_7writers_Loan *))__pyx_f_7ivshmem_7channel_7writers_4Loan_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7writers_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan)) __PYX_ERR(0, 202, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_as_buffer = &__pyx_tp_as_buffer_Loan;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -11824,7 +12042,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan);
@@ -11834,8 +12052,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7writers_Loan(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_vtabptr_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7writers_Loan) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12008,7 +12226,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Dependent",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -12018,8 +12236,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
@@ -12028,8 +12246,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 28, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 28, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 11, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -12628,9 +12846,9 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   /* "ivshmem/channel/writers.pyx":176
  *         return self.membership.flush()
  * 
- *     def loan(self, size=None):             # <<<<<<<<<<<<<<
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def loan(self, size=None):
  *         """Borrow the memory of a message, to write into it without a copy.
- * 
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -12668,33 +12886,33 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":237
- *         self.writer.end_copy()
+  /* "ivshmem/channel/writers.pyx":240
+ *             self.writer.end_copy()
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Loan cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 237, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 237, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 240, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":269
+  /* "ivshmem/channel/writers.pyx":272
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish it; afterwards the memory is the readers'.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 269, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12702,20 +12920,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/writers.pyx":304
- *         return writer.writer.missed
+  /* "ivshmem/channel/writers.pyx":308
+ *             return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12723,52 +12941,52 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":308
+  /* "ivshmem/channel/writers.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":321
- *             ivshmem_loan_drop(&self.writer.writer, self.cell)
+  /* "ivshmem/channel/writers.pyx":326
+ *                 ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 321, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 321, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 326, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":324
+  /* "ivshmem/channel/writers.pyx":329
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if not self.live:
  *             return
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 324, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 324, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":1
@@ -12873,7 +13091,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/writers.pyx":306
+  /* "ivshmem/channel/writers.pyx":310
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -12882,7 +13100,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 306, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -12938,30 +13156,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{16},{14},{12},{27},{15},{68},{63},{33},{0},{1},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{12},{18},{2},{7},{4},{4},{18},{4},{5},{7},{4},{4},{6},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{13},{6},{4},{6},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{11},{7},{401},{133},{56},{114},{182},{31},{24},{24},{24}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{11},{7},{114},{401},{133},{63},{189},{31},{24},{24},{24}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1566 bytes) */
-static const char cstring[] = "x\332mTKs\323H\020\216\027\003\311b6\357\360\n\3311\311\346\261\200)/\t\260)\226\255\220\220\202\205J%\220\300\262\027\325X\032\307\"\262dkF~P{\340\350\243\216s\324QG\035}\3641G\037u\344\047\360\023\266{d\233<\326eI=3=\335\375}\375\315\220BS0N\222\267S$\224X\016\265\321\"\216K\250\353\322\246\232\027%\226\254P\227\021\323&\036g\353\304e\026\243\234\341b\231\024M\227\013\262l0k\205\010z\204\341lF\312\214sz\310\010\025\020Z\230e\266,\\\306H\321\245\207ef\213\225{\244\342\025,\223\227\230\201\t\r\327\251T\230\221{j\326x\251\314\3129\275Dm\233Y\2717\275\252\236\375\271\003aw\034\201Y!\350fS\224\034\233\230\234@b\263\300\\*\230\325$\\\270\246.\230\213N6\331}\261{\177\365\311*\241\266\0015\177b\272\340\204{\005\335\242\234\047\260\013\236i\t\200%\232\025\306s\344U\2214\035\217\330\014\252\022\016\251\200\337\311\r\200\327&\234\t\305\312\022\024\350\010*L\307\326`\273i\037.\021\303t!\211Yc\270{\233Z\234\345(Q\020t\345M\n\214\350N\305L@WL\375\310b\0065\014\r\326X\0172\004\341\264`1f\343\373P7yb\031g\251\351\217\231\353:.\357\217\004k\210\236\375\240\347\371\240\356\232\300\t\317U\232\r\333\031\264\246D9q\235:_\207\016\025\274b\021X\303\206\327\035\250\000z\304\001\030G\202\221\rf\334Sm\005\177R\204\322\031\325K\375@\234Y\305\\\222\342\024L\273\306\\\221\020I\311n\322/\247\200]P!\024z`m\240\260:\324\363\177\242x\276\231\300\330\207\036\275@\254\233\226\303\231\241L\344\026\237\234\246\201\252\230\253i\375Q\303\024\203\201\313\014Og\275!FUF/\327I[\243\274i\353\037\024\226\344\375}\267\256\020h\332`\036\204\300\241\377\347V\020L\317\254x\342dH5\256PW\360\263\343s^\330\2303\303\304G\323v\233\rx\266@\347\332\0164\373-+jZO\213\200q@D\237\003M+z\270M\323\016\373\005\303\257LM[}\035\303\263\324\214M\313\352\013\"\321znh\326\004\212\017\027\252\036\265\372N}F\317\2613\230`\r\034\000G\203\300\374D\372s\334i\032\\DX\255\3115\335q\035\017N%S\327\220B]r\035\333\361\270\262M\0477\360\340T$\322\345:\345Bg\226\245\203\246\230\006\340\204KuV\240\372\221\356\030Lw<[\250\0273\014*(\212\200""\331\270\242NOr\204\212\256SN\242\231\246m\000{\266p\240\003e~\366\344\365\316\323\021xY\314\206?\210\030\273^\246\025ps\334f\315du\033N\221\355\225+M\310\004\267\223\343b\243U\263+ \353Do\247d\007}\036\350e \2143\n\351k\341\264&\320\302S\010\254\032\254H=K\360\022\205\013\315\374\3148\\L\334+\343\255\200\2670>\300\234\007\320\236\000\031\246\245\230\202\311\032\265<\306\261\356:E\222\352%\307b\tNt~\264\252\301\035_sLce\250lBB\016\224\332\006\377\222\212\323?\266\356\372{_6\342\341+\255\325\226\360\363q\346*\332k\376\005\264\307\374a\231\212\257\216\3737\344\274\334\303\361\305\304\373\247\226\351We\n\315\321V\025>\277<\214\362\337\310\320\310\234\334\373vih\344\006l\033\236\225\177\0054\250&\361.\371\005\230\313L\370\277\312\r\010\245\3625|.\027d)8\014?F\305\366f\273\n\353\335\211;A6X\017\367B#\312\306\303\230\361\275\314KHtSf\345\243`<X\014!\366\010\026s\311\247qf\322_\365=\271)\233\341\225\010J\036my\376s\337\220\313\301Rx\003\"\214\315\300`%\310\007\033\350\372T\326\202\375p6RXT9w\300\233\306c\327\272\327\356\206\371p#\334\217\306\343\261I\177M^\220\371x\352\232_\215\257\317\312W\301^<uK\256J/\330\010>\206\024\0270\047,\336\002\267\331\371 \037_\237\223F\260\034f\303<\356\207\2757\001\033S\211\3070q5H\005S\2709\254\306S\327\345(\02035\215\345Q_\310\207\222\312z`G[\355\213\355\267m\2673\321yt\014u \025\371`+\034\211f\242\317\235\231N\355x/\036\233\362_K\021<\016\001\333\264\257\200\214\310q\004\227\377\232\231Er%\205\206,\255E\252\023\223~\326_\2079\026\254\205\251p\032X]ng\261k\0020\246\344$lx\007\225M\007\024I\035\0078\n\255\n\r\251^\002\363PmJNK=\230\010\036BC\233Q\n\301\315c\242xt\254\247\n%\034\214\372DE8\010\263_6\276e\206F2\047t\225i\355\310,~^\372=\305\325\261\203\2671\222\202\264\022\255F\325n\032\362}\233\033\032\271\332\332\366\263\375\240\217\203\225p=:h\317\267\377\3514\216k\335\203\367\335\367\037\022i\375\000^\211\260\272\267s\212\337\341)\177\303\377;\221\331ch\361\226\034\016.\253\302\301o\3017\261\031I\340\274\277-\263\335\364\234\264\303\327Q""\025\263\316\311\375`<\036\376\031\n\312\177\205ZU\r\275\3121\333e\220D\006\267\376\346\277\203\260i\354\357\214\377\t8\234\010\362\335\205?\332{m\243\003\005!\201\220\242\346\037\200n\177\0176N\034\253\t\177\021v\2460\315\225Vo|Q\321y&_\217\251\237Z\014\n\335\222\227e\003\217\023\006\375\000`\323\013\301N\224\375\n\343\177\345\263p<\\\010\315H\264\327;\037\217Y\367\335~7\275\030\320\357\213\213Q:\332n\257t\362\3354\010\375\364\374\353v\3638\325M\337\017\367N\317\277\351\214\034\217\377\007\223\273\023\273";
-    PyObject *data = __Pyx_DecompressString(cstring, 1566, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1575 bytes) */
+static const char cstring[] = "x\332mT\313S\023I\030\047+\272\260\202$\274Q\226\355\010\362\360\021+ex\024e\271\225\005QW\213\002E]\3672\325\231\351\220Y&3\311tOB\254=x\314q\216}\354\343\034\347\230c\216\034s\314\321?\201?a\277\356\231D\036K\221\244\037_\177\337\367{t\243B\203\021\212\242o\247\2100\262\034l\313\021r\\\204]\0277\324:+\221h\007\273\004\2316\362(\331F.\261\010\246Dn\226Q\321t)C\253\006\261\326\020\303\0472\235MP\231P\212\217\t\302\014R3\263LV\231K\010*\272\370\270Ll\266\366\030U\274\202e\322\0221dA\303u*\025bd\236\2335Z*\223rF/a\333&V\346]\334\325\213\337\367!\355\276\303dUH\272\323`%\307F&EP\330,\020\0273b5\020e\256\2513\342\312 \033\035\274<x\222\333\312!l\033\320\363?Dg\024Q\257\240[\230\322\010v\3013-\006\260X\243Bh\006\275)\242\206\343!\233@W\314A\025\210\273x\000\360\332\210\022\246XY\201\006\035\206\231\351\330\032\0347\355\343\025d\230.\0241kD\236\336\303\026%\031\214\024\004]E\243\002A\272S1#\320\025S?\261\210\201\rC\203=\022C\206$\024\027,Bl\371}\254\2334\032\031W\251\351\315\211\353:.\355\315\0309e\361\370i\034\371\264\356\232\300\t\315T\032\247\266\323\227\246\204)r\235:\335\006\205\n^\261\010\254I\301\353\016t\000\032Q\000F%\301\222\rb<V\262B<*B\353\004\353\245^\"J\254b&*q\t\246]#.\213\210\304\350 \322\313)H\025T\n\205\036X\353;\254\016\375\374\237)\376\330\211`\034\201F/%\326\035\313\241\304PC\311\255\374d4\r\\E\\M\353\315NM\326\237\270\304\360t\022OeV5\210k]\034k\2306l\375\263\302\022}\3778\255+\004\232\326_\007#P\320\377\332\216\004\023\017+\036\273\230R\315+\330e\364\352\374Z\224\024\346\3124\212\321\264\203\306)|v\301\347\332>\210\375\236\0245-\366\"`\354\023\321\343@\323\212\236<\246i\307\275\206\341\257\214M[\375:\206g\251\025\033\227\325/\230D\213\303\344\260\306\244\371\344F\325\303V/\250\307\3505v\372\013\344TN\200\243~bz\241\3745\3564\r\036\"\331\255I5\335q\035\017n%Q\317\220B]r\035\333\361\250\032\233N\246\037A1\213\254KuL\231N,K\007O\021\r\3001\027\353\244\200\365\023\3351\210\356x6S_\30400\303\322\004\304\226;\352\366DW\250\350:\345(\233i\332\006\260g3""\007\024(\323\2537/\276O\047\020e\021\033\376\301\304R\3652\256@\230\3436j&\251\333p\213l\257\\i@%x\235\034W\n\255\304\256\200\255#\277]\262\035\350\334\367K\337\030W\034\322\363\302eO\310\221\274\205\300\252A\212\330\263\030-ax\320\314\257\204\302\303D\275\262|\025\344+,?\300\234\007\320\266\200\014\323RL\301b\r[\036\241\262\357:\226$\325K\216E\"\2342x#\247\301\033_sLcm\240lBA\n\224\332\006\375\226\350\016\376\322|\344\037~\313w\207n7sM\346g\273#\243r\274\356\337\220\343\244?\304\023\335\321\224?\307\027\371\241\234\337\214\242\3574M\277\312\023r8\326\254\302\317\354\334\371\302\300\360hs\317O\313%\346o\361M\261\026l\207\037[\213\255\277\333\247g\265\316\307O\235O\237\243\344?A\324\310\270\377\220\347;\277f\002\034T\273C\223~\336\377\013j\300\376\246\177\337\337\345C\342g\321\010\0232n\3117yU$\242\304Y\177\217\247\241\342\203ga\366\034\r\014/\360\303\363[\003\303s\320\350\320<\377S`Q\215\212\334\362\013<\021\227\211\022\347\232\247>\345K\274$\216\203/a\261\265\323\252\302~g\374\276H\213\355\34000Bh^b\374\304\263\034\240\335\345i\276!Rb9\200\334\303\022\376-\037wG&\374\234\357\361\035\336\010n\207@\322X\323\363\377\360\r\276*V\2029\310\220\234\206\311\232\310\212\274\014}\316k\342(\230\017\025{\252\235\373\020\215\273\311\231\316\314\243 \033\344\203\2430\325MN\370\353\374\006\317v\047g\374jwv\236\277\021\207\335\311{<\307=\221\027_\002,7dM\330\274\007a\363\213\"\333\235]\340\206X\r\322AV\236\207\263w\001\033Q\205\223\2620P&&\345a\340wr\226\217\0011\223S\262=\3543\376\214c^\027v\270\333\272\331z\337r\333\343\355\2153\350CR\221\025\273\301p8\035~mO\267kg\207\335\344\244\377\2263\261\031\000\266)_\001\031\346)\t.\373}d^\222\3131\010\262\262\036*%&\374\264\277\rkD\254\007\211`\nX]m\305\246X\347\t>\001\007>@gS\002KRS\000G\241U\251\241\324k`\036\272M\360)\256\213q\361\014\004\2256\000p\213\262Pw,\031\373PY5\262\232\314\3601\000W\234\217\014\334Y\006\276SR\026\006:U\273\311\224\214\277\003\047c;\253\235M\016`\322\240mZ\344D=0C\326\312v\006\027\270\035\274\r\253\322\312""\013\374H\244\272C\277\001\360\354\367\321\007Q\316\330\000q:)\374+\256\310\317\371.\000{\r\304\251N\037\202h\357E\265\263\232o\247\332KmP{.\"l\003Pa0N\":\275#\373\233\366\213p2\017\024\300Z<\177);\273Z/n\177\334\177\000wo\220\277\022[\240\274J:#\022\235\301%\261\037\246\277\003#\377\362\027A*XR\240\266\333_\316H\347\303QgpY\340\037\233\313\341`\270\327Zk\003f0\341\345\365\267\255\306\031\244{\022\034^^\177\327\036>K\375\007\2150\032\306";
+    PyObject *data = __Pyx_DecompressString(cstring, 1575, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2043 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\227cis\004\003d\213-\243%e\337rrors\261%te\353xt\276$/\276$/wr\375i\221 s.pyxn\375o\222Fhas ro\367ws:\372@buff\234\263 \206`two\304\000\241@s\362\326\000s\335!\212!ed, \354\323A-\000 f\236`eac}h\334Eself.]\003} \333\tnvert\303#7a P\252Cob\202A>\002\310\371\002\263 \331fw\215\000\201qBC\352\206cT\241@E\350\001Clo\307sed\006\002\233a\237a._\275_\323`er__\006\005x\373it\004\006reduc\301e\025\004\347a.\002\372d\000\t_a\037syncW\252\"\000\003V\000\2327\004c\355b__\017\006\206`s\306\375@e_\013\014\305\205\0016\004pu\365tG\t.\014\001part\001s\025\010\013\002\025\016\225A:\010\244A\227\003\337__Pyx\001\000Di\357ct_N\352@Ref\203__\205\204\004\341\000\200&\217 \377\002_\377_func___\317_get\253\003\n\000ma\373in\020\001modulN2\002nam:\002\242`_ \004\346\007\001vt\211\204\001;\001qua\231l\035\005\312%__\217,\010\006e\275xo\001set_Q\005s|t\010\253.__tes\257@\377_is_coro\237utine\202\210\002\216Bh\277ronous\232Bi\273o.\031\006sat\265\204\003s\377castcell\353cl6\000_\332\000tra\377cebackco\177decount\000\002\277eddata\354\207\001e\361n\026\001\271\205\002\275\205\003from\376\203\205\003iindexi\377ntoitemst\205\210\r\311\205\004k#\000len\000\000\367gth\273\211\001mapm\377emoryvie\377wndimnumopyop\232\210\001or\365A\016\370Bpop\366\210\004\375\210\004\361c\252`\020\247f\240f\251f\033\006_\260\206\001\325a\212g\374""\302\206\001\202\206\001setdef\377aultshap\377esizespi\017nsum\222\207\001\202\212\001\206\212\001\331 \265u\330\0008\217 il\245\"i\377mevalues\376\264\001wantedw\317hole\262\207\003)\00164\377_t (void\377)\000micros\376\320 nds\200\001\330\004\377\n\210+\220Q\200A\330\377\010\013\2104\210t\2201w\330\014\r\010\0015\220\003\010\001\377\020\220\010\230\001\330\r\021\377\220\031\230#\230Q\330\014\367\020\220\005(\003\016\210i\220wq\230\0015\001\017\210q=\000\377%3\2601\360 \000\t\377\036\230Q\360\006\000\t\031\3764\000\010\034\230J\240a\240\335qJ\003\006\220bH\000\014\022\317\220*\230AH\000k\002x\220\377s\230$\230h\240g\250\377Y\260f\270C\270q\330\377\014\022\320\022\"\240!\240\377:\250Q\250d\260!\330\275\010n\001V\2301\230\237\000\032\377\230!\2306\240\021\240&\337\250\001\330\010\t\211\001\006\220\377a\330\014\023\2204\220u\177\230C\230y\250\013\260\274\000\377\017\210u\220B\220d\230\337(\240\047\250\031?\000\020\026\276\n\000)\2401\240A\047\001<\177\230v\240T\250\034\260\307\002\355\001l\000\220\"+\000a\330\020\377\027\320\027+\2501\250A\377\250T\260\021\330\020\023\220\3775\230\003\2301\330\024\027\377\220q\330\030\034\230I\240\377Q\330\024\033\2304\230u?\240A\240Y\250a\025\001p\001\372\032\000\033$\000\034#\2401\330\377\030\036\230d\240(\250!S\2501<\0019\000\032\331\000et\002\376M\000<\230q\240\001\240\024\3769\001\250q\330\024\030\230\017\356\226 \024\025\330\234\000a\220t\377\2303\230a\230w\240n\377\260D\270\005\270R\270r\237\300\022\3006\310\205\000\207!1\377\240D\250\t\260\026\260z\377\300\026\300v\310Q\330\020\377\024\220K\230t\2407\250\337!\330\020\025\220\220B\t\230\275\021\204!1\340\014\034\331!\230\335a\316@\0475\260\205B\023\220\377!\220:\230Q\230e\240\3375\250\001\250\025\323 (\270\372\325 \017\352@5\230\001\230\023\272\213@S\227\000\025\240a\321!\021\220\314\000\351\002V\002h\000H\367 \253\000\001\377\230\025\230c\240\022\2403~\316@y\260\001\330\024\032\215a\037\230a\330\017\020\217d\264bR\001\3758\253@I\240U\250!\200\277A\360\014\000\t\014\315h\014""\367\210N\230\321@\014\210H\220\252\353dw\276A\035\234\000a\316\002)\377\2604\260q\320\004\030\230\377\001\360\036\000\t\r\210F\375\220\244\0048\2307\240)\250\377:\260U\270#\270Z\300\377x\310v\320UV\320V\345W\245\204\003\002#\000\323c\320\035.\373\250a\335 \010\024\220A\220\365X\341c7\340@D\230\010\240s\007\240\265\001\376`$\220i\211A\373\330\010\200!1\220F\230!\377\320\004\036\230n\250K\260\375qr\001\036\230T\240\021\330{\010\037\341 1\340\010\014~\003\276\263\004\013\2105\220\007\220`\014.\273!2\220ST\000\004\326`\341`\375j\333@\022\2401\320$=\377\270Q\270d\300!\330\014\374\230A`\000v\220U\230!\230w9\240A\314\205\010\022\220&\216\000\335\001c\001\013\2101\202\204\001&\230\345\005\201!\330a\014\243$\016\210e\377\2201\220D\230\007\230x\376\313\205\001\017\210v\220W\230A\377\320\004$\240N\260!\340\376\305\000|\230>\250\021\250$\377\250i\260t\270:\300Y\377\310e\320ST\320\004&\373\240a\023\007&\260\004\260F\377\270)\3001\320\004+\250\3751\n\013K\270y\310\001\320\357\004-\250Q\"\013L\300\t\003\310\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2043, 2669);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2056 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\227cis\004\003d\213-\243%e\337rrors\261%te\353xt\276$/\276$/wr\375i\221 s.pyxn\375o\222Fhas ro\367ws:\372@buff\234\263 \206`two\304\000\241@s\362\326\000s\335!\212!ed, \354\323A-\000 f\236`eac}h\334Eself.]\003} \333\tnvert\303#7a P\252Cob\202A>\002\310\371\002\263 \331fw\215\000\201qBC\352\206cT\241@E\350\001Clo\307sed\006\002\233a\237a._\275_\323`er__\006\005x\373it\004\006reduc\301e\025\004\347a.\002\372d\000\t_a\037syncW\252\"\000\003V\000\2327\004c\355b__\017\006\206`s\306\375@e_\013\014\305\205\0016\004pu\365tG\t.\014\001part\001s\025\010\013\002\025\016\225A:\010\244A\227\003\337__Pyx\001\000Di\357ct_N\352@Ref\203__\205\204\004\341\000\200&\217 \377\002_\377_func___\317_get\253\003\n\000ma\373in\020\001modulN2\002nam:\002\242`_ \004\346\007\001vt\211\204\001;\001qua\231l\035\005\312%__\217,\010\006e\275xo\001set_Q\005s|t\010\253.__tes\257@\377_is_coro\237utine\202\210\002\216Bh\277ronous\232Bi\273o.\031\006sat\265\204\003s\377castcell\353cl6\000_\332\000tra\377cebackco\177decount\000\002\277eddata\354\207\001e\361n\026\001\271\205\002\275\205\003from\376\203\205\003iindexi\377ntoitemst\205\210\r\311\205\004k#\000len\000\000\367gth\273\211\001mapm\377emoryvie\377wndimnumopyop\232\210\001or\365A\016\370Bpop\366\210\004\375\210\004\361c\252`\020\247f\240f\251f\033\006_\260\206\001\325a\212g\374""\302\206\001\202\206\001setdef\377aultshap\377esizespi\017nsum\222\207\001\202\212\001\206\212\001\331 \265u\330\0008\217 il\245\"i\377mevalues\376\264\001wantedw\317hole\262\207\003)\00164\377_t (void\377)\000micros\376\320 nds\200\001\330\004\377\n\210+\220Q\200A\330\377\010\013\2104\210t\2201w\330\014\r\010\0015\220\003\010\001\377\020\220\010\230\001\330\r\021\377\220\031\230#\230Q\330\014\367\020\220\005(\003\016\210i\220wq\230\0015\001\017\210q=\000\377\030\031\360\036\000\t\r\210\277F\220!\330\010\017G\0008\377\2307\240)\250:\260U\377\270#\270Z\300x\310v\277\320UV\320VWW\003\002\376#\000\014\022\220*\230A\320\377\035.\250a\250q\330\010\237\024\220A\220Xa\000\206\0007\377\220\"\220D\230\010\240\007\337\240y\260\001\330%\000$\220\337i\230q\240\001S\0031\220\367F\230!\257\000%3\2601\377\360 \000\t\036\230Q\360\357\006\000\t\031\246\000\010\034\230\337J\240a\240q\274\003\006\220\343b\230:\002d\000S\0034\210x\377\220s\230$\230h\240g\377\250Y\260f\270C\270q\376\\\000\320\022\"\240!\240:\237\250Q\250d\260\272\000\340\001V\367\2301\230\221 \032\230!\230\2776\240\021\240&\250y\000\t\376\373\001\006\220a\330\014\023\220\3774\220u\230C\230y\250\373\013\260\256 \017\210u\220B\377\220d\230(\240\047\250\031\366?\000\020\026\n\000)\2401\240\375A\047\001<\230v\240T\250\323\034\260\271\"\311\002\"+\000a\330\377\020\027\320\027+\2501\250\377A\250T\260\021\330\020\023\377\2205\230\003\2301\330\024\377\027\220q\330\030\034\230I\377\240Q\330\024\033\2304\230\177u\240A\240Y\250a\025\001\364p\001\032\000\033$\000\034#\2401\377\330\030\036\230d\240(\250\247!\2501<\0019\000\032\331\000e4t\002M\000<\257!\240\0249\001\335 \357\024\030\230\017\226 \024\025\330\376\234\000a\220t\2303\230a\377\230w\240n\260D\270\005\377\270R\270r\300\022\3006\371\310\205\000\207!1\240D\250\t\377\260\026\260z\300\026\300v\377\310Q\330\020\024\220K\230\377t\2407\250!\330\020\025\335\220\202b\t\230\021\204!1\340\377\014\034\230A\230Q\230a\356\300`\0475\260\205B\023\220!\373\220:\021\000e\2405\250\001\333""\250\025\323 (\270\216d5\230\367\001\230\023.\000S\240\001\240\377\025\240a\330\010\t\330\021\220\314\000\351\002V\002h\000H\367 \253\000\001\377\230\025\230c\240\022\2403\354\316@\203a\024\032\377a\230a\330\243\017\020\201\204\004\246\204\002\345c1\255 U}\250\223`\360\014\000\016&\355 \324\233\000\201\204\0014\312 \020\247\000\020\220\325\0167\000\014\311\204\003\014\233\204\0017\230\372\312\000!\331@!\2404\240w\377\250i\260t\2701\320\004\177\036\230n\250K\260q\307\204\001\377\036\230T\240\021\330\010\037\336\366\0001\340\r%N\003\020\220\330\374BH\004\365AG\230\370\"4\220\265r\326\000H\266 \001\330\247\000*\376\262@R\240q\320(A\300\257\021\300$\300\353@\031\253#6\332\323\000a\266`\001\330\203\000u\220}C\234\001\026\220f\230H\343@uQ\020\001q\234Af\230E\226\001\374\350f\261\013\022\220%\220q\230\337\004\230G\2408\367@\014\023\377\2206\230\027\240\001\320\004\377$\240N\260!\340\010\017\377\210|\230>\250\021\250$\376\320\002:\300Y\310e\320S\277T\320\004&\240a\023\007&\177\260\004\260F\270)\300\361\000\367+\2501\n\013K\270y\310\356L\000-\250Q\"\013L\300\t\003\310\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2056, 2683);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2669 bytes) */
-static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedBChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasynchronousasyncio.coroutinesatbufferscastcellcline_in_tracebackcodecountcounteddatadropencodeerrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8until_in_timevaluesviewwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*""\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220a\330\014\035\230Q\230a\230t\2407\250)\2604\260q\320\004\030\230\001\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010""\017\210t\2201\220F\230!\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\010\014\210F\220!\330\010\014\210N\230!\330\010\013\2105\220\007\220q\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$=\270Q\270d\300!\330\014\025\220Q\330\010\017\210v\220U\230!\2309\240A\330\010\013\2105\220\003\2201\330\014\022\220&\230\010\240\001\240\021\330\010\013\2101\330\014\022\220&\230\005\230Q\230a\330\010\014\210F\220!\330\010\014\210N\230!\330\010\014\210H\220A\330\010\016\210e\2201\220D\230\007\230x\240q\330\010\017\210v\220W\230A\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021";
+    #else /* compression: none (2683 bytes) */
+static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedBChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasynchronousasyncio.coroutinesatbufferscastcellcline_in_tracebackcodecountcounteddatadropencodeerrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8until_in_timevaluesviewwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002""\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t""\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -13112,7 +13330,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_wanted};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -13125,32 +13343,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 237};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 240};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 269};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_writer, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 304};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_it_YeST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 321};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 326};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 324};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 329};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }

@@ -173,6 +173,7 @@ cdef class Writer(WriterEnd):
         ivshmem_writer_announce(&self.writer)
         return self.membership.flush()
 
+    @cython.critical_section
     def loan(self, size=None):
         """Borrow the memory of a message, to write into it without a copy.
 
@@ -219,20 +220,22 @@ cdef class Loan:
         self.live = True
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        self.check()
-        self.writer.begin_copy()  # by the user, until the buffer is released
-        try:
-            PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
-        except BaseException:
-            self.writer.end_copy()
-            raise
-        self.exports += 1
-        self.writer.exports += 1
+        with cython.critical_section(self.writer):
+            self.check()
+            self.writer.begin_copy()  # by the user, until the buffer is released
+            try:
+                PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
+            except BaseException:
+                self.writer.end_copy()
+                raise
+            self.exports += 1
+            self.writer.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-        self.writer.exports -= 1
-        self.writer.end_copy()
+        with cython.critical_section(self.writer):
+            self.exports -= 1
+            self.writer.exports -= 1
+            self.writer.end_copy()
 
     def __reduce__(self):
         raise TypeError("a Loan cannot be copied or pickled")
@@ -284,22 +287,23 @@ cdef class Loan:
         cdef Writer writer = self.writer
         cdef uint32_t length = self.size
         cdef int code
-        self.check()
-        self.check_exports()
-        if size is not None:
-            if not 0 <= size <= self.size:
-                raise ValueError(f"{size} bytes of a loan of {self.size}")
-            length = size
-        code = writer.wait(timeout, spin)
-        if code == IVSHMEM_AGAIN:
-            raise writer.blocked(timeout)
-        if code:
-            raise writer.fail(code)
-        self.check()
-        self.check_exports()  # another thread may have made one during the wait
-        self.live = False
-        writer.send(self.cell, length, 0)
-        return writer.writer.missed
+        with cython.critical_section(self.writer):
+            self.check()
+            self.check_exports()
+            if size is not None:
+                if not 0 <= size <= self.size:
+                    raise ValueError(f"{size} bytes of a loan of {self.size}")
+                length = size
+            code = writer.wait(timeout, spin)
+            if code == IVSHMEM_AGAIN:
+                raise writer.blocked(timeout)
+            if code:
+                raise writer.fail(code)
+            self.check()
+            self.check_exports()  # another thread may have made one during the wait
+            self.live = False
+            writer.send(self.cell, length, 0)
+            return writer.writer.missed
 
     def publish_async(self, timeout=None, *, size=None):
         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
@@ -311,12 +315,13 @@ cdef class Loan:
         Raises:
             BufferError: as of `publish`.
         """
-        if not self.live:
-            return
-        self.check_exports()
-        self.live = False
-        if self.writer.open:
-            ivshmem_loan_drop(&self.writer.writer, self.cell)
+        with cython.critical_section(self.writer):
+            if not self.live:
+                return
+            self.check_exports()
+            self.live = False
+            if self.writer.open:
+                ivshmem_loan_drop(&self.writer.writer, self.cell)
 
     def __enter__(self):
         return self
