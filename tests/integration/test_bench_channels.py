@@ -39,7 +39,9 @@ def test_ends_that_sleep() -> None:
     assert len(durations(ours.Blocking())) == 6
 
 
-@pytest.mark.parametrize("way", [loops.Bare("asyncio"), loops.Awaited("asyncio")], ids=str)
+@pytest.mark.parametrize(
+    "way", [loops.Bare("asyncio"), loops.Awaited("asyncio")], ids=["bare", "awaited"]
+)
 def test_ends_in_an_event_loop(way: Way) -> None:
     assert all(took > 0 for took in durations(way))
 

@@ -112,7 +112,8 @@ def test_what_takes_a_time_limit_has_a_twin() -> None:
     assert {"connect", "Client.wait", "Directory.publish", "ControlClient", "request"} <= found
     rest = found - endpoints - TWINS.keys() - IN_A_THREAD - with_a_method_beside()
     rest = {name for name in rest if not name.endswith("_async")}
-    assert rest == {"Broker.step", "Stream.settimeout"}
+    # `open_connection` is for asyncio alone, as that of asyncio is.
+    assert rest == {"Broker.step", "Bytes.open_connection", "Stream.settimeout"}
 
 
 def test_the_lists_name_what_there_is() -> None:
