@@ -252,6 +252,10 @@ LIBRARY = {
         "guest memory native peer protocol system",
         "dataclasses inspect pathlib threading typing urllib",
     ),
+    "ivshmem.channel": (
+        "channel memory native peer protocol system",
+        "dataclasses hashlib inspect pathlib random threading typing urllib",
+    ),
 }
 
 

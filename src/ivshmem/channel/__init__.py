@@ -28,9 +28,12 @@ from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
 from .queues import QueueReader, Taken
 from .readers import Reader, ValueReader
 from .streams import Stream, StreamListener
-from .transport import StreamServer
 from .views import View
 from .writers import Loan, Writer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .transport import StreamServer
 
 __all__ = [
     "Bytes",
@@ -78,3 +81,17 @@ __all__ = [
 def get_include() -> str:
     """Return the folder of `ivshmem_channel.h`, for a compiler's -I."""
     return os.path.dirname(__file__)
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs asyncio when it is first used: asyncio takes half of the time of it all."""
+    if name != "StreamServer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What importlib.import_module does, without importlib.
+    module = __import__(f"{__name__}.transport", fromlist=(name,))
+    value = globals()[name] = module.StreamServer
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

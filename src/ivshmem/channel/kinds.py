@@ -6,7 +6,6 @@ Knows: roles. Does not know: how a channel is made or found (channels.py); the p
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ChannelError, ChannelTypeError, RegionError
 from ..system.time_limits import deadline_of
 from ..text import plain
-from . import records, streams, transport, types
+from . import records, streams, types
 from .calls import Caller, CallServer
 from .pickled import Pickled
 from .queues import QueueReader
@@ -23,8 +22,10 @@ from .streams import Stream, StreamListener
 from .writers import Writer
 
 if TYPE_CHECKING:
+    import asyncio
     from typing import Literal, TypeAlias
 
+    from . import transport
     from .membership import Membership
 
     Overflow: TypeAlias = Literal["overwrite", "block", "discard"]
@@ -249,6 +250,8 @@ class Bytes(Channel):
         self, *, wait_for_listener: bool = False, timeout: float | None = None
     ) -> Stream:
         """The twin of `connect` for asyncio."""
+        import asyncio  # here: a program that awaits has it, and others need none
+
         deadline = deadline_of(timeout)
         while (stream := self._try_to_connect(wait_for_listener, deadline)) is None:
             await asyncio.sleep(_CONNECT_PAUSE)
@@ -271,6 +274,8 @@ class Bytes(Channel):
             As of `connect`. The reader and the writer raise ConnectionResetError if the other end's
             process is gone, and ClosedError if the channels are closed.
         """
+        from . import transport  # here: it imports asyncio
+
         stream = await self.connect_async(wait_for_listener=wait_for_listener, timeout=timeout)
         return transport.streams_over(stream, limit)
 
@@ -293,6 +298,8 @@ class Bytes(Channel):
         Raises:
             As of `listen`.
         """
+        from . import transport  # here: it imports asyncio
+
         return transport.StreamServer(self.listen(), client_connected_cb, limit)
 
     def _try_to_connect(self, may_wait: bool, deadline: float | None) -> Stream | None:
