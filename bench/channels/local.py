@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,19 @@ def _timed(call: Callable[[], object], count: int) -> Round:
         return (time.perf_counter_ns() - begun) / count
 
     return once
+
+
+def empty_call() -> float:
+    """Nanoseconds of Python's loop around a call that does nothing: below it no `put` can be."""
+    data, size = bytes(64), len
+    rounds = []
+    with pinned():
+        for _ in range(9):
+            begun = time.perf_counter_ns()
+            for _ in repeat(None, 100_000):
+                size(data)
+            rounds.append((time.perf_counter_ns() - begun) / 100_000)
+    return statistics.median(rounds)
 
 
 def _library(directory: Path) -> Any:
