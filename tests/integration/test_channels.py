@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -554,3 +555,19 @@ def test_asyncio_watches_once_for_many_sleeps(channels: Channels) -> None:
     loop = Loop()
     loop.run_until_complete(main())
     loop.close()
+
+
+def test_as_many_ends_as_there_can_be(region: Region, channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=1, writers=64, readers=64)
+    with ExitStack() as opened:
+        readers = [opened.enter_context(messages.reader("block")) for _ in range(64)]
+        writers = [opened.enter_context(messages.writer()) for _ in range(64)]
+        for number, writer in enumerate(writers):
+            writer.put(b"%d" % number, 0)
+        for reader in readers:
+            assert {reader.get(0) for _ in range(64)} == {b"%d" % number for number in range(64)}
+            assert reader.get(0) is None
+        with pytest.raises(channel.ChannelError, match="64 writers are open"):
+            messages.writer()
+        with pytest.raises(channel.ChannelError, match="64 readers are open"):
+            messages.reader()

@@ -67,6 +67,8 @@ def messages(one: Channels, two: Channels, seconds: float) -> None:
             memoryview(borrowed)[:] = b"12345678"
             if time.monotonic_ns() % 3 == 0:
                 borrowed.drop()
+            else:
+                borrowed.publish(0.1)
 
     def view(end: Any) -> Job:
         def look() -> None:
@@ -78,10 +80,10 @@ def messages(one: Channels, two: Channels, seconds: float) -> None:
 
     together(
         seconds,
-        lambda: writer.put(b"a" * 8),
-        lambda: writer.put(b"b" * 64),
-        lambda: other.put(b"c"),
-        allowing(loan, channel.ChannelError),
+        allowing(lambda: writer.put(b"a" * 8, 0.1), TimeoutError),
+        allowing(lambda: writer.put(b"b" * 64, 0.1), TimeoutError),
+        allowing(lambda: other.put(b"c", 0.1), TimeoutError),
+        allowing(loan, channel.ChannelError, TimeoutError),
         lambda: reader.get(0.01),
         lambda: reader.get(0.01),
         view(reader),
