@@ -41,13 +41,15 @@ def channels(region: Region) -> Iterator[Channels]:
 
 
 @contextlib.contextmanager
-def child(region: Region, work: Callable[[Channels], object]) -> Iterator[int]:
+def child(
+    region: Region, work: Callable[[Channels], object], lease: float = LEASE
+) -> Iterator[int]:
     """Run `work` in a process of its own, which is killed at the end; give its PID."""
     fd = os.dup(region.fileno())
     pid = os.fork()
     if pid == 0:
         try:
-            work(channel.open(Region.from_fd(fd), beat=BEAT, lease=LEASE))
+            work(channel.open(Region.from_fd(fd), beat=min(BEAT, lease / 4), lease=lease))
             signal.pause()
         finally:
             os._exit(1)
@@ -361,6 +363,49 @@ def test_a_stopped_reader_is_not_waited_for_and_is_told(region: Region, channels
         lost = [int(each.split()[1]) for each in got if each.startswith(b"lost")]
         assert sum(lost) + len([each for each in got if not each.startswith(b"lost")]) == 20
         assert lost
+
+
+@pytest.mark.parametrize("way", ["get", "get_rows"])
+def test_what_a_reader_got_and_what_it_lost_is_all_there_was(region: Region, way: str) -> None:
+    """It is stopped again and again while its writer does not wait for it any more."""
+    lease = 0.05
+    # The number that comes next, what was wrong, how often something was lost, whether it reads.
+    seen = memoryview(mmap.mmap(-1, 4096)).cast("Q")
+
+    def read(own: Channels) -> None:
+        reader = own.open("a").reader("block")  # type: ignore[attr-defined]
+        rows = bytearray(8 * 16)
+        seen[3] = 1
+        while True:
+            try:
+                if way == "get":
+                    numbers = [int.from_bytes(reader.get(), "little")]
+                else:
+                    count = reader.get_rows(memoryview(rows).cast("B", (16, 8)))
+                    numbers = memoryview(rows).cast("Q")[:count].tolist()
+            except channel.MessagesLost as error:
+                seen[0] += error.count
+                seen[2] += 1
+            else:
+                for number in numbers:
+                    seen[1] += number != seen[0]
+                    seen[0] = number + 1
+
+    with channel.open(region, beat=lease / 4, lease=lease) as channels:
+        messages = channels.create_messages("a", limit=8, slots=4, readers=1)
+        with child(region, read, lease) as pid, messages.writer() as writer:
+            until(lambda: seen[3], "it reads")
+            sent = 0
+            for _ in range(6):
+                for signal_, seconds in ((signal.SIGSTOP, 2 * lease), (signal.SIGCONT, lease / 2)):
+                    os.kill(pid, signal_)
+                    end = time.monotonic() + seconds
+                    while time.monotonic() < end:
+                        writer.put(sent.to_bytes(8, "little"), PATIENCE)
+                        sent += 1
+            until(lambda: seen[0] == sent, "it got all")
+        assert seen[1] == 0
+        assert seen[2] > 0
 
 
 def test_a_stopped_reader_of_a_queue(region: Region, channels: Channels) -> None:

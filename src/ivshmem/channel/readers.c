@@ -2636,7 +2636,7 @@ struct __pyx_obj_7ivshmem_7channel_7readers_Reader {
 };
 
 
-/* "ivshmem/channel/readers.pxd":17
+/* "ivshmem/channel/readers.pxd":18
  * 
  * 
  * cdef class ValueReader(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -2649,7 +2649,7 @@ struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader {
 };
 
 
-/* "ivshmem/channel/readers.pyx":287
+/* "ivshmem/channel/readers.pyx":293
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -3061,13 +3061,14 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   int (*take)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *);
   int (*take_pending)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
+  int (*tell_lost)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
   int (*keep)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
   PyObject *(*copy_out)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_7ivshmem_7channel_7readers_Reader;
 
 
-/* "ivshmem/channel/readers.pyx":319
+/* "ivshmem/channel/readers.pyx":325
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4364,6 +4365,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self); /* proto*/
@@ -6097,15 +6099,6 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   int __pyx_t_3;
   struct ivshmem_message __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12[5];
-  Py_ssize_t __pyx_t_13;
-  size_t __pyx_t_14;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6116,7 +6109,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *         cdef ivshmem_message message
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.take_pending():
- *             return 0
+ *             return self.tell_lost()
 */
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L1_error)
 
@@ -6125,7 +6118,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
- *             return 0
+ *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
 */
   __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
@@ -6136,13 +6129,13 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     /* "ivshmem/channel/readers.pyx":80
  *         self.enter()
  *         if self.take_pending():
- *             return 0             # <<<<<<<<<<<<<<
+ *             return self.tell_lost()             # <<<<<<<<<<<<<<
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 80, __pyx_L1_error)
     {
-
-      __pyx_r = 0;
+      __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
@@ -6150,14 +6143,14 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
- *             return 0
+ *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
 */
   }
 
   /* "ivshmem/channel/readers.pyx":81
  *         if self.take_pending():
- *             return 0
+ *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
@@ -6165,7 +6158,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
   /* "ivshmem/channel/readers.pyx":82
- *             return 0
+ *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
@@ -6278,7 +6271,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
  *             if self.take_pending():  # another thread left it
- *                 return 0
+ *                 return self.tell_lost()
 */
       {
 
@@ -6299,7 +6292,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
- *                 return 0
+ *                 return self.tell_lost()
  *         if self.membership.rings.count:
 */
     __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
@@ -6310,13 +6303,13 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       /* "ivshmem/channel/readers.pyx":91
  *                 return code
  *             if self.take_pending():  # another thread left it
- *                 return 0             # <<<<<<<<<<<<<<
+ *                 return self.tell_lost()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
 */
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
       {
-
-        __pyx_r = 0;
+        __pyx_r = __pyx_t_1;
       }
       goto __pyx_L0;
 
@@ -6324,13 +6317,13 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
- *                 return 0
+ *                 return self.tell_lost()
  *         if self.membership.rings.count:
 */
     }
 
     /* "ivshmem/channel/readers.pyx":82
- *             return 0
+ *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
@@ -6340,7 +6333,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
   /* "ivshmem/channel/readers.pyx":92
  *             if self.take_pending():  # another thread left it
- *                 return 0
+ *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
@@ -6351,7 +6344,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
 
     /* "ivshmem/channel/readers.pyx":93
- *                 return 0
+ *                 return self.tell_lost()
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
  *             self.membership.flush()
@@ -6392,7 +6385,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
     /* "ivshmem/channel/readers.pyx":92
  *             if self.take_pending():  # another thread left it
- *                 return 0
+ *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
@@ -6404,7 +6397,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+ *         return self.tell_lost()
 */
   __pyx_t_2 = (__pyx_v_code != 0);
 
@@ -6415,8 +6408,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *             self.keep()
+ *         return self.tell_lost()
+ * 
 */
     __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
@@ -6429,174 +6422,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
+ *         return self.tell_lost()
 */
   }
 
   /* "ivshmem/channel/readers.pyx":99
  *         if code:
  *             raise self.fail(code)
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
- *             self.keep()
- *             raise MessagesLost(
-*/
-  __pyx_t_3 = (__pyx_v_self->message.lost != 0);
-
-  if (__pyx_t_3) {
-
-  } else {
-
-    __pyx_t_2 = __pyx_t_3;
-
-    goto __pyx_L14_bool_binop_done;
-  }
-  __pyx_t_3 = (__pyx_v_self->__pyx_base.reader.overflow == IVSHMEM_BLOCK);
-
-
-  __pyx_t_2 = __pyx_t_3;
-
-  __pyx_L14_bool_binop_done:;
-  if (unlikely(__pyx_t_2)) {
-
-
-    /* "ivshmem/channel/readers.pyx":100
- *             raise self.fail(code)
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *             self.keep()             # <<<<<<<<<<<<<<
- *             raise MessagesLost(
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
-*/
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
-
-
-    /* "ivshmem/channel/readers.pyx":101
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
- *             self.keep()
- *             raise MessagesLost(             # <<<<<<<<<<<<<<
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
- *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
-*/
-    __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-
-    /* "ivshmem/channel/readers.pyx":102
- *             self.keep()
- *             raise MessagesLost(
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
- *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
- *                 self.message.lost,
-*/
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-
-    /* "ivshmem/channel/readers.pyx":103
- *             raise MessagesLost(
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
- *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
- *                 self.message.lost,
- *             )
-*/
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
-    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
-    __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 103, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_12[1] = __pyx_t_8;
-    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_stopped_and_wr;
-    __pyx_t_12[3] = __pyx_t_11;
-    __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
-
-    /* "ivshmem/channel/readers.pyx":102
- *             self.keep()
- *             raise MessagesLost(
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
- *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
- *                 self.message.lost,
-*/
-    __pyx_t_13 = 92;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
-    #endif
-    __pyx_t_1 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
-    #endif
-    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 102, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-
-    /* "ivshmem/channel/readers.pyx":104
- *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
- *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
- *                 self.message.lost,             # <<<<<<<<<<<<<<
- *             )
- *         return 0
-*/
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 104, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_14 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_7))) {
-      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
-      assert(__pyx_t_6);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-      __Pyx_INCREF(__pyx_t_6);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-      __pyx_t_14 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_10, __pyx_t_11};
-      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_14, (3-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 101, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-    }
-    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 101, __pyx_L1_error)
-
-    /* "ivshmem/channel/readers.pyx":99
- *         if code:
- *             raise self.fail(code)
- *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
- *             self.keep()
- *             raise MessagesLost(
-*/
-  }
-
-  /* "ivshmem/channel/readers.pyx":106
- *                 self.message.lost,
- *             )
- *         return 0             # <<<<<<<<<<<<<<
+ *         return self.tell_lost()             # <<<<<<<<<<<<<<
  * 
- *     cdef bint take_pending(self) noexcept:
+ *     cdef int tell_lost(self) except -1:
 */
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
   {
-
-    __pyx_r = 0;
+    __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
@@ -6611,12 +6450,6 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
@@ -6627,8 +6460,252 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":108
- *         return 0
+/* "ivshmem/channel/readers.pyx":101
+ *         return self.tell_lost()
+ * 
+ *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
+ *         cdef uint64_t lost = self.message.lost
+*/
+
+static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+  uint64_t __pyx_v_lost;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  uint64_t __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12[5];
+  Py_ssize_t __pyx_t_13;
+  size_t __pyx_t_14;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("tell_lost", 0);
+
+  /* "ivshmem/channel/readers.pyx":103
+ *     cdef int tell_lost(self) except -1:
+ *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
+ *         cdef uint64_t lost = self.message.lost             # <<<<<<<<<<<<<<
+ *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
+ *             return 0
+*/
+  __pyx_t_1 = __pyx_v_self->message.lost;
+
+  __pyx_v_lost = __pyx_t_1;
+
+  /* "ivshmem/channel/readers.pyx":104
+ *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
+ *         cdef uint64_t lost = self.message.lost
+ *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         self.message.lost = 0
+*/
+  __pyx_t_3 = (__pyx_v_lost == 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = (__pyx_v_self->__pyx_base.reader.overflow != IVSHMEM_BLOCK);
+
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/readers.pyx":105
+ *         cdef uint64_t lost = self.message.lost
+ *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         self.message.lost = 0
+ *         self.keep()
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/readers.pyx":104
+ *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
+ *         cdef uint64_t lost = self.message.lost
+ *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         self.message.lost = 0
+*/
+  }
+
+  /* "ivshmem/channel/readers.pyx":106
+ *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
+ *             return 0
+ *         self.message.lost = 0             # <<<<<<<<<<<<<<
+ *         self.keep()
+ *         raise MessagesLost(
+*/
+  __pyx_v_self->message.lost = 0;
+
+  /* "ivshmem/channel/readers.pyx":107
+ *             return 0
+ *         self.message.lost = 0
+ *         self.keep()             # <<<<<<<<<<<<<<
+ *         raise MessagesLost(
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
+*/
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/readers.pyx":108
+ *         self.message.lost = 0
+ *         self.keep()
+ *         raise MessagesLost(             # <<<<<<<<<<<<<<
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
+ *             f" {counted(lost, 'message')} of a writer were lost",
+*/
+  __pyx_t_6 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+
+  /* "ivshmem/channel/readers.pyx":109
+ *         self.keep()
+ *         raise MessagesLost(
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
+ *             f" {counted(lost, 'message')} of a writer were lost",
+ *             lost,
+*/
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+
+  /* "ivshmem/channel/readers.pyx":110
+ *         raise MessagesLost(
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
+ *             f" {counted(lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
+ *             lost,
+ *         )
+*/
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_9);
+  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __Pyx_GIVEREF(__pyx_t_10);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 110, __pyx_L1_error);
+  __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 110, __pyx_L1_error);
+  __pyx_t_10 = 0;
+  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+  __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+  __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+  __pyx_t_12[1] = __pyx_t_8;
+  __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_stopped_and_wr;
+  __pyx_t_12[3] = __pyx_t_11;
+  __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
+
+  /* "ivshmem/channel/readers.pyx":109
+ *         self.keep()
+ *         raise MessagesLost(
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
+ *             f" {counted(lost, 'message')} of a writer were lost",
+ *             lost,
+*/
+  __pyx_t_13 = 92;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
+  #endif
+  __pyx_t_4 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
+  #endif
+  __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_4);
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+
+  /* "ivshmem/channel/readers.pyx":111
+ *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
+ *             f" {counted(lost, 'message')} of a writer were lost",
+ *             lost,             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __pyx_t_14 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_7))) {
+    __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+    assert(__pyx_t_6);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+    __Pyx_INCREF(__pyx_t_6);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+    __pyx_t_14 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_10, __pyx_t_11};
+    __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_14, (3-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+  }
+  __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __PYX_ERR(0, 108, __pyx_L1_error)
+
+  /* "ivshmem/channel/readers.pyx":101
+ *         return self.tell_lost()
+ * 
+ *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
+ *         cdef uint64_t lost = self.message.lost
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.readers.Reader.tell_lost", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/readers.pyx":114
+ *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
  *         if not self.pending:
@@ -6643,7 +6720,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":109
+  /* "ivshmem/channel/readers.pyx":115
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6655,7 +6732,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":110
+    /* "ivshmem/channel/readers.pyx":116
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:
  *             return False             # <<<<<<<<<<<<<<
@@ -6668,7 +6745,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":109
+    /* "ivshmem/channel/readers.pyx":115
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6677,7 +6754,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":111
+  /* "ivshmem/channel/readers.pyx":117
  *         if not self.pending:
  *             return False
  *         self.pending = False             # <<<<<<<<<<<<<<
@@ -6686,17 +6763,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   __pyx_v_self->pending = 0;
 
-  /* "ivshmem/channel/readers.pyx":112
+  /* "ivshmem/channel/readers.pyx":118
  *             return False
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":113
+  /* "ivshmem/channel/readers.pyx":119
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)
  *         return True             # <<<<<<<<<<<<<<
@@ -6709,8 +6786,8 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":108
- *         return 0
+  /* "ivshmem/channel/readers.pyx":114
+ *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
  *         if not self.pending:
@@ -6726,7 +6803,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":115
+/* "ivshmem/channel/readers.pyx":121
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6741,7 +6818,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":117
+  /* "ivshmem/channel/readers.pyx":123
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -6750,20 +6827,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/readers.pyx":118
+  /* "ivshmem/channel/readers.pyx":124
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":115
+  /* "ivshmem/channel/readers.pyx":121
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6780,7 +6857,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":120
+/* "ivshmem/channel/readers.pyx":126
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -6803,7 +6880,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/readers.pyx":122
+  /* "ivshmem/channel/readers.pyx":128
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -6814,29 +6891,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":123
+  /* "ivshmem/channel/readers.pyx":129
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":124
+  /* "ivshmem/channel/readers.pyx":130
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 130, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/readers.pyx":125
+  /* "ivshmem/channel/readers.pyx":131
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -6864,7 +6941,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":120
+  /* "ivshmem/channel/readers.pyx":126
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -6886,7 +6963,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":127
+/* "ivshmem/channel/readers.pyx":133
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6934,20 +7011,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 127, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 133, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 127, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 127, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 133, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":129
+      /* "ivshmem/channel/readers.pyx":135
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6960,7 +7037,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 127, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6973,7 +7050,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 127, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 133, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6986,7 +7063,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":127
+  /* "ivshmem/channel/readers.pyx":133
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7029,7 +7106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":150
+        /* "ivshmem/channel/readers.pyx":156
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -7043,21 +7120,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/readers.pyx":151
+          /* "ivshmem/channel/readers.pyx":157
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 151, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 157, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":152
+            /* "ivshmem/channel/readers.pyx":158
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7075,7 +7152,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":151
+            /* "ivshmem/channel/readers.pyx":157
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7084,19 +7161,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
 */
           }
 
-          /* "ivshmem/channel/readers.pyx":153
+          /* "ivshmem/channel/readers.pyx":159
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 159, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/readers.pyx":154
+          /* "ivshmem/channel/readers.pyx":160
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7107,7 +7184,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":155
+            /* "ivshmem/channel/readers.pyx":161
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -7126,7 +7203,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 155, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 161, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -7145,7 +7222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":154
+            /* "ivshmem/channel/readers.pyx":160
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7156,21 +7233,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         }
 
 
-        /* "ivshmem/channel/readers.pyx":156
+        /* "ivshmem/channel/readers.pyx":162
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 156, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 156, __pyx_L4_error)
+        __PYX_ERR(0, 162, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/readers.pyx":127
+      /* "ivshmem/channel/readers.pyx":133
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7212,7 +7289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":158
+/* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7262,24 +7339,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 158, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 158, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 158, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 158, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":159
+      /* "ivshmem/channel/readers.pyx":165
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7289,17 +7366,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 158, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 164, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 158, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 158, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7312,7 +7389,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 158, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7325,7 +7402,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":158
+  /* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7382,17 +7459,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":171
+        /* "ivshmem/channel/readers.pyx":177
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":172
+        /* "ivshmem/channel/readers.pyx":178
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7401,7 +7478,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":173
+          /* "ivshmem/channel/readers.pyx":179
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -7415,21 +7492,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_v__ = __pyx_t_5;
 
-            /* "ivshmem/channel/readers.pyx":174
+            /* "ivshmem/channel/readers.pyx":180
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 174, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 180, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/readers.pyx":175
+              /* "ivshmem/channel/readers.pyx":181
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -7447,7 +7524,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":174
+              /* "ivshmem/channel/readers.pyx":180
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7456,7 +7533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":176
+            /* "ivshmem/channel/readers.pyx":182
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -7467,7 +7544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 
             __pyx_v_message = __pyx_t_7;
 
-            /* "ivshmem/channel/readers.pyx":177
+            /* "ivshmem/channel/readers.pyx":183
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7479,7 +7556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             if (unlikely(__pyx_t_6)) {
 
 
-              /* "ivshmem/channel/readers.pyx":178
+              /* "ivshmem/channel/readers.pyx":184
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -7488,17 +7565,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":179
+              /* "ivshmem/channel/readers.pyx":185
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L7_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/readers.pyx":180
+              /* "ivshmem/channel/readers.pyx":186
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7506,19 +7583,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
  *                     )
 */
               __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 180, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 186, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":181
+              /* "ivshmem/channel/readers.pyx":187
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 181, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 187, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 181, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 187, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -7530,7 +7607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               #endif
               __pyx_t_2 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 181, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 187, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -7552,14 +7629,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 180, __pyx_L7_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 186, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __Pyx_Raise(__pyx_t_8, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 180, __pyx_L7_error)
+              __PYX_ERR(0, 186, __pyx_L7_error)
 
-              /* "ivshmem/channel/readers.pyx":177
+              /* "ivshmem/channel/readers.pyx":183
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7568,28 +7645,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":183
+            /* "ivshmem/channel/readers.pyx":189
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 183, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 189, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/readers.pyx":184
+              /* "ivshmem/channel/readers.pyx":190
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 184, __pyx_L7_error)
+              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_8);
               {
                 PyObject *__pyx_temp;
@@ -7603,7 +7680,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":183
+              /* "ivshmem/channel/readers.pyx":189
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -7614,21 +7691,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           }
 
 
-          /* "ivshmem/channel/readers.pyx":185
+          /* "ivshmem/channel/readers.pyx":191
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 185, __pyx_L7_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 191, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_Raise(__pyx_t_8, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 185, __pyx_L7_error)
+          __PYX_ERR(0, 191, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/readers.pyx":187
+        /* "ivshmem/channel/readers.pyx":193
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7682,7 +7759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":158
+      /* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7728,7 +7805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":189
+/* "ivshmem/channel/readers.pyx":195
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7778,24 +7855,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 189, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 189, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":190
+      /* "ivshmem/channel/readers.pyx":196
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7805,17 +7882,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 189, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 195, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7828,7 +7905,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 189, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7841,7 +7918,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":189
+  /* "ivshmem/channel/readers.pyx":195
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7902,7 +7979,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":208
+        /* "ivshmem/channel/readers.pyx":214
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -7911,33 +7988,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/readers.pyx":210
+        /* "ivshmem/channel/readers.pyx":216
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/readers.pyx":211
+        /* "ivshmem/channel/readers.pyx":217
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 211, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 211, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 217, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":212
+          /* "ivshmem/channel/readers.pyx":218
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -7950,14 +8027,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 212, __pyx_L4_error)
+          __PYX_ERR(0, 218, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":211
+          /* "ivshmem/channel/readers.pyx":217
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -7966,33 +8043,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":213
+        /* "ivshmem/channel/readers.pyx":219
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 213, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 213, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 219, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/readers.pyx":214
+        /* "ivshmem/channel/readers.pyx":220
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 214, __pyx_L4_error)
+        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":215
+        /* "ivshmem/channel/readers.pyx":221
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -8001,7 +8078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":216
+          /* "ivshmem/channel/readers.pyx":222
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -8013,7 +8090,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 216, __pyx_L8_error)
+              __PYX_ERR(0, 222, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -8024,7 +8101,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/readers.pyx":217
+          /* "ivshmem/channel/readers.pyx":223
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -8033,7 +8110,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/readers.pyx":218
+          /* "ivshmem/channel/readers.pyx":224
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -8046,7 +8123,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/readers.pyx":219
+            /* "ivshmem/channel/readers.pyx":225
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8058,21 +8135,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":220
+              /* "ivshmem/channel/readers.pyx":226
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 220, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 226, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":221
+                /* "ivshmem/channel/readers.pyx":227
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -8091,7 +8168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/readers.pyx":220
+                /* "ivshmem/channel/readers.pyx":226
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8100,7 +8177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":219
+              /* "ivshmem/channel/readers.pyx":225
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8110,7 +8187,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/readers.pyx":223
+            /* "ivshmem/channel/readers.pyx":229
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -8120,7 +8197,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/readers.pyx":224
+              /* "ivshmem/channel/readers.pyx":230
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8132,7 +8209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":225
+                /* "ivshmem/channel/readers.pyx":231
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -8141,7 +8218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":224
+                /* "ivshmem/channel/readers.pyx":230
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8150,7 +8227,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":226
+              /* "ivshmem/channel/readers.pyx":232
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8162,20 +8239,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/readers.pyx":227
+                /* "ivshmem/channel/readers.pyx":233
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 227, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 233, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 227, __pyx_L8_error)
+                __PYX_ERR(0, 233, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":226
+                /* "ivshmem/channel/readers.pyx":232
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8184,7 +8261,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":228
+              /* "ivshmem/channel/readers.pyx":234
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8210,17 +8287,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":229
+                /* "ivshmem/channel/readers.pyx":235
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/readers.pyx":230
+                /* "ivshmem/channel/readers.pyx":236
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -8229,7 +8306,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":228
+                /* "ivshmem/channel/readers.pyx":234
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8240,7 +8317,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/readers.pyx":231
+            /* "ivshmem/channel/readers.pyx":237
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -8251,7 +8328,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":232
+            /* "ivshmem/channel/readers.pyx":238
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8263,7 +8340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":233
+              /* "ivshmem/channel/readers.pyx":239
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -8272,17 +8349,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":234
+              /* "ivshmem/channel/readers.pyx":240
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/readers.pyx":235
+              /* "ivshmem/channel/readers.pyx":241
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8294,7 +8371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":236
+                /* "ivshmem/channel/readers.pyx":242
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -8303,7 +8380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":235
+                /* "ivshmem/channel/readers.pyx":241
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8312,7 +8389,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":237
+              /* "ivshmem/channel/readers.pyx":243
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -8320,19 +8397,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 237, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 243, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":238
+              /* "ivshmem/channel/readers.pyx":244
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 238, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 244, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 238, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 244, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -8344,7 +8421,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 238, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 244, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -8366,14 +8443,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 237, __pyx_L8_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 243, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
               }
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 237, __pyx_L8_error)
+              __PYX_ERR(0, 243, __pyx_L8_error)
 
-              /* "ivshmem/channel/readers.pyx":232
+              /* "ivshmem/channel/readers.pyx":238
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8382,21 +8459,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":240
+            /* "ivshmem/channel/readers.pyx":246
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 240, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 246, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":241
+              /* "ivshmem/channel/readers.pyx":247
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -8405,7 +8482,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/readers.pyx":242
+              /* "ivshmem/channel/readers.pyx":248
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -8414,7 +8491,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/readers.pyx":240
+              /* "ivshmem/channel/readers.pyx":246
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -8424,7 +8501,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/readers.pyx":244
+            /* "ivshmem/channel/readers.pyx":250
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -8434,7 +8511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/readers.pyx":245
+              /* "ivshmem/channel/readers.pyx":251
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8446,7 +8523,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":246
+                /* "ivshmem/channel/readers.pyx":252
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8458,7 +8535,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/readers.pyx":247
+                  /* "ivshmem/channel/readers.pyx":253
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -8467,7 +8544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/readers.pyx":246
+                  /* "ivshmem/channel/readers.pyx":252
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8476,20 +8553,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/readers.pyx":248
+                /* "ivshmem/channel/readers.pyx":254
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 248, __pyx_L8_error)
+                __PYX_ERR(0, 254, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":245
+                /* "ivshmem/channel/readers.pyx":251
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8502,14 +8579,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/readers.pyx":249
+          /* "ivshmem/channel/readers.pyx":255
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L8_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -8524,7 +8601,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/readers.pyx":251
+        /* "ivshmem/channel/readers.pyx":257
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8578,7 +8655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":189
+      /* "ivshmem/channel/readers.pyx":195
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8629,7 +8706,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":253
+/* "ivshmem/channel/readers.pyx":259
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8678,20 +8755,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 253, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 259, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 253, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 259, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":254
+      /* "ivshmem/channel/readers.pyx":260
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8704,7 +8781,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 253, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8717,7 +8794,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 253, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 259, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8730,7 +8807,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":253
+  /* "ivshmem/channel/readers.pyx":259
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8774,7 +8851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":270
+        /* "ivshmem/channel/readers.pyx":276
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -8786,7 +8863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/readers.pyx":271
+          /* "ivshmem/channel/readers.pyx":277
  *         """
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8794,35 +8871,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
  *                 " that it was made for: release one"
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
 
-          /* "ivshmem/channel/readers.pyx":272
+          /* "ivshmem/channel/readers.pyx":278
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 272, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 278, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 272, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 278, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 272, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8839,7 +8916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 272, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8861,14 +8938,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 277, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 271, __pyx_L4_error)
+          __PYX_ERR(0, 277, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":270
+          /* "ivshmem/channel/readers.pyx":276
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -8877,21 +8954,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":275
+        /* "ivshmem/channel/readers.pyx":281
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 275, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 281, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/readers.pyx":276
+          /* "ivshmem/channel/readers.pyx":282
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -8909,7 +8986,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":275
+          /* "ivshmem/channel/readers.pyx":281
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8918,14 +8995,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":277
+        /* "ivshmem/channel/readers.pyx":283
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 277, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -8940,7 +9017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":253
+      /* "ivshmem/channel/readers.pyx":259
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8984,7 +9061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":279
+/* "ivshmem/channel/readers.pyx":285
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9032,24 +9109,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 279, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 285, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 279, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 285, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 279, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9060,7 +9137,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 279, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 285, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9094,7 +9171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":281
+  /* "ivshmem/channel/readers.pyx":287
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -9102,12 +9179,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9127,7 +9204,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9141,7 +9218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":279
+  /* "ivshmem/channel/readers.pyx":285
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9163,7 +9240,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":283
+/* "ivshmem/channel/readers.pyx":289
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9212,35 +9289,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 283, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 289, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 283, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 289, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 283, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 289, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 283, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 289, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 283, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 289, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 283, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 289, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 283, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 289, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9251,7 +9328,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 283, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 289, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9285,7 +9362,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":285
+  /* "ivshmem/channel/readers.pyx":291
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -9293,12 +9370,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
  *     async def get_rows_async(self, rows, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9318,7 +9395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9332,7 +9409,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":283
+  /* "ivshmem/channel/readers.pyx":289
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -9355,7 +9432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/readers.pyx":287
+/* "ivshmem/channel/readers.pyx":293
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -9404,35 +9481,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 287, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 293, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 287, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 293, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 287, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 293, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 287, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 293, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 287, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 293, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9443,7 +9520,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 287, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 293, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9476,7 +9553,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 287, __pyx_L1_error)
+    __PYX_ERR(0, 293, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9490,7 +9567,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9532,10 +9609,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 287, __pyx_L1_error)
+    __PYX_ERR(0, 293, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/readers.pyx":289
+  /* "ivshmem/channel/readers.pyx":295
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)             # <<<<<<<<<<<<<<
@@ -9543,12 +9620,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9568,7 +9645,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -9582,34 +9659,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 289, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 295, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 289, __pyx_L1_error)
+    __PYX_ERR(0, 295, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/readers.pyx":290
+  /* "ivshmem/channel/readers.pyx":296
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
   if (!__pyx_t_7) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_1 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_1 = __pyx_t_4;
   __pyx_t_4 = 0;
@@ -9626,7 +9703,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/readers.pyx":287
+  /* "ivshmem/channel/readers.pyx":293
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -9655,7 +9732,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":292
+/* "ivshmem/channel/readers.pyx":298
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9704,39 +9781,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 298, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 298, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 298, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 292, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 298, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 298, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 298, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9770,7 +9847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/readers.pyx":293
+  /* "ivshmem/channel/readers.pyx":299
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -9784,10 +9861,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -9810,7 +9887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":292
+  /* "ivshmem/channel/readers.pyx":298
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9831,7 +9908,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":295
+/* "ivshmem/channel/readers.pyx":301
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -9879,24 +9956,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 295, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 295, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 295, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 295, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9907,7 +9984,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 295, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9941,7 +10018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":297
+  /* "ivshmem/channel/readers.pyx":303
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)             # <<<<<<<<<<<<<<
@@ -9949,12 +10026,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9974,7 +10051,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9988,7 +10065,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":295
+  /* "ivshmem/channel/readers.pyx":301
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -10010,7 +10087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":299
+/* "ivshmem/channel/readers.pyx":305
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10038,7 +10115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":300
+  /* "ivshmem/channel/readers.pyx":306
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10056,7 +10133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":299
+  /* "ivshmem/channel/readers.pyx":305
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -10071,7 +10148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":302
+/* "ivshmem/channel/readers.pyx":308
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10105,7 +10182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":303
+  /* "ivshmem/channel/readers.pyx":309
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -10119,7 +10196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10133,7 +10210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":302
+  /* "ivshmem/channel/readers.pyx":308
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10153,7 +10230,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":305
+/* "ivshmem/channel/readers.pyx":311
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10181,7 +10258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":306
+  /* "ivshmem/channel/readers.pyx":312
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10199,7 +10276,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":305
+  /* "ivshmem/channel/readers.pyx":311
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10214,7 +10291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":308
+/* "ivshmem/channel/readers.pyx":314
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10248,7 +10325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":309
+  /* "ivshmem/channel/readers.pyx":315
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10262,7 +10339,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10276,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":308
+  /* "ivshmem/channel/readers.pyx":314
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10502,7 +10579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":314
+/* "ivshmem/channel/readers.pyx":320
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10514,7 +10591,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":315
+  /* "ivshmem/channel/readers.pyx":321
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -10523,7 +10600,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":316
+  /* "ivshmem/channel/readers.pyx":322
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -10536,7 +10613,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":314
+  /* "ivshmem/channel/readers.pyx":320
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10550,7 +10627,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":327
+/* "ivshmem/channel/readers.pyx":333
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -10562,7 +10639,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":329
+  /* "ivshmem/channel/readers.pyx":335
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10574,7 +10651,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":330
+    /* "ivshmem/channel/readers.pyx":336
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10587,7 +10664,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":329
+    /* "ivshmem/channel/readers.pyx":335
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10596,7 +10673,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":331
+  /* "ivshmem/channel/readers.pyx":337
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -10609,7 +10686,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":327
+  /* "ivshmem/channel/readers.pyx":333
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -10623,7 +10700,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":333
+/* "ivshmem/channel/readers.pyx":339
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -10636,7 +10713,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":334
+  /* "ivshmem/channel/readers.pyx":340
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10648,7 +10725,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":335
+    /* "ivshmem/channel/readers.pyx":341
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10661,7 +10738,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":334
+    /* "ivshmem/channel/readers.pyx":340
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10670,7 +10747,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":336
+  /* "ivshmem/channel/readers.pyx":342
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -10679,7 +10756,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-  /* "ivshmem/channel/readers.pyx":337
+  /* "ivshmem/channel/readers.pyx":343
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10701,7 +10778,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":333
+  /* "ivshmem/channel/readers.pyx":339
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -10715,7 +10792,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":339
+/* "ivshmem/channel/readers.pyx":345
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10726,7 +10803,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":340
+  /* "ivshmem/channel/readers.pyx":346
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10738,7 +10815,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":341
+    /* "ivshmem/channel/readers.pyx":347
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -10747,7 +10824,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":340
+    /* "ivshmem/channel/readers.pyx":346
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10756,7 +10833,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":339
+  /* "ivshmem/channel/readers.pyx":345
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10768,7 +10845,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 
 }
 
-/* "ivshmem/channel/readers.pyx":343
+/* "ivshmem/channel/readers.pyx":349
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10779,7 +10856,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":344
+  /* "ivshmem/channel/readers.pyx":350
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -10788,7 +10865,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":345
+  /* "ivshmem/channel/readers.pyx":351
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -10797,7 +10874,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_value;
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":352
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -10810,7 +10887,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":343
+  /* "ivshmem/channel/readers.pyx":349
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10824,7 +10901,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":348
+/* "ivshmem/channel/readers.pyx":354
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10841,7 +10918,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":349
+  /* "ivshmem/channel/readers.pyx":355
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10867,17 +10944,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":350
+    /* "ivshmem/channel/readers.pyx":356
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":349
+    /* "ivshmem/channel/readers.pyx":355
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10886,7 +10963,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":351
+  /* "ivshmem/channel/readers.pyx":357
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10899,7 +10976,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":348
+  /* "ivshmem/channel/readers.pyx":354
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10916,7 +10993,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":353
+/* "ivshmem/channel/readers.pyx":359
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -10943,7 +11020,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/readers.pyx":356
+  /* "ivshmem/channel/readers.pyx":362
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -10957,7 +11034,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":357
+    /* "ivshmem/channel/readers.pyx":363
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10969,7 +11046,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":358
+      /* "ivshmem/channel/readers.pyx":364
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -10986,7 +11063,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":357
+      /* "ivshmem/channel/readers.pyx":363
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10995,7 +11072,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":359
+    /* "ivshmem/channel/readers.pyx":365
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11007,20 +11084,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/readers.pyx":360
+      /* "ivshmem/channel/readers.pyx":366
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 360, __pyx_L1_error)
+      __PYX_ERR(0, 366, __pyx_L1_error)
 
-      /* "ivshmem/channel/readers.pyx":359
+      /* "ivshmem/channel/readers.pyx":365
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11029,19 +11106,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":361
+    /* "ivshmem/channel/readers.pyx":367
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 367, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/readers.pyx":362
+    /* "ivshmem/channel/readers.pyx":368
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -11050,7 +11127,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/readers.pyx":367
+    /* "ivshmem/channel/readers.pyx":373
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11062,7 +11139,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":368
+      /* "ivshmem/channel/readers.pyx":374
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -11081,7 +11158,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 368, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 374, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -11099,7 +11176,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":367
+      /* "ivshmem/channel/readers.pyx":373
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11108,7 +11185,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":369
+    /* "ivshmem/channel/readers.pyx":375
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11119,20 +11196,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   }
 
 
-  /* "ivshmem/channel/readers.pyx":370
+  /* "ivshmem/channel/readers.pyx":376
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 370, __pyx_L1_error)
+  __PYX_ERR(0, 376, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":353
+  /* "ivshmem/channel/readers.pyx":359
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -11156,7 +11233,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":372
+/* "ivshmem/channel/readers.pyx":378
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11225,24 +11302,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":383
+        /* "ivshmem/channel/readers.pyx":389
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":384
+        /* "ivshmem/channel/readers.pyx":390
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 384, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 390, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -11257,7 +11334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":372
+      /* "ivshmem/channel/readers.pyx":378
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11295,7 +11372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":386
+/* "ivshmem/channel/readers.pyx":392
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11344,20 +11421,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 386, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 392, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 386, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 392, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":387
+      /* "ivshmem/channel/readers.pyx":393
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11370,7 +11447,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11383,7 +11460,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 386, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 392, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11396,7 +11473,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":386
+  /* "ivshmem/channel/readers.pyx":392
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11430,25 +11507,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":399
+        /* "ivshmem/channel/readers.pyx":405
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":400
+        /* "ivshmem/channel/readers.pyx":406
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 400, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 406, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -11464,7 +11541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":386
+      /* "ivshmem/channel/readers.pyx":392
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11502,7 +11579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":402
+/* "ivshmem/channel/readers.pyx":408
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11573,17 +11650,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":410
+        /* "ivshmem/channel/readers.pyx":416
  *         """
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":411
+        /* "ivshmem/channel/readers.pyx":417
  *         cdef int code
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11592,7 +11669,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/readers.pyx":412
+        /* "ivshmem/channel/readers.pyx":418
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11604,7 +11681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/readers.pyx":413
+          /* "ivshmem/channel/readers.pyx":419
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -11622,7 +11699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":412
+          /* "ivshmem/channel/readers.pyx":418
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11631,7 +11708,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":414
+        /* "ivshmem/channel/readers.pyx":420
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -11643,20 +11720,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":415
+          /* "ivshmem/channel/readers.pyx":421
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 421, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 415, __pyx_L4_error)
+          __PYX_ERR(0, 421, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":414
+          /* "ivshmem/channel/readers.pyx":420
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -11665,14 +11742,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":416
+        /* "ivshmem/channel/readers.pyx":422
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 422, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -11687,7 +11764,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":402
+      /* "ivshmem/channel/readers.pyx":408
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11726,7 +11803,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":418
+/* "ivshmem/channel/readers.pyx":424
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11774,24 +11851,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 418, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 418, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 418, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11802,7 +11879,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 418, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11836,7 +11913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":420
+  /* "ivshmem/channel/readers.pyx":426
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)             # <<<<<<<<<<<<<<
@@ -11844,12 +11921,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11869,7 +11946,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -11883,7 +11960,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":418
+  /* "ivshmem/channel/readers.pyx":424
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11905,7 +11982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":422
+/* "ivshmem/channel/readers.pyx":428
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -11933,7 +12010,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":423
+  /* "ivshmem/channel/readers.pyx":429
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11951,7 +12028,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":422
+  /* "ivshmem/channel/readers.pyx":428
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -11966,7 +12043,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":425
+/* "ivshmem/channel/readers.pyx":431
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12000,7 +12077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":426
+  /* "ivshmem/channel/readers.pyx":432
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -12014,7 +12091,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12028,7 +12105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":425
+  /* "ivshmem/channel/readers.pyx":431
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12048,7 +12125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":428
+/* "ivshmem/channel/readers.pyx":434
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12076,7 +12153,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":429
+  /* "ivshmem/channel/readers.pyx":435
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12094,7 +12171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":428
+  /* "ivshmem/channel/readers.pyx":434
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12109,7 +12186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":431
+/* "ivshmem/channel/readers.pyx":437
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12142,7 +12219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":432
+  /* "ivshmem/channel/readers.pyx":438
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -12154,7 +12231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12168,7 +12245,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":431
+  /* "ivshmem/channel/readers.pyx":437
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -13088,6 +13165,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_Reader(__p
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_6Reader_restore;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.take = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.take_pending = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending;
+  __pyx_vtable_7ivshmem_7channel_7readers_Reader.tell_lost = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_keep;
   __pyx_vtable_7ivshmem_7channel_7readers_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *))__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out;
   #if CYTHON_USE_TYPE_SPECS
@@ -13145,11 +13223,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore;
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 325, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = &__pyx_type_7ivshmem_7channel_7readers_ValueReader;
   #endif
@@ -13157,7 +13235,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
@@ -13167,12 +13245,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13190,14 +13268,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 293, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
@@ -13885,33 +13963,33 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":158
+  /* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":159
+  /* "ivshmem/channel/readers.pyx":165
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":158
+  /* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 158, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13919,36 +13997,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":189
+  /* "ivshmem/channel/readers.pyx":195
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":190
+  /* "ivshmem/channel/readers.pyx":196
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":189
+  /* "ivshmem/channel/readers.pyx":195
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -13956,36 +14034,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":253
+  /* "ivshmem/channel/readers.pyx":259
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":254
+  /* "ivshmem/channel/readers.pyx":260
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":253
+  /* "ivshmem/channel/readers.pyx":259
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13993,86 +14071,86 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 253, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":279
+  /* "ivshmem/channel/readers.pyx":285
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 279, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":283
+  /* "ivshmem/channel/readers.pyx":289
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":287
+  /* "ivshmem/channel/readers.pyx":293
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":292
+  /* "ivshmem/channel/readers.pyx":298
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":295
+  /* "ivshmem/channel/readers.pyx":301
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 295, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -14102,48 +14180,48 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":372
+  /* "ivshmem/channel/readers.pyx":378
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":386
+  /* "ivshmem/channel/readers.pyx":392
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":387
+  /* "ivshmem/channel/readers.pyx":393
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":386
+  /* "ivshmem/channel/readers.pyx":392
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14151,38 +14229,38 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":402
+  /* "ivshmem/channel/readers.pyx":408
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 402, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 408, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":418
+  /* "ivshmem/channel/readers.pyx":424
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 418, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -14279,7 +14357,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/readers.pyx":158
+  /* "ivshmem/channel/readers.pyx":164
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14288,7 +14366,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 158, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 164, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14476,42 +14554,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 287};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 293};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 158};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__5};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 253};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 279};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 283};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 295};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -14526,22 +14604,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 372};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 378};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 386};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 392};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 402};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 408};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 418};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 424};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }

@@ -10,6 +10,7 @@ cdef class Reader(ReaderEnd):
 
     cdef int take(self, object timeout, object spin) except -2
     cdef bint take_pending(self) noexcept
+    cdef int tell_lost(self) except -1
     cdef int keep(self) except -1
     cdef object copy_out(self)
 

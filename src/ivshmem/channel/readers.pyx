@@ -77,7 +77,7 @@ cdef class Reader(ReaderEnd):
         cdef ivshmem_message message
         self.enter()
         if self.take_pending():
-            return 0
+            return self.tell_lost()
         code = ivshmem_take(&self.reader, &self.message)
         if code == IVSHMEM_AGAIN:
             if timeout is not None and timeout == 0 and not self.watched:
@@ -88,7 +88,7 @@ cdef class Reader(ReaderEnd):
             if code == IVSHMEM_AGAIN:
                 return code
             if self.take_pending():  # another thread left it
-                return 0
+                return self.tell_lost()
         if self.membership.rings.count:
             message = self.message  # another thread may take one during the flush
             self.membership.flush()
@@ -96,14 +96,20 @@ cdef class Reader(ReaderEnd):
             self.message = message
         if code:
             raise self.fail(code)
-        if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
-            self.keep()
-            raise MessagesLost(
-                f"channel {self.name!r}: this process was stopped, and writers continued without"
-                f" it: {counted(self.message.lost, 'message')} of a writer were lost",
-                self.message.lost,
-            )
-        return 0
+        return self.tell_lost()
+
+    cdef int tell_lost(self) except -1:
+        """Raise MessagesLost if a reader that blocks lost messages before this one."""
+        cdef uint64_t lost = self.message.lost
+        if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
+            return 0
+        self.message.lost = 0
+        self.keep()
+        raise MessagesLost(
+            f"channel {self.name!r}: this process was stopped, and writers continued without it:"
+            f" {counted(lost, 'message')} of a writer were lost",
+            lost,
+        )
 
     cdef bint take_pending(self) noexcept:
         if not self.pending:

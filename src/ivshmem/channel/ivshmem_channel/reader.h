@@ -16,6 +16,7 @@ struct ivshmem_source {
     uint64_t head;  /* as it was seen last: what stands before it was published */
     uint64_t tail;  /* as it was stored last */
     uint64_t lost;
+    uint64_t untold; /* of these: since the last message that was taken */
     uint64_t held;  /* the oldest position that is being looked at, or `next` */
     unsigned epoch; /* of the writer's slot */
     int hurried;    /* a message was overwritten while it was copied */
@@ -105,6 +106,8 @@ static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
         uint64_t head = ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i)));
         uint64_t ahead = ivshmem_ahead(head, source->next);
         if (ahead >= slots && !ivshmem_is_behind(head, source->next)) {
+            source->lost += ahead - slots + 1;
+            source->untold += ahead - slots + 1;
             source->next = (head - slots + 1) & IVSHMEM_VALUE_MASK;
             source->held = source->next;
             ivshmem_reader_tail(reader, i);
@@ -126,6 +129,7 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     const struct ivshmem_geometry *g = &channel->record.geometry;
     uint64_t row;
     unsigned slot = 0;
+    int joined;
     reader->turn = 0;
     reader->batch = g->slots / 4 > 0 ? g->slots / 4 : 1;
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
@@ -159,7 +163,7 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         source->head = source->next;
         source->held = source->next;
         source->tail = source->next;
-        source->lost = 0;
+        source->lost = source->untold = 0;
         source->hurried = 0;
         if (reader->slot != IVSHMEM_NO_SLOT)
             ivshmem_store(memory, channel->at + ivshmem_row_at(channel, slot, i),
@@ -170,7 +174,10 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     row = channel->layout.rows + channel->layout.row_bytes * slot;
     ivshmem_announce(memory, channel->at + row,
                      ivshmem_policy_word((unsigned)reader->overflow, 0, reader->epoch));
-    return ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
+    joined = ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
+    for (unsigned i = 0; i < g->writers; i++) /* what came before it joined is not lost */
+        reader->sources[i].lost = reader->sources[i].untold = 0;
+    return joined;
 }
 
 /* A message was overwritten while it was copied. The ones after it would be, too: the reader passes
@@ -178,6 +185,7 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
 static inline void ivshmem_reader_lose(struct ivshmem_reader *reader, unsigned writer)
 {
     reader->sources[writer].lost++;
+    reader->sources[writer].untold++;
     reader->sources[writer].hurried = 1;
 }
 
@@ -226,12 +234,14 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
         source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
         if (code != IVSHMEM_OVERTAKEN) {
             source->lost += skipped;
-            message->lost = skipped;
+            message->lost = source->untold + skipped;
+            source->untold = 0;
             return code;
         }
         skipped++;
     }
     source->lost += skipped;
+    source->untold += skipped;
     return IVSHMEM_AGAIN;
 }
 
