@@ -184,8 +184,8 @@ class Server(Role):
             found = yield from self.look()
             if found is not None:
                 c, claim = found
-                yield from self.serve(c, claim)
-                if self.setting.one:
+                served = yield from self.serve(c, claim)
+                if served and self.setting.one:
                     return
             elif all(self.closed):
                 return
@@ -207,11 +207,12 @@ class Server(Role):
         return None
 
     def serve(self, c: int, claim: Claim) -> Steps:
+        """Serve a request. Return whether no other server was quicker."""
         place = ("claim", c, claim.position % self.setting.slots)
         mine = Claim(claim.position, TAKEN, self.name)
         if self.has("requests are exchanged"):
             if (yield CompareExchange(place, claim, mine)) != claim:
-                return
+                return False
         else:
             yield Store(place, mine)
         if self.has("a server rings the next"):
@@ -225,6 +226,7 @@ class Server(Role):
         replied = mine._replace(state=REPLIED)
         if (yield CompareExchange(place, mine, replied)) == mine:
             yield from self.wake(f"c{c}")
+        return True
 
     def pass_on(self) -> Steps:
         """Wake another server if there is more: callers may have rung this one for several."""
