@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 from ivshmem import ClosedError, Directory, Region, channel
-from ivshmem.channel import Bytes
+from ivshmem.channel import Bytes, StreamListener
 from ivshmem.channel.transport import StreamTransport
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
@@ -253,3 +254,149 @@ def test_the_end_of_the_loop_closes_connections(room: Bytes) -> None:
 
     for _ in range(40):  # of 16 connections, and one listener
         asyncio.run(work())
+
+
+def test_connections_end_with_the_loop_while_they_send(room: Bytes) -> None:
+    kept = []
+
+    async def work(listener: StreamListener) -> None:
+        _, writer = await room.open_connection()
+        kept.append((writer, listener.accept(1)))
+        writer.write(bytes(100_000))
+        writer.close()
+
+    with room.listen() as listener:
+        asyncio.run(work(listener))
+        ((writer, accepted),) = kept
+        assert writer.get_extra_info("stream").closed
+        accepted.close()
+
+
+def test_a_function_for_connections_that_raises_leaves_the_server_at_work(room: Bytes) -> None:
+    told: list[dict[str, Any]] = []
+    taken = []
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken.append(writer)
+        if len(taken) == 1:
+            raise ZeroDivisionError
+        writer.write(b"a")
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        async with await room.start_server(connected):
+            for answer in (b"", b"a"):
+                reader, writer = await room.open_connection()
+                assert await reader.read(1) == answer
+                writer.close()
+            taken[1].close()
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    assert [type(context["exception"]) for context in told] == [ZeroDivisionError]
+
+
+def test_limits_hold_for_what_was_written_before(room: Bytes, run: Run) -> None:
+    async def work() -> None:
+        with room.listen():
+            _, writer = await room.open_connection()
+            writer.write(bytes(10_000))
+            writer.transport.set_write_buffer_limits(high=0)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(writer.drain(), 0.05)
+            writer.transport.abort()
+
+    run(work())
+
+
+def test_nothing_is_received_after_close(room: Bytes, run: Run) -> None:
+    class Once(asyncio.Protocol):
+        transport: StreamTransport
+        received = 0
+
+        def data_received(self, _: bytes) -> None:
+            self.received += 1
+            self.transport.write(bytes(5000))  # more than has room: the connection stays open
+            self.transport.close()
+
+    async def work() -> None:
+        with room.listen() as listener, room.connect() as caller:
+            accepted = listener.accept()
+            assert accepted is not None
+            protocol = Once()
+            protocol.transport = StreamTransport(accepted, protocol)
+            caller.sendall(b"a")
+            left = 5000 - len(await caller.recv_async(1))
+            caller.sendall(b"b")
+            while left:
+                left -= len(await caller.recv_async(left))
+            assert await caller.recv_async(1) == b""
+            assert protocol.received == 1
+
+    run(work())
+
+
+def test_a_peer_that_sends_without_end_leaves_other_tasks_their_turn(room: Bytes) -> None:
+    class Endless:
+        """A stream that always has something, and has room."""
+
+        name = "a"
+        moved = 0
+
+        async def recv_async(self, _: int) -> bytes:
+            self.moved += 1
+            return b"a"
+
+        def _send_now(self, _: object) -> int:
+            raise BlockingIOError
+
+        async def sendall_async(self, data: bytes) -> None:
+            self.moved += 1
+
+        def close(self) -> None:
+            pass
+
+    async def work() -> None:
+        for data in (b"", bytes(1 << 24)):
+            stream = Endless()
+            transport = StreamTransport(stream, asyncio.Protocol())  # type: ignore[arg-type]
+            transport.write(data)
+            if data:
+                transport.pause_reading()
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert 16 <= stream.moved < 100
+            transport.abort()
+
+    asyncio.run(work())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has eager tasks")
+def test_tasks_that_begin_eagerly(room: Bytes, run: Run) -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        with room.listen() as listener:
+            _, writer = await room.open_connection()
+            accepted = listener.accept()
+            assert accepted is not None
+            stream = writer.transport._stream
+
+            class Late:
+                """It has no room at first, and has it when the task looks."""
+
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(stream, name)
+
+                def _send_now(self, _: object) -> int:
+                    raise BlockingIOError
+
+            writer.transport._stream = Late()
+            writer.write(b"one")
+            writer.write(b"two")
+            writer.close()
+            await writer.wait_closed()
+            assert accepted.recv(10) == b"onetwo"
+            accepted.close()
+        loop.set_task_factory(None)
+
+    run(work())

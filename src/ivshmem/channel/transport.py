@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from .streams import Stream, StreamListener
 _AT_ONCE = 1 << 16  # bytes
 _HIGH = 1 << 16  # bytes that wait to be sent, from which on a protocol is told to pause
 _AFTER_AN_ERROR = 0.1  # seconds until a listener is asked again
+_STREAK = 16  # parts that a task moves without a pause; then other tasks have their turn
 
 
 class StreamTransport(Uncopied, asyncio.Transport):
@@ -38,12 +40,17 @@ class StreamTransport(Uncopied, asyncio.Transport):
         self._ends = False  # write_eof was called
         self._closing = False
         self._over = False
+        self._sends = False  # the task that sends what waits has yet to end
         self._writing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
-        protocol.connection_made(self)
+        try:
+            protocol.connection_made(self)
+        except Exception as error:
+            self._report(error, "a protocol failed with a new connection")
+            self._end(error)
         if not self._closing:
             self._reading = self._loop.create_task(self._read())
-            self._reading.add_done_callback(self._read_no_more)
+            self._reading.add_done_callback(self._no_more)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """Return the protocol."""
@@ -70,13 +77,17 @@ class StreamTransport(Uncopied, asyncio.Transport):
 
     async def _read(self) -> None:
         try:
-            while True:
+            for part in itertools.count(1):
                 await self._may_read.wait()
                 data = await self._stream.recv_async(_AT_ONCE)
                 await self._may_read.wait()
                 if not data:
                     break
                 self._protocol.data_received(data)
+                if self._closing:
+                    return
+                if part % _STREAK == 0:
+                    await asyncio.sleep(0)
             if not self._protocol.eof_received():
                 self.close()
         except (OSError, IvshmemError) as error:
@@ -85,9 +96,12 @@ class StreamTransport(Uncopied, asyncio.Transport):
             self._report(error, "a protocol failed with what it received")
             self._end(error)
 
-    def _read_no_more(self, reading: asyncio.Task[None]) -> None:
+    def _no_more(self, task: asyncio.Task[None]) -> None:
         # Not in the task itself, which a loop that ends can cancel before it began.
-        if reading.cancelled() and not self._closing:
+        if task.cancelled():
+            if task is self._writing or not self._closing:
+                self._end(None)
+        elif task.exception() is not None:  # KeyboardInterrupt or SystemExit
             self._end(None)
 
     # -- sending ----------------------------------------------------------------------------------
@@ -111,15 +125,24 @@ class StreamTransport(Uncopied, asyncio.Transport):
         if not view:
             return
         self._buffer += view
-        if self._writing is None:
+        if not self._sends:
+            self._sends = True  # a task that begins eagerly can end in the next line
             self._writing = self._loop.create_task(self._write())
+            self._writing.add_done_callback(self._no_more)
+        self._pause_protocol()
+
+    def _pause_protocol(self) -> None:
         if len(self._buffer) > self._high and not self._protocol_pauses:
             self._protocol_pauses = True
             self._protocol.pause_writing()
 
     async def _write(self) -> None:
         try:
-            while self._buffer:
+            for number in itertools.count(1):
+                if not self._buffer:
+                    break
+                if number % _STREAK == 0:
+                    await asyncio.sleep(0)
                 part = bytes(self._buffer[:_AT_ONCE])
                 await self._stream.sendall_async(part)
                 del self._buffer[: len(part)]
@@ -129,7 +152,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
         except (OSError, IvshmemError) as error:
             self._end(error)
             return
-        self._writing = None
+        self._sends = False
         self._after_the_last()
 
     def _after_the_last(self) -> None:
@@ -149,7 +172,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
         if self._ends or self._closing:
             return
         self._ends = True
-        if self._writing is None:
+        if not self._sends:
             self._after_the_last()
 
     def get_write_buffer_size(self) -> int:
@@ -169,6 +192,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
         if not high >= low >= 0:
             raise ValueError(f"high {high}, low {low}: high >= low >= 0 is needed")
         self._low, self._high = low, high
+        self._pause_protocol()
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -181,7 +205,7 @@ class StreamTransport(Uncopied, asyncio.Transport):
         if self._closing:
             return
         self._closing = True
-        if self._writing is None:
+        if not self._sends:
             self._end(None)
         else:
             self._cancel(self._reading)
@@ -264,6 +288,7 @@ class StreamServer(Uncopied, asyncio.AbstractServer):
             StreamTransport(
                 stream, asyncio.StreamReaderProtocol(reader, self._connected, loop=self._loop)
             )
+            await asyncio.sleep(0)  # callers that come quickly leave other tasks their turn
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the loop in which it accepts."""
