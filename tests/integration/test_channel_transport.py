@@ -15,6 +15,7 @@ import pytest
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Bytes, StreamListener
 from ivshmem.channel.transport import StreamTransport
+from ivshmem.peer.waiting_tasks import Waiter
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 try:
@@ -373,13 +374,15 @@ def test_a_peer_that_sends_without_end_leaves_other_tasks_their_turn(room: Bytes
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has eager tasks")
 def test_tasks_that_begin_eagerly(room: Bytes, run: Run) -> None:
     async def work() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        loop: Any = asyncio.get_running_loop()
+        eager: Any = vars(asyncio)["eager_task_factory"]
+        loop.set_task_factory(eager)
         with room.listen() as listener:
             _, writer = await room.open_connection()
             accepted = listener.accept()
             assert accepted is not None
-            stream = writer.transport._stream
+            transport: Any = writer.transport
+            stream = transport._stream
 
             class Late:
                 """It has no room at first, and has it when the task looks."""
@@ -390,7 +393,7 @@ def test_tasks_that_begin_eagerly(room: Bytes, run: Run) -> None:
                 def _send_now(self, _: object) -> int:
                     raise BlockingIOError
 
-            writer.transport._stream = Late()
+            transport._stream = Late()
             writer.write(b"one")
             writer.write(b"two")
             writer.close()
@@ -398,5 +401,37 @@ def test_tasks_that_begin_eagerly(room: Bytes, run: Run) -> None:
             assert accepted.recv(10) == b"onetwo"
             accepted.close()
         loop.set_task_factory(None)
+
+    run(work())
+
+
+def test_a_ring_runs_no_task_whose_connection_has_nothing(
+    room: Bytes, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = 0
+    resume = Waiter.resume
+
+    def count(waiter: Waiter, found: object) -> None:
+        nonlocal resumed
+        resumed += 1
+        resume(waiter, found)
+
+    monkeypatch.setattr(Waiter, "resume", count)
+
+    async def work() -> None:
+        nonlocal resumed
+        async with await room.start_server(echo):
+            pairs = [await room.open_connection() for _ in range(8)]
+            for reader, writer in pairs:
+                writer.write(b"a")
+                assert await reader.readexactly(1) == b"a"
+            resumed = 0
+            reader, writer = pairs[0]
+            for _ in range(10):
+                writer.write(b"a")
+                assert await reader.readexactly(1) == b"a"
+            assert 10 <= resumed <= 40  # 150 and more if each ring ran all tasks
+            for _, writer in pairs:
+                writer.close()
 
     run(work())

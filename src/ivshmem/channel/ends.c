@@ -3973,12 +3973,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_4ends_Wakeup(PyObject *o, 
@@ -4052,8 +4053,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_codeobj_tab[12];
-    PyObject *__pyx_string_tab[97];
+    PyObject *__pyx_codeobj_tab[13];
+    PyObject *__pyx_string_tab[100];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4128,73 +4129,76 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_ChannelEnd__begin_waiting __pyx_string_tab[27]
 #define __pyx_n_u_ChannelEnd__end_waiting __pyx_string_tab[28]
 #define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[29]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[30]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[31]
-#define __pyx_n_u_ClosedError __pyx_string_tab[32]
-#define __pyx_n_u_Wakeup __pyx_string_tab[33]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[34]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[35]
-#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[36]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[37]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[38]
-#define __pyx_n_u_annotate __pyx_string_tab[39]
-#define __pyx_n_u_enter __pyx_string_tab[40]
-#define __pyx_n_u_exit __pyx_string_tab[41]
-#define __pyx_n_u_func __pyx_string_tab[42]
-#define __pyx_n_u_getstate __pyx_string_tab[43]
-#define __pyx_n_u_main __pyx_string_tab[44]
-#define __pyx_n_u_module __pyx_string_tab[45]
-#define __pyx_n_u_name __pyx_string_tab[46]
-#define __pyx_n_u_pyx_state __pyx_string_tab[47]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[48]
-#define __pyx_n_u_qualname __pyx_string_tab[49]
-#define __pyx_n_u_reduce __pyx_string_tab[50]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[51]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[52]
-#define __pyx_n_u_set_name __pyx_string_tab[53]
-#define __pyx_n_u_setstate __pyx_string_tab[54]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[55]
-#define __pyx_n_u_test __pyx_string_tab[56]
-#define __pyx_n_u_begin_waiting __pyx_string_tab[57]
-#define __pyx_n_u_end_waiting __pyx_string_tab[58]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[59]
-#define __pyx_n_u_membership_2 __pyx_string_tab[60]
-#define __pyx_n_u_add __pyx_string_tab[61]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[62]
-#define __pyx_n_u_clear_rings __pyx_string_tab[63]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[64]
-#define __pyx_n_u_close __pyx_string_tab[65]
-#define __pyx_n_u_closed __pyx_string_tab[66]
-#define __pyx_n_u_code __pyx_string_tab[67]
-#define __pyx_n_u_error __pyx_string_tab[68]
-#define __pyx_n_u_errors __pyx_string_tab[69]
-#define __pyx_n_u_fileno __pyx_string_tab[70]
-#define __pyx_n_u_id __pyx_string_tab[71]
-#define __pyx_n_u_items __pyx_string_tab[72]
-#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[73]
-#define __pyx_n_u_membership __pyx_string_tab[74]
-#define __pyx_n_u_pop __pyx_string_tab[75]
-#define __pyx_n_u_readonly __pyx_string_tab[76]
-#define __pyx_n_u_ref __pyx_string_tab[77]
-#define __pyx_n_u_self __pyx_string_tab[78]
-#define __pyx_n_u_setdefault __pyx_string_tab[79]
-#define __pyx_n_u_sleeper __pyx_string_tab[80]
-#define __pyx_n_u_values __pyx_string_tab[81]
-#define __pyx_n_u_wakeup __pyx_string_tab[82]
-#define __pyx_n_u_weakref __pyx_string_tab[83]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[84]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_A_ha_T_q_6_1_Q __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9 __pyx_string_tab[94]
-#define __pyx_kp_b_iso88591_A_ha_T_a_4_1_a_q_6_6_6_5_1 __pyx_string_tab[95]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[96]
+#define __pyx_n_u_ChannelEnd__sleeps_on __pyx_string_tab[30]
+#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[31]
+#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[32]
+#define __pyx_n_u_ClosedError __pyx_string_tab[33]
+#define __pyx_n_u_Wakeup __pyx_string_tab[34]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[35]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[36]
+#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[37]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[38]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[39]
+#define __pyx_n_u_annotate __pyx_string_tab[40]
+#define __pyx_n_u_enter __pyx_string_tab[41]
+#define __pyx_n_u_exit __pyx_string_tab[42]
+#define __pyx_n_u_func __pyx_string_tab[43]
+#define __pyx_n_u_getstate __pyx_string_tab[44]
+#define __pyx_n_u_main __pyx_string_tab[45]
+#define __pyx_n_u_module __pyx_string_tab[46]
+#define __pyx_n_u_name __pyx_string_tab[47]
+#define __pyx_n_u_pyx_state __pyx_string_tab[48]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
+#define __pyx_n_u_qualname __pyx_string_tab[50]
+#define __pyx_n_u_reduce __pyx_string_tab[51]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
+#define __pyx_n_u_set_name __pyx_string_tab[54]
+#define __pyx_n_u_setstate __pyx_string_tab[55]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
+#define __pyx_n_u_test __pyx_string_tab[57]
+#define __pyx_n_u_begin_waiting __pyx_string_tab[58]
+#define __pyx_n_u_end_waiting __pyx_string_tab[59]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[60]
+#define __pyx_n_u_membership_2 __pyx_string_tab[61]
+#define __pyx_n_u_sleeps_on __pyx_string_tab[62]
+#define __pyx_n_u_add __pyx_string_tab[63]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[64]
+#define __pyx_n_u_clear_rings __pyx_string_tab[65]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[66]
+#define __pyx_n_u_close __pyx_string_tab[67]
+#define __pyx_n_u_closed __pyx_string_tab[68]
+#define __pyx_n_u_code __pyx_string_tab[69]
+#define __pyx_n_u_error __pyx_string_tab[70]
+#define __pyx_n_u_errors __pyx_string_tab[71]
+#define __pyx_n_u_fileno __pyx_string_tab[72]
+#define __pyx_n_u_id __pyx_string_tab[73]
+#define __pyx_n_u_items __pyx_string_tab[74]
+#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[75]
+#define __pyx_n_u_membership __pyx_string_tab[76]
+#define __pyx_n_u_pop __pyx_string_tab[77]
+#define __pyx_n_u_readonly __pyx_string_tab[78]
+#define __pyx_n_u_ref __pyx_string_tab[79]
+#define __pyx_n_u_self __pyx_string_tab[80]
+#define __pyx_n_u_setdefault __pyx_string_tab[81]
+#define __pyx_n_u_sleeper __pyx_string_tab[82]
+#define __pyx_n_u_values __pyx_string_tab[83]
+#define __pyx_n_u_wakeup __pyx_string_tab[84]
+#define __pyx_n_u_weakref __pyx_string_tab[85]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[86]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_q_2 __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[93]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[94]
+#define __pyx_kp_b_iso88591_A_ha_T_q_6_1_Q __pyx_string_tab[95]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9 __pyx_string_tab[96]
+#define __pyx_kp_b_iso88591_A_ha_T_a_4_1_a_q_6_6_6_5_1 __pyx_string_tab[97]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[98]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[99]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4234,8 +4238,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<12; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<97; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<13; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<100; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4282,8 +4286,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<12; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<97; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<13; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<100; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -9142,7 +9146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
- *     def _end_waiting(self):
+ *     def _sleeps_on(self):
 */
         __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
@@ -9208,22 +9212,111 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 /* "ivshmem/channel/ends.pyx":336
  *             return code != IVSHMEM_AGAIN
  * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
+ * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting, "End what _begin_waiting began.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on, "Say again that this end sleeps; whether its task need not run, since nothing has come.\n\n        A ring is for all ends of the process. Those of which a process has hundreds answer this, so\n        that a ring does not run a task for each of them. A call that does more than look says no.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on = {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_sleeps_on (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_sleeps_on", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_sleeps_on", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_sleeps_on", 0);
+
+  /* "ivshmem/channel/ends.pyx":342
+ *         that a ring does not run a task for each of them. A call that does more than look says no.
+ *         """
+ *         return False             # <<<<<<<<<<<<<<
+ * 
+ *     def _end_waiting(self):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF(Py_False);
+      __pyx_r = Py_False;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/ends.pyx":336
+ *             return code != IVSHMEM_AGAIN
+ * 
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/ends.pyx":344
+ *         return False
+ * 
+ *     def _end_waiting(self):             # <<<<<<<<<<<<<<
+ *         """End what _begin_waiting began."""
+ *         cdef ChannelEnd sleeper = self.sleeper()
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting, "End what _begin_waiting began.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9249,14 +9342,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_end_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_sleeper = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -9267,19 +9360,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":338
+  /* "ivshmem/channel/ends.pyx":346
  *     def _end_waiting(self):
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         with cython.critical_section(self.sleeper()):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 338, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":339
+  /* "ivshmem/channel/ends.pyx":347
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
@@ -9288,12 +9381,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 339, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 347, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":340
+        /* "ivshmem/channel/ends.pyx":348
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(self.sleeper()):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -9302,7 +9395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":341
+        /* "ivshmem/channel/ends.pyx":349
  *         with cython.critical_section(self.sleeper()):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9311,18 +9404,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":342
+        /* "ivshmem/channel/ends.pyx":350
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 342, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/ends.pyx":339
+      /* "ivshmem/channel/ends.pyx":347
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
@@ -9343,8 +9436,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":336
- *             return code != IVSHMEM_AGAIN
+  /* "ivshmem/channel/ends.pyx":344
+ *         return False
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
  *         """End what _begin_waiting began."""
@@ -9365,7 +9458,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":344
+/* "ivshmem/channel/ends.pyx":352
  *             sleeper.one_awake()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9374,16 +9467,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12close, "Free what this end has in the channel; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12close};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close, "Free what this end has in the channel; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9409,14 +9502,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9438,7 +9531,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":347
+        /* "ivshmem/channel/ends.pyx":355
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9450,7 +9543,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":348
+          /* "ivshmem/channel/ends.pyx":356
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9468,7 +9561,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":347
+          /* "ivshmem/channel/ends.pyx":355
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9477,7 +9570,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":349
+        /* "ivshmem/channel/ends.pyx":357
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9486,7 +9579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":350
+        /* "ivshmem/channel/ends.pyx":358
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -9498,7 +9591,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
         __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
         __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":351
+        /* "ivshmem/channel/ends.pyx":359
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9507,7 +9600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":352
+          /* "ivshmem/channel/ends.pyx":360
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9516,7 +9609,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":351
+          /* "ivshmem/channel/ends.pyx":359
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9525,7 +9618,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":353
+        /* "ivshmem/channel/ends.pyx":361
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9551,27 +9644,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":354
+          /* "ivshmem/channel/ends.pyx":362
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":355
+          /* "ivshmem/channel/ends.pyx":363
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":353
+          /* "ivshmem/channel/ends.pyx":361
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9580,7 +9673,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":356
+        /* "ivshmem/channel/ends.pyx":364
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9592,17 +9685,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":357
+          /* "ivshmem/channel/ends.pyx":365
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":356
+          /* "ivshmem/channel/ends.pyx":364
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9611,7 +9704,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":366
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -9620,7 +9713,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 358, __pyx_L4_error)
+          __PYX_ERR(0, 366, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -9628,15 +9721,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 358, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":344
+      /* "ivshmem/channel/ends.pyx":352
  *             sleeper.one_awake()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9680,7 +9773,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":360
+/* "ivshmem/channel/ends.pyx":368
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9689,19 +9782,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12close(struct __
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -9711,7 +9804,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":361
+  /* "ivshmem/channel/ends.pyx":369
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9720,7 +9813,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":362
+    /* "ivshmem/channel/ends.pyx":370
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9734,12 +9827,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":361
+    /* "ivshmem/channel/ends.pyx":369
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9748,7 +9841,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":360
+  /* "ivshmem/channel/ends.pyx":368
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9767,7 +9860,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__del__(struct __pyx
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":364
+/* "ivshmem/channel/ends.pyx":372
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9791,7 +9884,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":366
+  /* "ivshmem/channel/ends.pyx":374
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9805,17 +9898,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":367
+        /* "ivshmem/channel/ends.pyx":375
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 367, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":368
+        /* "ivshmem/channel/ends.pyx":376
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9831,17 +9924,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":369
+            /* "ivshmem/channel/ends.pyx":377
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":368
+            /* "ivshmem/channel/ends.pyx":376
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9855,7 +9948,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":370
+          /* "ivshmem/channel/ends.pyx":378
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -9865,12 +9958,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 370, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 378, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":371
+            /* "ivshmem/channel/ends.pyx":379
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9879,7 +9972,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":372
+            /* "ivshmem/channel/ends.pyx":380
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -9891,11 +9984,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 372, __pyx_L8_except_error)
+            __PYX_ERR(0, 380, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":368
+          /* "ivshmem/channel/ends.pyx":376
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9911,7 +10004,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":373
+        /* "ivshmem/channel/ends.pyx":381
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -9920,7 +10013,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":374
+        /* "ivshmem/channel/ends.pyx":382
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -9935,7 +10028,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":366
+      /* "ivshmem/channel/ends.pyx":374
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9957,7 +10050,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":364
+  /* "ivshmem/channel/ends.pyx":372
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9979,7 +10072,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":376
+/* "ivshmem/channel/ends.pyx":384
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9999,7 +10092,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":377
+  /* "ivshmem/channel/ends.pyx":385
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10013,7 +10106,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":378
+        /* "ivshmem/channel/ends.pyx":386
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10022,7 +10115,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":379
+        /* "ivshmem/channel/ends.pyx":387
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10058,27 +10151,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":380
+          /* "ivshmem/channel/ends.pyx":388
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":381
+          /* "ivshmem/channel/ends.pyx":389
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":379
+          /* "ivshmem/channel/ends.pyx":387
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10087,7 +10180,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":382
+        /* "ivshmem/channel/ends.pyx":390
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10096,14 +10189,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":383
+        /* "ivshmem/channel/ends.pyx":391
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10111,7 +10204,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":377
+      /* "ivshmem/channel/ends.pyx":385
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10133,7 +10226,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":376
+  /* "ivshmem/channel/ends.pyx":384
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10152,7 +10245,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":385
+/* "ivshmem/channel/ends.pyx":393
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10179,7 +10272,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":387
+  /* "ivshmem/channel/ends.pyx":395
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10188,7 +10281,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":388
+  /* "ivshmem/channel/ends.pyx":396
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10204,7 +10297,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":389
+      /* "ivshmem/channel/ends.pyx":397
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10212,9 +10305,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 389, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 397, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 389, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 397, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10234,12 +10327,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 397, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 389, __pyx_L3_error)
+        __PYX_ERR(0, 397, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10247,48 +10340,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 389, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 397, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 389, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 397, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":390
+      /* "ivshmem/channel/ends.pyx":398
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 390, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":391
+      /* "ivshmem/channel/ends.pyx":399
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 399, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 391, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 399, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":392
+        /* "ivshmem/channel/ends.pyx":400
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 392, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":391
+        /* "ivshmem/channel/ends.pyx":399
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10297,7 +10390,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":388
+      /* "ivshmem/channel/ends.pyx":396
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10315,7 +10408,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":393
+    /* "ivshmem/channel/ends.pyx":401
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10325,12 +10418,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 393, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 401, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":394
+      /* "ivshmem/channel/ends.pyx":402
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10344,12 +10437,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 394, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 402, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":395
+      /* "ivshmem/channel/ends.pyx":403
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10361,11 +10454,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 395, __pyx_L5_except_error)
+      __PYX_ERR(0, 403, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":388
+    /* "ivshmem/channel/ends.pyx":396
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10381,7 +10474,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":396
+  /* "ivshmem/channel/ends.pyx":404
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10394,7 +10487,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":385
+  /* "ivshmem/channel/ends.pyx":393
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10417,7 +10510,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":398
+/* "ivshmem/channel/ends.pyx":406
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10426,16 +10519,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10461,19 +10554,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":399
+  /* "ivshmem/channel/ends.pyx":407
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10491,7 +10584,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":398
+  /* "ivshmem/channel/ends.pyx":406
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10506,7 +10599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":401
+/* "ivshmem/channel/ends.pyx":409
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10515,10 +10608,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__(struc
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   CYTHON_UNUSED PyObject *__pyx_v_error = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
@@ -10536,7 +10629,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__(PyObje
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__exit__", __pyx_kwds); return NULL;}
   __Pyx_INCREF(__pyx_args);
   __pyx_v_error = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_error);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_error);
@@ -10544,7 +10637,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__(PyObje
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10555,7 +10648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":402
+  /* "ivshmem/channel/ends.pyx":410
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10569,12 +10662,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 402, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":401
+  /* "ivshmem/channel/ends.pyx":409
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10596,7 +10689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":404
+/* "ivshmem/channel/ends.pyx":412
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10605,21 +10698,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__(struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10636,7 +10729,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":405
+  /* "ivshmem/channel/ends.pyx":413
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -10655,19 +10748,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":406
+  /* "ivshmem/channel/ends.pyx":414
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -10684,7 +10777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 406, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 414, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10700,7 +10793,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":404
+  /* "ivshmem/channel/ends.pyx":412
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11130,7 +11223,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_4ends_ChannelEnd(PyTypeObject *t
 static void __pyx_tp_finalize_7ivshmem_7channel_4ends_ChannelEnd(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__del__(o);
+  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -11213,10 +11306,11 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_4ends_ChannelEnd[] = {
   {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_4fileno},
   {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6_membership},
   {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting},
-  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_end_waiting},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12close},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_16__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__exit__},
+  {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on},
+  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__},
   {0, 0, 0, 0}
 };
 
@@ -11229,7 +11323,7 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_4ends_ChannelEnd[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_4ends_ChannelEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_4ends_ChannelEnd},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_4ends_ChannelEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_4ends_ChannelEnd},
@@ -11259,7 +11353,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_4ends_ChannelEnd = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -12200,61 +12294,76 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   /* "ivshmem/channel/ends.pyx":336
  *             return code != IVSHMEM_AGAIN
  * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
+ * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__sleeps_on, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_sleeps_on, __pyx_t_2) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":344
+ *         return False
+ * 
+ *     def _end_waiting(self):             # <<<<<<<<<<<<<<
+ *         """End what _begin_waiting began."""
+ *         cdef ChannelEnd sleeper = self.sleeper()
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/ends.pyx":352
  *             sleeper.one_awake()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 352, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":398
+  /* "ivshmem/channel/ends.pyx":406
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 398, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":401
+  /* "ivshmem/channel/ends.pyx":409
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12307,7 +12416,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 358, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 366, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12337,38 +12446,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{25},{23},{22},{16},{17},{11},{6},{24},{26},{18},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{14},{12},{13},{11},{3},{18},{11},{18},{5},{6},{4},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{7},{6},{6},{7}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{9},{9},{11},{45},{122},{90},{111}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{25},{23},{22},{21},{16},{17},{11},{6},{24},{26},{18},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{14},{12},{13},{11},{10},{3},{18},{11},{18},{5},{6},{4},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{7},{6},{6},{7}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{9},{9},{11},{45},{122},{90},{9},{111}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (887 bytes) */
-static const char cstring[] = "x\332mSMo\023G\030\216U\204\0028mRr\3408\224\226\000-F\221LZ>D\205B(\005)$U\245\036G\343\231\327\3664\343\231\315\314\254\343U9p\364q\217{\334\243\217\374\034\037\371\t\374\204\2763\353\2657$\226\326\363\316\363~=\357\307\020\316\2646\236\364\200p\223H\020\304X\222H~\242@<%&\001M\030\352\207`\211\321@\316P\000\"=\221\216h\000\201\366(qe\\\360\354\223{\336\002\220\276e\203\021h\177\377\227\205\252\363\\\216\335p\004\243\016\037b>P\235\027\277\037b\274C\343\201\370!\363d?\363C\243C0\001J\366\3002\017*#\316[\311=&G#M\216\016\216\036v\177\353\"#A,\374\013\334;\342\322\036W\3149p!\177/\225\312KM|\226\200\353\220?\373$3idJ\274!\t\3325\035\260,M\034\370 \220\235\330\010\346\245\321\024\335\245\036\354\020!-&\221c\010\336\257\231r\320a\204\tA\321\022\204t\254\247\000t\370\037p\351*I\324\245\202\265\306\272\305\355\321\242\360G\240\205\353$\331D\033\254\264\317R\345\t\245\026D\312\201R\"\322\230J\033\375\020+\037K\246P\313\245\226\236\322@\022\275\023#\265_u\335\017Q\334\257\202\037h\261\222:\224\342\010\300Rz\036\233\204X\347\240:{\023\354\301@jz\306$vs\320T \203\313`,\021\207\346\2062i\240\221a\343\336\227\n\264\331\217\274\017Bw\376a\047\220&\325\377\212\010\217\273@\351\022\307\0219\234\314\005\rW\300,\265H\305-\220*\003\245G\331\004\277W\270;\364\020&\376/\350S\272\230/\026\272\354L\335\016J\373\251\346\341\034\324\251\3607b\330\202p\032\221\252\210h6\212\047\316\217.\314\2028\366a\360Aq\2322U\033\325m\275P\327\022\200I\270`u\313\300\256\221\376B\325\270\002\340\002\333s\303iN\204JG\271\261&\305\0134f\202+\313\\\246\2714\235\245\3325\272\307U\260\307\230\3362\016=\306O\342\350\252\r\343F@\334\345j\241\253\026K!=\214\334\327\317:l\367*mb\022\013L\030\2552\013}\007\n?\277\330z\207/\047\001;f*\005w\026\247w\006\354\004\355p\275\367\272\324\223{G\331\373^x\344\344\301\3755\201q\"Is\271\336\341\203E\335\307\326\374\312\365\351\317\371\361\307\227\363\365\366\364u~;\010\337Ne~:oo\346\255|;?\316\241\330\r\350w\323\323\352\3609\336?\327\346\237#\262Wl\005\361\207\362\307r8c""\363\215\237\312\277g\267>m\315\3337\363\347E\214u\243\330+\277/w\003\362\264\300|_\256\256]kO\273!\332\274\275\021\262\277\311#\211\2679\233\257\337@\3159\267\210\374W<(\367K?\353\316\374\247\335\240]/Z\265\321Vm\262\203b\304\236\2241\336\273<-^\225\255\020\245\374c\266[e\276s\201\350f~\025\023#\273n\376\241\242\371\254`_\361\337*o\257\322\255\204\233\371\343\342\233\320\244/\267\326\256m\204\266T\\&\271+\242\303\365\342.\022\330.\217+<\226\034\274\343\321.^^\036?\364\265\213!\356\024\307\363\315\355\374]\221\315ZU\377\177\r\361\376\007\224\315~\205";
-    PyObject *data = __Pyx_DecompressString(cstring, 887, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (903 bytes) */
+static const char cstring[] = "x\332mT\313n\0337\024\265\320 \260\023\271\265\033/\262d\036\255\223\264Q`@q\3334h\0208N\037\001\\\273(\320%A\221W\022k\212\034\223\034Y\203t\221\245\226\263\234\345,\265\314\347h\231O\360\047\364\222\243\221\306\261\005\314\360\362\334\327\271\217\021\341Lk\343I\017\0107\211\004A\214%\211\344\247\n\304\013b\022\320\204\241~\010\226\030\r\344\034\005 \322\023\351\210\006\020h\217\022W\306\005\317>y\344-\000\351[6\030\201\366\217\277_\250:/\345\330\rG0\352\360!\346\003\325\371\345\325\021\306;2\036\210\0372O\0162?4:\004\023\240d\017,\363\2402\342\274\225\334cr4\322\344\370\360\370i\367\307.2\022\304\302\277\300\275#.\355q\305\234\003\027\362\367R\251\274\324\304g\t\270\016\371\275O2\223F\246\304\033\222\240]\323\001\313\322\304\201\017\002\331\215\215`^\032M\321]\352\301.\021\322b\0229\206\340\375\226)\007\035F\230\020\024-AH\307z\n@\207\367\200KWI\242.\025\2545\326-n\317\026\205?\003-\\\047\311&\332`\245}\226*O(\265 R\016\224\022\221\306T\332\350\247X\371X2\205Z.\265\364\224\006\222\350\235\030\251\375\252\353~\210\342A\025\374P\213\225\324\241\024G\000\226\322\313\330$\304\272\004\325\331\233`\017\006R\323s&\261\233\203\246\002\031\\\007c\211847\224I\023u\330\236\304Q\243\033`\244\335\270\367\245\002m\016b1\207\241e\377\260SH\223\352\275b\307\343\202P\272\304qn\016\307uE\303\0250K-\362s\013\244\312@\351q6\301\347\r.\024=\202\211\377\013\372\224.\206\216\325/\333U\367\210\322~\252y8\007u*\374\215\030\366%\234F\244*\"\232\215\342\211C\245\013\263 \216}\330\206\2408K\231\252\215\352^_\251k\t\300$\\\260\272e`\327H\177\245j\334\013p\201\355\245\2115\307D\245\243\334X\223\342\005\032\203ZM\0077\232\271Lsi:KC\327\350#W\301\023\243{\3138\364\030?\215C\254\026\220\033\001q\325\253}\257\232-\205\3640r\237\177\365a\371W\004\022\223X`\302h\225Y\350;P\370\370\305G\021\271\201\0353\225\202;\217s<\007v\212v\270\375\373]\352\311\243\343\354\317^\370\017 O\036\257\t\214\023I\232\353\365\016\277g\324}h\315o\334\232~\227\237|x=_oO\337\346\367\202\360\345T\346g\363\366V\336\312w\362""\223\034\212\275\200~5=\253\016\237\343\375Sm\376)\"\373\305v\020\357\227\017\313\341\214\3157\277)\377\236\335\375\270=o\337\311_\0261\326\355b\277\374\272\334\013\310\213\002\363]\334\\\333hO\273!\332\274\275\031\262\377\226G\022\177\344l\276~\0335\227\334\"\362\276xR\036\224~\326\235\371\217{A\273^\264j\243\355\332d\027\305\210\375T\306x\357\362\264xS\266B\224\362\327\331^\225\371\301\025\242[\371ML\214\354\272\371\177\025\315\237\013\366\031\377\355\362\336*\335J\270\223?/\276\010M\272h\257ml\2056]\334]\333\330\014\375\251HMrWD\317[\305\267\310d\247<\251\360X{\010\023\217v\361\372\372D\241\301]\014\361\2408\231o\355\344\357\212l\326\252\006\361C\210\367?\215[\215\240";
+    PyObject *data = __Pyx_DecompressString(cstring, 903, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1158 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021<\331@\262@shipw\010\223b\376\207\010filenoC\372\251bE\232!Wakeu\325p\000\003.\376\006c\207b__\254\017\006\240@st\216`_\013\014c\277lear_r\250@s|=\004\\\003__Pyx\001\000\375D\271`_NextR\017ef__\331D\344 \221&\240 \376\212\"__func_?___gete\003\n\000\363ma\200 \004\001odulN2\002nam:\002\275@_ \004\346\007\001vt\205a;\001quaal\035\005\315E\307\016\347Fexo\001\212\376`_Q\005st\010\345\016\200`e\325s\206`_\220J_\207H_i\377s_corout\357ine_\212Gadd\377asyncio.\232\026\006s\263(cl,\001\356@t\377raceback<\316\206\002\322\206\003code\307\204\002\313\204\003\376\277Ciditems\370\307\206\r\332\204\001\201gpopre\377adonlyre\257fsel\001\000t\357\204\004s\377leeperva\337luesw\203bwe\373ak%\000int64\377_t (PyOb>\341\206\001 *)\000dE\000\240\002\373of\013\022spin_\377of\200\001\330\004\n\210\377+\220Q\200A\330\010\014\357\210F\220!\005\001\016\210i\377\220q\330\014\020\220\001\220\177\024\220Q\220e\2301\033\001\267\017\210q\001\003t\220\r\000\340\376\047\005\340\010\017\210t\2206\377\230\021\200A\340\010\"\240\377$\240h\250a\330\r%\377\240T\250\030\260\021\330\014\357\023\220<\230G\002\013\2306o\240\022\2401\016\001:\230m\000\177\360\006\000\t\014\21049\000\332\021\000\rz\001H\220\200\002J""\220\217a\330\010\013\027\000*\n\r\002{\377\230*\240C\240t\2504\367\250t\260G\000\020\220\010\230\351\001\244\001X\001\021/\003{\230\047\333\240\021\016\0039\240\320\002K\220\337u\230D\240\001y\001\240G\351\250\310\000v\001#\230\016\020\220\006\334v\000\255\0004\220|\241\003;\230\035a\261\014\021\240!e\007\235 r\003\356\341\0005\230\003\241!\360\030\000\363\t\r\302!\273\003x\220s\230\356,\002\n\230&~\000\024\240Qp\323\003\276 \260\003\277\002\014\230A\273\006\364S\n\324!4@\000#\230Q\330\377\020\024\220K\230y\250\001\005\330\351\"7L\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1158, 1675);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1178 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021\274\331@\262@shipv\ts>\234 ps_on\214\010\250b\376\234\010filenoC\372\276bE\257!Wakeu\325p\000\003.\223&c\234b__\254\017\006\265@st\243`_\013\014c\277lear_r\275@s|=\004\\\003__Pyx\001\000\375D\316`_NextR\017ef__\356D\371 \246&\265 \376\237\"__func_?___gete\003\n\000\363ma\225 \004\001odulN2\002nam:\002\322@_ \004\346\007\001vt\232a;\001quaal\035\005\342E\307\016\374Fexo\001/set_Q\005st\010\345\016V\225`es\233`_\245J_\234H\377_is_coro\277utine_\237G_\376\225Faddasyn\257cio. \006s\275(c\371l6\001\215`trace\317back\355\206\002\361\206\003co\343de\346\204\002\352\204\003\311Cidi\217tems\346\206\r\371\204\001\240gp\377opreadon\377lyrefsel\362\001\000t\216\205\004\265berva\337luesw\215bwe\373ak%\000int64\377_t (PyOb>\200\207\001 *)\000dE\000\240\002\373of\013\022spin_\377of\200\001\330\004\n\210\377+\220Q\200A\330\010\014\357\210F\220!\005\001\016\210i\377\220q\330\014\020\220\001\220\177\024\220Q\220e\2301\033\001\267\017\210q\001\003t\220\r\000\340\376\047\005\340\010\017\210t\2206\377\230\021\200A\340\010\"\240\377$\240h\250a\330\r%\377\240T\250\030\260\021\330\014\357\023\220<\230G\002\013\2306o\240\022\2401\016\001:\230m\000\177\360\006\000\t\014\21049\000\332\021\000\rz\001H""\220\200\002J\220\217a\330\010\013\027\000*\n\r\002{\377\230*\240C\240t\2504\367\250t\260G\000\020\220\010\230\351\001\244\001X\001\021/\003{\230\047\333\240\021\016\0039\240\320\002K\220\337u\230D\240\001y\001\240G\351\250\310\000v\001#\230\016\020\220\006\334v\000\255\0004\220|\241\003;\230\035a\261\014\021\240!e\007\235 r\003\356\341\0005\230\003\241!\360\014\000\373\t\020\243!\360\030\000\t\r\274\313!\304\003x\220s\2305\002\n;\230&\207\000\024\240Q\334\003\307 \034\271\003\310\002\014\230A\304\006\\\n\335!\3754@\000#\230Q\330\020\024\177\220K\230y\250\001\330\362\"\0017L\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1178, 1715);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1675 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membershipaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodeerrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultsleepervalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\023\220<\230q\330\014\020\220\013\2306\240\022\2401\330\014\023\220:\230Q\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401""\240G\2501\200A\360\006\000\t#\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\020\220\006\220a\330\014\023\2204\220|\2401\330\014\023\220;\230a\330\014\023\220<\230q\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\020\220\013\2306\240\021\330\014\023\2205\230\003\2301\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1715 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd._sleeps_onChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membership_sleeps_onaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodeerrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultsleepervalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\023\220<\230q\330\014\020\220\013\2306\240\022\2401\330\014\023\220:\230Q\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K""\220u\230D\240\001\240\022\2401\240G\2501\200A\360\006\000\t#\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\020\220\006\220a\330\014\023\2204\220|\2401\330\014\023\220;\230a\330\014\023\220<\230q\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\020\220\013\2306\240\021\330\014\023\2205\230\003\2301\200A\360\014\000\t\020\210q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 84; i++) {
+    for (int i = 0; i < 86; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
@@ -12379,8 +12488,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 84; i < 97; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
+    for (int i = 86; i < 100; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-86].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12390,15 +12499,15 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 97; i++) {
+    for (Py_ssize_t i = 0; i < 100; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 84;
-      for (Py_ssize_t i=0; i<13; ++i) {
+      PyObject **table = stringtab + 86;
+      for (Py_ssize_t i=0; i<14; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12524,24 +12633,29 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_T_a_4_1_a_q_6_6_6_5_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 336};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 336};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_sleeps_on, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_T_q_6_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_T_q_6_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 352};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 398};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 401};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 409};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -333,6 +333,14 @@ cdef class ChannelEnd(Dependent):
             self.membership.flush()
             return code != IVSHMEM_AGAIN
 
+    def _sleeps_on(self):
+        """Say again that this end sleeps; whether its task need not run, since nothing has come.
+
+        A ring is for all ends of the process. Those of which a process has hundreds answer this, so
+        that a ring does not run a task for each of them. A call that does more than look says no.
+        """
+        return False
+
     def _end_waiting(self):
         """End what _begin_waiting began."""
         cdef ChannelEnd sleeper = self.sleeper()

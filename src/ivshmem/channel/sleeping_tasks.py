@@ -35,13 +35,13 @@ class _LoopWatch:
         self._wakeup = Wakeup(membership)
         self._fd = self._wakeup.fileno()
         self._watched = False
-        self._waiting: dict[Waiter, None] = {}  # a set that keeps the order
+        self._waiting: dict[Waiter, ChannelEnd] = {}
 
-    def add(self, waiter: Waiter, loop: asyncio.AbstractEventLoop) -> None:
+    def add(self, waiter: Waiter, end: ChannelEnd, loop: asyncio.AbstractEventLoop) -> None:
         if not self._watched:
             loop.add_reader(self._fd, self._wake)
             self._watched = True
-        self._waiting[waiter] = None
+        self._waiting[waiter] = end
 
     def discard(self, waiter: Waiter) -> None:
         self._waiting.pop(waiter, None)
@@ -50,16 +50,16 @@ class _LoopWatch:
         self._wakeup.clear_rings()
         loop = self._loop()
         assert loop is not None  # it is running
-        waiting = list(self._waiting)
+        waiting = list(self._waiting.items())
         if not waiting or self._membership.closed:
             loop.remove_reader(self._fd)
             self._watched = False
-        for number, waiter in enumerate(waiting):
+        for number, (waiter, end) in enumerate(waiting):
             try:
-                if waiter.callback is not None:
+                if waiter.callback is not None and not end._sleeps_on():
                     waiter.resume(None)
             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
-                for other in waiting[number + 1 :]:
+                for other, _ in waiting[number + 1 :]:
                     loop.call_soon(other.expire)
                 raise
 
@@ -85,7 +85,7 @@ async def _sleep(end: ChannelEnd, membership: Membership, deadline: float | None
     there = end._begin_waiting()
     try:
         watch = _watch_of(loop, membership)
-        watch.add(waiter, loop)
+        watch.add(waiter, end, loop)
     except BaseException:
         end._end_waiting()
         raise

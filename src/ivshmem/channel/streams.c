@@ -2642,7 +2642,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":207
+/* "ivshmem/channel/streams.pyx":211
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2656,7 +2656,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/streams.pyx":420
+/* "ivshmem/channel/streams.pyx":424
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -3055,7 +3055,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
 
 
-/* "ivshmem/channel/streams.pyx":207
+/* "ivshmem/channel/streams.pyx":211
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4404,8 +4404,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag); /* proto */
@@ -4505,8 +4506,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[22];
-    PyObject *__pyx_string_tab[172];
+    PyObject *__pyx_codeobj_tab[23];
+    PyObject *__pyx_string_tab[175];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4612,136 +4613,139 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Half __pyx_string_tab[39]
 #define __pyx_n_u_Half___reduce_cython __pyx_string_tab[40]
 #define __pyx_n_u_Half___setstate_cython __pyx_string_tab[41]
-#define __pyx_n_u_Stream __pyx_string_tab[42]
-#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[43]
-#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[44]
-#define __pyx_n_u_Stream__recv_now __pyx_string_tab[45]
-#define __pyx_n_u_Stream__send_now __pyx_string_tab[46]
-#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[47]
-#define __pyx_n_u_Stream_makefile __pyx_string_tab[48]
-#define __pyx_n_u_Stream_recv __pyx_string_tab[49]
-#define __pyx_n_u_Stream_recv_async __pyx_string_tab[50]
-#define __pyx_n_u_Stream_recv_into __pyx_string_tab[51]
-#define __pyx_n_u_Stream_send __pyx_string_tab[52]
-#define __pyx_n_u_Stream_sendall __pyx_string_tab[53]
-#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[54]
-#define __pyx_n_u_Stream_setblocking __pyx_string_tab[55]
-#define __pyx_n_u_Stream_settimeout __pyx_string_tab[56]
-#define __pyx_n_u_Stream_shutdown __pyx_string_tab[57]
-#define __pyx_n_u_StreamListener __pyx_string_tab[58]
-#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_StreamListener_accept __pyx_string_tab[61]
-#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[62]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[63]
-#define __pyx_n_u_annotate __pyx_string_tab[64]
-#define __pyx_n_u_await __pyx_string_tab[65]
-#define __pyx_n_u_func __pyx_string_tab[66]
-#define __pyx_n_u_getstate __pyx_string_tab[67]
-#define __pyx_n_u_main __pyx_string_tab[68]
-#define __pyx_n_u_module __pyx_string_tab[69]
-#define __pyx_n_u_name_2 __pyx_string_tab[70]
-#define __pyx_n_u_pyx_state __pyx_string_tab[71]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[72]
-#define __pyx_n_u_qualname __pyx_string_tab[73]
-#define __pyx_n_u_reduce __pyx_string_tab[74]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[76]
-#define __pyx_n_u_set_name __pyx_string_tab[77]
-#define __pyx_n_u_setstate __pyx_string_tab[78]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[79]
-#define __pyx_n_u_test __pyx_string_tab[80]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[81]
-#define __pyx_n_u_recv_now __pyx_string_tab[82]
-#define __pyx_n_u_send_now __pyx_string_tab[83]
-#define __pyx_n_u_accept __pyx_string_tab[84]
-#define __pyx_n_u_accept_async __pyx_string_tab[85]
-#define __pyx_n_u_asynchronous __pyx_string_tab[86]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[87]
-#define __pyx_n_u_buffer __pyx_string_tab[88]
-#define __pyx_n_u_buffering __pyx_string_tab[89]
-#define __pyx_n_u_cast __pyx_string_tab[90]
-#define __pyx_n_u_channels __pyx_string_tab[91]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[92]
-#define __pyx_n_u_close __pyx_string_tab[93]
-#define __pyx_n_u_code __pyx_string_tab[94]
-#define __pyx_n_u_connect __pyx_string_tab[95]
-#define __pyx_n_u_connection __pyx_string_tab[96]
-#define __pyx_n_u_counted __pyx_string_tab[97]
-#define __pyx_n_u_data __pyx_string_tab[98]
-#define __pyx_n_u_deadline __pyx_string_tab[99]
-#define __pyx_n_u_deadline_of __pyx_string_tab[100]
-#define __pyx_n_u_done __pyx_string_tab[101]
-#define __pyx_n_u_encoding __pyx_string_tab[102]
-#define __pyx_n_u_errors __pyx_string_tab[103]
-#define __pyx_n_u_flag __pyx_string_tab[104]
-#define __pyx_n_u_g __pyx_string_tab[105]
-#define __pyx_n_u_gettimeout __pyx_string_tab[106]
-#define __pyx_n_u_how __pyx_string_tab[107]
-#define __pyx_n_u_index __pyx_string_tab[108]
-#define __pyx_n_u_items __pyx_string_tab[109]
-#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[110]
-#define __pyx_n_u_left __pyx_string_tab[111]
-#define __pyx_n_u_listener __pyx_string_tab[112]
-#define __pyx_n_u_makefile __pyx_string_tab[113]
-#define __pyx_n_u_membership __pyx_string_tab[114]
-#define __pyx_n_u_mode __pyx_string_tab[115]
-#define __pyx_n_u_monotonic __pyx_string_tab[116]
-#define __pyx_n_u_most __pyx_string_tab[117]
-#define __pyx_n_u_name __pyx_string_tab[118]
-#define __pyx_n_u_nbytes __pyx_string_tab[119]
-#define __pyx_n_u_newline __pyx_string_tab[120]
-#define __pyx_n_u_next __pyx_string_tab[121]
-#define __pyx_n_u_over __pyx_string_tab[122]
-#define __pyx_n_u_pop __pyx_string_tab[123]
-#define __pyx_n_u_r __pyx_string_tab[124]
-#define __pyx_n_u_recv __pyx_string_tab[125]
-#define __pyx_n_u_recv_async __pyx_string_tab[126]
-#define __pyx_n_u_recv_into __pyx_string_tab[127]
-#define __pyx_n_u_room __pyx_string_tab[128]
-#define __pyx_n_u_seconds_of __pyx_string_tab[129]
-#define __pyx_n_u_self __pyx_string_tab[130]
-#define __pyx_n_u_send __pyx_string_tab[131]
-#define __pyx_n_u_sendall __pyx_string_tab[132]
-#define __pyx_n_u_sendall_async __pyx_string_tab[133]
-#define __pyx_n_u_sent __pyx_string_tab[134]
-#define __pyx_n_u_setblocking __pyx_string_tab[135]
-#define __pyx_n_u_setdefault __pyx_string_tab[136]
-#define __pyx_n_u_settimeout __pyx_string_tab[137]
-#define __pyx_n_u_shutdown __pyx_string_tab[138]
-#define __pyx_n_u_size __pyx_string_tab[139]
-#define __pyx_n_u_spin __pyx_string_tab[140]
-#define __pyx_n_u_stream __pyx_string_tab[141]
-#define __pyx_n_u_stream_files __pyx_string_tab[142]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[143]
-#define __pyx_n_u_text __pyx_string_tab[144]
-#define __pyx_n_u_throw __pyx_string_tab[145]
-#define __pyx_n_u_time __pyx_string_tab[146]
-#define __pyx_n_u_timeout __pyx_string_tab[147]
-#define __pyx_n_u_until_no_wait __pyx_string_tab[148]
-#define __pyx_n_u_until_something __pyx_string_tab[149]
-#define __pyx_n_u_value __pyx_string_tab[150]
-#define __pyx_n_u_values __pyx_string_tab[151]
-#define __pyx_n_u_view __pyx_string_tab[152]
-#define __pyx_kp_b__2 __pyx_string_tab[153]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_1_1F_iq __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_2_e1Jd_iWX __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[171]
+#define __pyx_n_u_Half__sleeps_on __pyx_string_tab[42]
+#define __pyx_n_u_Stream __pyx_string_tab[43]
+#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[44]
+#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[45]
+#define __pyx_n_u_Stream__recv_now __pyx_string_tab[46]
+#define __pyx_n_u_Stream__send_now __pyx_string_tab[47]
+#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[48]
+#define __pyx_n_u_Stream_makefile __pyx_string_tab[49]
+#define __pyx_n_u_Stream_recv __pyx_string_tab[50]
+#define __pyx_n_u_Stream_recv_async __pyx_string_tab[51]
+#define __pyx_n_u_Stream_recv_into __pyx_string_tab[52]
+#define __pyx_n_u_Stream_send __pyx_string_tab[53]
+#define __pyx_n_u_Stream_sendall __pyx_string_tab[54]
+#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[55]
+#define __pyx_n_u_Stream_setblocking __pyx_string_tab[56]
+#define __pyx_n_u_Stream_settimeout __pyx_string_tab[57]
+#define __pyx_n_u_Stream_shutdown __pyx_string_tab[58]
+#define __pyx_n_u_StreamListener __pyx_string_tab[59]
+#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[60]
+#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[61]
+#define __pyx_n_u_StreamListener_accept __pyx_string_tab[62]
+#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[63]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[64]
+#define __pyx_n_u_annotate __pyx_string_tab[65]
+#define __pyx_n_u_await __pyx_string_tab[66]
+#define __pyx_n_u_func __pyx_string_tab[67]
+#define __pyx_n_u_getstate __pyx_string_tab[68]
+#define __pyx_n_u_main __pyx_string_tab[69]
+#define __pyx_n_u_module __pyx_string_tab[70]
+#define __pyx_n_u_name_2 __pyx_string_tab[71]
+#define __pyx_n_u_pyx_state __pyx_string_tab[72]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[73]
+#define __pyx_n_u_qualname __pyx_string_tab[74]
+#define __pyx_n_u_reduce __pyx_string_tab[75]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[76]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[77]
+#define __pyx_n_u_set_name __pyx_string_tab[78]
+#define __pyx_n_u_setstate __pyx_string_tab[79]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[80]
+#define __pyx_n_u_test __pyx_string_tab[81]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[82]
+#define __pyx_n_u_recv_now __pyx_string_tab[83]
+#define __pyx_n_u_send_now __pyx_string_tab[84]
+#define __pyx_n_u_sleeps_on __pyx_string_tab[85]
+#define __pyx_n_u_accept __pyx_string_tab[86]
+#define __pyx_n_u_accept_async __pyx_string_tab[87]
+#define __pyx_n_u_asynchronous __pyx_string_tab[88]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[89]
+#define __pyx_n_u_buffer __pyx_string_tab[90]
+#define __pyx_n_u_buffering __pyx_string_tab[91]
+#define __pyx_n_u_cast __pyx_string_tab[92]
+#define __pyx_n_u_channels __pyx_string_tab[93]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[94]
+#define __pyx_n_u_close __pyx_string_tab[95]
+#define __pyx_n_u_code __pyx_string_tab[96]
+#define __pyx_n_u_connect __pyx_string_tab[97]
+#define __pyx_n_u_connection __pyx_string_tab[98]
+#define __pyx_n_u_counted __pyx_string_tab[99]
+#define __pyx_n_u_data __pyx_string_tab[100]
+#define __pyx_n_u_deadline __pyx_string_tab[101]
+#define __pyx_n_u_deadline_of __pyx_string_tab[102]
+#define __pyx_n_u_done __pyx_string_tab[103]
+#define __pyx_n_u_encoding __pyx_string_tab[104]
+#define __pyx_n_u_errors __pyx_string_tab[105]
+#define __pyx_n_u_flag __pyx_string_tab[106]
+#define __pyx_n_u_g __pyx_string_tab[107]
+#define __pyx_n_u_gettimeout __pyx_string_tab[108]
+#define __pyx_n_u_how __pyx_string_tab[109]
+#define __pyx_n_u_index __pyx_string_tab[110]
+#define __pyx_n_u_items __pyx_string_tab[111]
+#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[112]
+#define __pyx_n_u_left __pyx_string_tab[113]
+#define __pyx_n_u_listener __pyx_string_tab[114]
+#define __pyx_n_u_makefile __pyx_string_tab[115]
+#define __pyx_n_u_membership __pyx_string_tab[116]
+#define __pyx_n_u_mode __pyx_string_tab[117]
+#define __pyx_n_u_monotonic __pyx_string_tab[118]
+#define __pyx_n_u_most __pyx_string_tab[119]
+#define __pyx_n_u_name __pyx_string_tab[120]
+#define __pyx_n_u_nbytes __pyx_string_tab[121]
+#define __pyx_n_u_newline __pyx_string_tab[122]
+#define __pyx_n_u_next __pyx_string_tab[123]
+#define __pyx_n_u_over __pyx_string_tab[124]
+#define __pyx_n_u_pop __pyx_string_tab[125]
+#define __pyx_n_u_r __pyx_string_tab[126]
+#define __pyx_n_u_recv __pyx_string_tab[127]
+#define __pyx_n_u_recv_async __pyx_string_tab[128]
+#define __pyx_n_u_recv_into __pyx_string_tab[129]
+#define __pyx_n_u_room __pyx_string_tab[130]
+#define __pyx_n_u_seconds_of __pyx_string_tab[131]
+#define __pyx_n_u_self __pyx_string_tab[132]
+#define __pyx_n_u_send __pyx_string_tab[133]
+#define __pyx_n_u_sendall __pyx_string_tab[134]
+#define __pyx_n_u_sendall_async __pyx_string_tab[135]
+#define __pyx_n_u_sent __pyx_string_tab[136]
+#define __pyx_n_u_setblocking __pyx_string_tab[137]
+#define __pyx_n_u_setdefault __pyx_string_tab[138]
+#define __pyx_n_u_settimeout __pyx_string_tab[139]
+#define __pyx_n_u_shutdown __pyx_string_tab[140]
+#define __pyx_n_u_size __pyx_string_tab[141]
+#define __pyx_n_u_spin __pyx_string_tab[142]
+#define __pyx_n_u_stream __pyx_string_tab[143]
+#define __pyx_n_u_stream_files __pyx_string_tab[144]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[145]
+#define __pyx_n_u_text __pyx_string_tab[146]
+#define __pyx_n_u_throw __pyx_string_tab[147]
+#define __pyx_n_u_time __pyx_string_tab[148]
+#define __pyx_n_u_timeout __pyx_string_tab[149]
+#define __pyx_n_u_until_no_wait __pyx_string_tab[150]
+#define __pyx_n_u_until_something __pyx_string_tab[151]
+#define __pyx_n_u_value __pyx_string_tab[152]
+#define __pyx_n_u_values __pyx_string_tab[153]
+#define __pyx_n_u_view __pyx_string_tab[154]
+#define __pyx_kp_b__2 __pyx_string_tab[155]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_T_4wgS_D_Cs __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_1_1F_iq __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_2_e1Jd_iWX __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[174]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -4792,8 +4796,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<22; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<172; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<23; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<175; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4853,8 +4857,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<22; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<172; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<23; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<175; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -8439,7 +8443,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
  * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
+ *     def _sleeps_on(self):
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
@@ -8458,6 +8462,172 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 /* "ivshmem/channel/streams.pyx":201
  *         self.stream.end_sleep()
  * 
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.stream):
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_1_sleeps_on = {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_sleeps_on (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_sleeps_on", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_sleeps_on", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_sleeps_on", 0);
+
+  /* "ivshmem/channel/streams.pyx":202
+ * 
+ *     def _sleeps_on(self):
+ *         with cython.critical_section(self.stream):             # <<<<<<<<<<<<<<
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ * 
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->stream);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":203
+ *     def _sleeps_on(self):
+ *         with cython.critical_section(self.stream):
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream));
+
+        if (__pyx_t_3) {
+
+        } else {
+          __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_4);
+          __pyx_t_2 = __pyx_t_4;
+          __pyx_t_4 = 0;
+
+          goto __pyx_L6_bool_binop_done;
+        }
+        __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 203, __pyx_L4_error)
+        __pyx_t_3 = (__pyx_t_5 == IVSHMEM_AGAIN);
+
+
+        __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_2 = __pyx_t_4;
+        __pyx_t_4 = 0;
+
+        __pyx_L6_bool_binop_done:;
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":202
+ * 
+ *     def _sleeps_on(self):
+ *         with cython.critical_section(self.stream):             # <<<<<<<<<<<<<<
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ * 
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_6 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_6;
+          __pyx_t_6 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/streams.pyx":201
+ *         self.stream.end_sleep()
+ * 
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.stream):
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Half._sleeps_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":205
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
@@ -8466,7 +8636,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":202
+  /* "ivshmem/channel/streams.pyx":206
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8475,7 +8645,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":203
+  /* "ivshmem/channel/streams.pyx":207
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8484,7 +8654,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":204
+  /* "ivshmem/channel/streams.pyx":208
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8497,8 +8667,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":201
- *         self.stream.end_sleep()
+  /* "ivshmem/channel/streams.pyx":205
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
  *         what[0] = &self.probed
@@ -8518,16 +8688,16 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_3__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8553,14 +8723,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8600,16 +8770,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYT
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_5__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8675,7 +8845,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8685,7 +8855,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8717,7 +8887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":218
+/* "ivshmem/channel/streams.pyx":222
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8732,7 +8902,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":219
+  /* "ivshmem/channel/streams.pyx":223
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -8746,7 +8916,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":220
+  /* "ivshmem/channel/streams.pyx":224
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -8760,7 +8930,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":221
+  /* "ivshmem/channel/streams.pyx":225
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -8774,7 +8944,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":222
+  /* "ivshmem/channel/streams.pyx":226
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -8785,7 +8955,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":223
+  /* "ivshmem/channel/streams.pyx":227
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -8798,7 +8968,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":218
+  /* "ivshmem/channel/streams.pyx":222
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8813,7 +8983,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":225
+/* "ivshmem/channel/streams.pyx":229
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8828,7 +8998,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":226
+  /* "ivshmem/channel/streams.pyx":230
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8837,20 +9007,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":227
+  /* "ivshmem/channel/streams.pyx":231
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef Half half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":225
+  /* "ivshmem/channel/streams.pyx":229
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8867,7 +9037,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":229
+/* "ivshmem/channel/streams.pyx":233
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -8885,19 +9055,19 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":230
+  /* "ivshmem/channel/streams.pyx":234
  * 
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 234, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":235
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
@@ -8909,7 +9079,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":236
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -8923,7 +9093,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":233
+  /* "ivshmem/channel/streams.pyx":237
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -8937,7 +9107,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":234
+  /* "ivshmem/channel/streams.pyx":238
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -8946,7 +9116,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":235
+  /* "ivshmem/channel/streams.pyx":239
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -8955,7 +9125,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":236
+  /* "ivshmem/channel/streams.pyx":240
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -8973,7 +9143,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":233
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -8993,7 +9163,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":238
+/* "ivshmem/channel/streams.pyx":242
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9004,7 +9174,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":239
+  /* "ivshmem/channel/streams.pyx":243
  * 
  *     cdef int attempt(self) except -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9017,7 +9187,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":238
+  /* "ivshmem/channel/streams.pyx":242
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9031,7 +9201,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":241
+/* "ivshmem/channel/streams.pyx":245
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9042,7 +9212,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":242
+  /* "ivshmem/channel/streams.pyx":246
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9051,7 +9221,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":243
+  /* "ivshmem/channel/streams.pyx":247
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9064,7 +9234,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":241
+  /* "ivshmem/channel/streams.pyx":245
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9078,7 +9248,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":245
+/* "ivshmem/channel/streams.pyx":249
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9088,7 +9258,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":246
+  /* "ivshmem/channel/streams.pyx":250
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9097,7 +9267,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":249
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9109,7 +9279,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":248
+/* "ivshmem/channel/streams.pyx":252
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9126,7 +9296,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":249
+  /* "ivshmem/channel/streams.pyx":253
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9144,7 +9314,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":250
+  /* "ivshmem/channel/streams.pyx":254
  *     cdef int restore(self) except -1:
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9162,7 +9332,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":251
+  /* "ivshmem/channel/streams.pyx":255
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9176,7 +9346,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":249
+  /* "ivshmem/channel/streams.pyx":253
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9186,17 +9356,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":253
+    /* "ivshmem/channel/streams.pyx":257
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 253, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":249
+    /* "ivshmem/channel/streams.pyx":253
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9205,7 +9375,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":258
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9218,7 +9388,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":252
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9235,7 +9405,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":256
+/* "ivshmem/channel/streams.pyx":260
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9246,7 +9416,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":257
+  /* "ivshmem/channel/streams.pyx":261
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9255,7 +9425,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   ivshmem_stream_close((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":262
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9268,7 +9438,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":260
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9282,7 +9452,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":262
+/* "ivshmem/channel/streams.pyx":266
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9330,32 +9500,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 262, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 266, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9394,7 +9564,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":264
+  /* "ivshmem/channel/streams.pyx":268
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9411,7 +9581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 264, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9430,10 +9600,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 264, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 264, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9442,7 +9612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":265
+    /* "ivshmem/channel/streams.pyx":269
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9450,7 +9620,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 265, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -9464,7 +9634,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 265, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -9473,14 +9643,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 269, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 265, __pyx_L1_error)
+    __PYX_ERR(0, 269, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":264
+    /* "ivshmem/channel/streams.pyx":268
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9489,7 +9659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":270
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -9501,7 +9671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":266
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9525,7 +9695,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":268
+/* "ivshmem/channel/streams.pyx":272
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9581,7 +9751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":274
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -9599,7 +9769,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":272
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9614,7 +9784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":272
+/* "ivshmem/channel/streams.pyx":276
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9662,32 +9832,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 272, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 276, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 272, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 276, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 272, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 276, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 272, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 276, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 272, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 276, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9718,14 +9888,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":274
+  /* "ivshmem/channel/streams.pyx":278
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 278, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -9739,7 +9909,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":272
+  /* "ivshmem/channel/streams.pyx":276
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9760,7 +9930,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":276
+/* "ivshmem/channel/streams.pyx":280
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -9792,7 +9962,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":279
+  /* "ivshmem/channel/streams.pyx":283
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -9808,7 +9978,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 279, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 283, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -9816,7 +9986,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":280
+    /* "ivshmem/channel/streams.pyx":284
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -9825,17 +9995,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":281
+      /* "ivshmem/channel/streams.pyx":285
  *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 281, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":280
+      /* "ivshmem/channel/streams.pyx":284
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -9844,7 +10014,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":282
+    /* "ivshmem/channel/streams.pyx":286
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -9852,7 +10022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 282, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -9866,7 +10036,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 282, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 286, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -9875,14 +10045,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 286, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 282, __pyx_L1_error)
+    __PYX_ERR(0, 286, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":279
+    /* "ivshmem/channel/streams.pyx":283
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -9891,7 +10061,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":283
+  /* "ivshmem/channel/streams.pyx":287
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -9906,7 +10076,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 283, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 287, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9925,18 +10095,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 283, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 287, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 283, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 287, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 283, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 287, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9954,29 +10124,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":284
+  /* "ivshmem/channel/streams.pyx":288
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":285
+  /* "ivshmem/channel/streams.pyx":289
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 289, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":286
+  /* "ivshmem/channel/streams.pyx":290
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9988,7 +10158,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":287
+    /* "ivshmem/channel/streams.pyx":291
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -9996,9 +10166,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10014,7 +10184,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 287, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 291, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10024,14 +10194,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 287, __pyx_L1_error)
+    __PYX_ERR(0, 291, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":286
+    /* "ivshmem/channel/streams.pyx":290
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10040,7 +10210,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":288
+  /* "ivshmem/channel/streams.pyx":292
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10052,20 +10222,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":289
+    /* "ivshmem/channel/streams.pyx":293
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 289, __pyx_L1_error)
+    __PYX_ERR(0, 293, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":288
+    /* "ivshmem/channel/streams.pyx":292
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10074,7 +10244,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":290
+  /* "ivshmem/channel/streams.pyx":294
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10087,7 +10257,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":276
+  /* "ivshmem/channel/streams.pyx":280
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10113,7 +10283,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":292
+/* "ivshmem/channel/streams.pyx":296
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10161,32 +10331,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 292, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 296, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10239,17 +10409,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":303
+        /* "ivshmem/channel/streams.pyx":307
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":304
+        /* "ivshmem/channel/streams.pyx":308
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10258,7 +10428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":305
+          /* "ivshmem/channel/streams.pyx":309
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10270,7 +10440,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":306
+            /* "ivshmem/channel/streams.pyx":310
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10289,7 +10459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":305
+            /* "ivshmem/channel/streams.pyx":309
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10298,7 +10468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":307
+          /* "ivshmem/channel/streams.pyx":311
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10310,7 +10480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":308
+          /* "ivshmem/channel/streams.pyx":312
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10318,7 +10488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 308, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10337,12 +10507,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 308, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 312, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10358,7 +10528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":310
+        /* "ivshmem/channel/streams.pyx":314
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10409,7 +10579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":292
+      /* "ivshmem/channel/streams.pyx":296
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10451,7 +10621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":312
+/* "ivshmem/channel/streams.pyx":316
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10477,7 +10647,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":316
+  /* "ivshmem/channel/streams.pyx":320
  *     ) except -1:
  *         cdef int64_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -10486,17 +10656,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":317
+    /* "ivshmem/channel/streams.pyx":321
  *         cdef int64_t n
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 317, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":318
+    /* "ivshmem/channel/streams.pyx":322
  *         while True:
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)             # <<<<<<<<<<<<<<
@@ -10505,7 +10675,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), __pyx_v_data, __pyx_v_size);
 
-    /* "ivshmem/channel/streams.pyx":319
+    /* "ivshmem/channel/streams.pyx":323
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10517,17 +10687,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":320
+      /* "ivshmem/channel/streams.pyx":324
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":319
+      /* "ivshmem/channel/streams.pyx":323
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10536,7 +10706,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":321
+    /* "ivshmem/channel/streams.pyx":325
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10548,7 +10718,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":322
+      /* "ivshmem/channel/streams.pyx":326
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -10561,7 +10731,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":321
+      /* "ivshmem/channel/streams.pyx":325
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10570,7 +10740,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":323
+    /* "ivshmem/channel/streams.pyx":327
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10582,7 +10752,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":324
+      /* "ivshmem/channel/streams.pyx":328
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -10591,14 +10761,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_t_4 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":325
+      /* "ivshmem/channel/streams.pyx":329
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(
  *                     32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 325, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_6[1] = __pyx_t_5;
@@ -10612,7 +10782,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
       #endif
       __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 325, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 329, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_9 = 1;
@@ -10621,14 +10791,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 324, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 324, __pyx_L1_error)
+      __PYX_ERR(0, 328, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":323
+      /* "ivshmem/channel/streams.pyx":327
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10637,7 +10807,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":331
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10649,20 +10819,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":328
+      /* "ivshmem/channel/streams.pyx":332
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 328, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 332, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 328, __pyx_L1_error)
+      __PYX_ERR(0, 332, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":327
+      /* "ivshmem/channel/streams.pyx":331
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10671,18 +10841,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":329
+    /* "ivshmem/channel/streams.pyx":333
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":312
+  /* "ivshmem/channel/streams.pyx":316
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10707,7 +10877,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":331
+/* "ivshmem/channel/streams.pyx":335
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10755,32 +10925,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 331, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 335, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 331, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 335, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 331, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 335, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 331, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 335, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 331, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 335, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 331, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 335, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10835,7 +11005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":338
+        /* "ivshmem/channel/streams.pyx":342
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -10844,17 +11014,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":339
+        /* "ivshmem/channel/streams.pyx":343
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 339, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":340
+        /* "ivshmem/channel/streams.pyx":344
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10863,7 +11033,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":341
+          /* "ivshmem/channel/streams.pyx":345
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10875,7 +11045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":342
+          /* "ivshmem/channel/streams.pyx":346
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -10883,7 +11053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 342, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 346, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10902,13 +11072,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 342, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 346, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":343
+          /* "ivshmem/channel/streams.pyx":347
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -10921,20 +11091,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":344
+            /* "ivshmem/channel/streams.pyx":348
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 344, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 348, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":348
+        /* "ivshmem/channel/streams.pyx":352
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10982,7 +11152,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":331
+      /* "ivshmem/channel/streams.pyx":335
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11023,7 +11193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":350
+/* "ivshmem/channel/streams.pyx":354
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11050,7 +11220,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":352
+  /* "ivshmem/channel/streams.pyx":356
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11058,7 +11228,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11077,13 +11247,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 356, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":353
+  /* "ivshmem/channel/streams.pyx":357
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -11092,17 +11262,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":354
+    /* "ivshmem/channel/streams.pyx":358
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":355
+    /* "ivshmem/channel/streams.pyx":359
  *         while True:
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)             # <<<<<<<<<<<<<<
@@ -11111,7 +11281,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), __pyx_v_into, __pyx_v_room);
 
-    /* "ivshmem/channel/streams.pyx":356
+    /* "ivshmem/channel/streams.pyx":360
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11123,17 +11293,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":357
+      /* "ivshmem/channel/streams.pyx":361
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":356
+      /* "ivshmem/channel/streams.pyx":360
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11142,7 +11312,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":358
+    /* "ivshmem/channel/streams.pyx":362
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11154,7 +11324,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":359
+      /* "ivshmem/channel/streams.pyx":363
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -11167,7 +11337,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":358
+      /* "ivshmem/channel/streams.pyx":362
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11176,7 +11346,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":360
+    /* "ivshmem/channel/streams.pyx":364
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11188,7 +11358,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":361
+      /* "ivshmem/channel/streams.pyx":365
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(             # <<<<<<<<<<<<<<
@@ -11197,14 +11367,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_t_3 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":362
+      /* "ivshmem/channel/streams.pyx":366
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(
  *                     104, f"connection of {self.name!r}: the other end is gone"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_7[1] = __pyx_t_2;
@@ -11218,7 +11388,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_5);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 362, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 366, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_4 = 1;
@@ -11227,14 +11397,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 361, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 361, __pyx_L1_error)
+      __PYX_ERR(0, 365, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":360
+      /* "ivshmem/channel/streams.pyx":364
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11243,7 +11413,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":364
+    /* "ivshmem/channel/streams.pyx":368
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11255,20 +11425,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":365
+      /* "ivshmem/channel/streams.pyx":369
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 365, __pyx_L1_error)
+      __PYX_ERR(0, 369, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":364
+      /* "ivshmem/channel/streams.pyx":368
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11277,18 +11447,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":366
+    /* "ivshmem/channel/streams.pyx":370
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 370, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":350
+  /* "ivshmem/channel/streams.pyx":354
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11314,7 +11484,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":368
+/* "ivshmem/channel/streams.pyx":372
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11362,32 +11532,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 368, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 372, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 368, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 372, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 368, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 372, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 369, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 373, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 368, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 372, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11427,7 +11597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":376
+        /* "ivshmem/channel/streams.pyx":380
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -11436,7 +11606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 376, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 380, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -11452,7 +11622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":368
+      /* "ivshmem/channel/streams.pyx":372
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11491,7 +11661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":378
+/* "ivshmem/channel/streams.pyx":382
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11522,7 +11692,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":381
+  /* "ivshmem/channel/streams.pyx":385
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11534,7 +11704,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":382
+    /* "ivshmem/channel/streams.pyx":386
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -11542,7 +11712,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11553,7 +11723,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 382, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11562,14 +11732,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 382, __pyx_L1_error)
+    __PYX_ERR(0, 386, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":381
+    /* "ivshmem/channel/streams.pyx":385
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11578,7 +11748,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":383
+  /* "ivshmem/channel/streams.pyx":387
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -11602,7 +11772,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":384
+  /* "ivshmem/channel/streams.pyx":388
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11614,7 +11784,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":385
+    /* "ivshmem/channel/streams.pyx":389
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -11632,7 +11802,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":384
+    /* "ivshmem/channel/streams.pyx":388
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11641,29 +11811,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":386
+  /* "ivshmem/channel/streams.pyx":390
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 386, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 390, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":387
+  /* "ivshmem/channel/streams.pyx":391
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 387, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 391, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":388
+  /* "ivshmem/channel/streams.pyx":392
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -11678,9 +11848,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 388, __pyx_L1_error)
+      __PYX_ERR(0, 392, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 392, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -11697,7 +11867,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":378
+  /* "ivshmem/channel/streams.pyx":382
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11722,7 +11892,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":390
+/* "ivshmem/channel/streams.pyx":394
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11771,48 +11941,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 390, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 394, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 390, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 394, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 390, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 394, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 390, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 391, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 395, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 390, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 394, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11871,17 +12041,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":402
+        /* "ivshmem/channel/streams.pyx":406
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":403
+        /* "ivshmem/channel/streams.pyx":407
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11890,7 +12060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":404
+          /* "ivshmem/channel/streams.pyx":408
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -11909,7 +12079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":405
+          /* "ivshmem/channel/streams.pyx":409
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11926,7 +12096,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":406
+            /* "ivshmem/channel/streams.pyx":410
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -11934,9 +12104,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 406, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 410, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 406, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 410, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -11947,7 +12117,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 406, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 410, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -11957,14 +12127,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 406, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 410, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 406, __pyx_L7_error)
+            __PYX_ERR(0, 410, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":405
+            /* "ivshmem/channel/streams.pyx":409
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11973,7 +12143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":407
+          /* "ivshmem/channel/streams.pyx":411
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -11985,9 +12155,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 407, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 411, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 407, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 411, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -12010,7 +12180,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":409
+        /* "ivshmem/channel/streams.pyx":413
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12063,7 +12233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":390
+      /* "ivshmem/channel/streams.pyx":394
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12107,7 +12277,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":411
+/* "ivshmem/channel/streams.pyx":415
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12156,46 +12326,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 411, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 415, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 411, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 415, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 411, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 415, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 411, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 415, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 411, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 415, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 411, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 415, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 411, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 415, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12232,7 +12402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":413
+  /* "ivshmem/channel/streams.pyx":417
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)             # <<<<<<<<<<<<<<
@@ -12240,16 +12410,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
  *     @cython.critical_section
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 413, __pyx_L1_error)
+  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -12271,7 +12441,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 413, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 417, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12285,7 +12455,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":411
+  /* "ivshmem/channel/streams.pyx":415
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12309,7 +12479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":415
+/* "ivshmem/channel/streams.pyx":419
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12357,32 +12527,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 415, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 419, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 419, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 415, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 419, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 415, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 419, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 415, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 419, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12421,15 +12591,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":418
+        /* "ivshmem/channel/streams.pyx":422
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 418, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 422, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -12445,7 +12615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":415
+      /* "ivshmem/channel/streams.pyx":419
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12484,7 +12654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":420
+/* "ivshmem/channel/streams.pyx":424
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12533,35 +12703,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 420, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 420, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 420, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 424, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 424, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12572,7 +12742,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 420, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12605,7 +12775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 420, __pyx_L1_error)
+    __PYX_ERR(0, 424, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12619,7 +12789,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 420, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12664,17 +12834,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 420, __pyx_L1_error)
+    __PYX_ERR(0, 424, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":425
+  /* "ivshmem/channel/streams.pyx":429
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await asynchronous.until_no_wait(
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -12684,15 +12854,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 425, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 429, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":426
+  /* "ivshmem/channel/streams.pyx":430
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
@@ -12700,11 +12870,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
  *                 self.half(SEND), self._send_now, timeout, view
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 430, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":427
+    /* "ivshmem/channel/streams.pyx":431
  *         view = memoryview(data).cast("B")
  *         while view:
  *             sent = await asynchronous.until_no_wait(             # <<<<<<<<<<<<<<
@@ -12712,22 +12882,22 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
  *             )
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 427, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 427, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/streams.pyx":428
+    /* "ivshmem/channel/streams.pyx":432
  *         while view:
  *             sent = await asynchronous.until_no_wait(
  *                 self.half(SEND), self._send_now, timeout, view             # <<<<<<<<<<<<<<
  *             )
  *             view = view[sent:]
 */
-    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 432, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 428, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 432, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12748,7 +12918,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 427, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_8 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -12762,21 +12932,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 427, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 431, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_8 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 427, __pyx_L1_error)
+      __PYX_ERR(0, 431, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":430
+    /* "ivshmem/channel/streams.pyx":434
  *                 self.half(SEND), self._send_now, timeout, view
  *             )
  *             view = view[sent:]             # <<<<<<<<<<<<<<
@@ -12790,12 +12960,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
 
       __pyx_t_9 = 0;
     } else {
-      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 430, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L1_error)
       __pyx_t_9 = __pyx_t_10;
     }
 
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 430, __pyx_L1_error)
+    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -12805,7 +12975,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":420
+  /* "ivshmem/channel/streams.pyx":424
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12837,7 +13007,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":432
+/* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12885,32 +13055,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 432, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 436, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 436, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 432, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 436, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 432, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 432, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 436, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12958,17 +13128,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":436
+        /* "ivshmem/channel/streams.pyx":440
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":437
+        /* "ivshmem/channel/streams.pyx":441
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12977,15 +13147,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":438
+          /* "ivshmem/channel/streams.pyx":442
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 438, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 442, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -13001,7 +13171,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":440
+        /* "ivshmem/channel/streams.pyx":444
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13050,7 +13220,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":432
+      /* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13089,7 +13259,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":442
+/* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13137,32 +13307,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 442, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 446, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 442, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 446, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 442, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 446, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 442, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 443, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 447, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 442, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 446, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13209,7 +13379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":448
+        /* "ivshmem/channel/streams.pyx":452
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13226,7 +13396,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":449
+          /* "ivshmem/channel/streams.pyx":453
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -13234,7 +13404,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 449, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 453, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -13245,7 +13415,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 449, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 453, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -13254,14 +13424,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 449, __pyx_L4_error)
+          __PYX_ERR(0, 453, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":448
+          /* "ivshmem/channel/streams.pyx":452
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13270,17 +13440,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":450
+        /* "ivshmem/channel/streams.pyx":454
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 450, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":451
+        /* "ivshmem/channel/streams.pyx":455
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -13289,18 +13459,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":452
+        /* "ivshmem/channel/streams.pyx":456
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 452, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":442
+      /* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13338,7 +13508,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":454
+/* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13390,22 +13560,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -13415,11 +13585,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13438,7 +13608,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13472,15 +13642,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":456
+  /* "ivshmem/channel/streams.pyx":460
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 456, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13500,7 +13670,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 456, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13514,7 +13684,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":454
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -14016,8 +14186,9 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Half(PyObject *o, visitp
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_7streams_Half[] = {
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__},
+  {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -14701,11 +14872,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 211, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -14713,7 +14884,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -14723,12 +14894,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 211, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14746,14 +14917,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 424, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -15562,12 +15733,27 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
+  /* "ivshmem/channel/streams.pyx":201
+ *         self.stream.end_sleep()
+ * 
+ *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.stream):
+ *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half__sleeps_on, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_mstate_global->__pyx_n_u_sleeps_on, __pyx_t_4) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15581,7 +15767,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15589,202 +15775,202 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":266
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":272
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":272
+  /* "ivshmem/channel/streams.pyx":276
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":292
+  /* "ivshmem/channel/streams.pyx":296
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":331
+  /* "ivshmem/channel/streams.pyx":335
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 331, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 331, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 335, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":368
+  /* "ivshmem/channel/streams.pyx":372
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 368, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":390
+  /* "ivshmem/channel/streams.pyx":394
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":411
+  /* "ivshmem/channel/streams.pyx":415
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 411, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 411, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":415
+  /* "ivshmem/channel/streams.pyx":419
  *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":420
+  /* "ivshmem/channel/streams.pyx":424
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":432
+  /* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 432, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":442
+  /* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 442, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":454
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15792,7 +15978,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15800,7 +15986,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15814,7 +16000,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15903,7 +16089,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":390
+  /* "ivshmem/channel/streams.pyx":394
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15912,12 +16098,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 390, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 394, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":454
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -15926,7 +16112,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 454, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -15967,38 +16153,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{9},{6},{24},{2},{15},{1},{28},{31},{10},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{7},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{172},{9},{174},{164},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{23},{31},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{9},{6},{24},{2},{15},{1},{28},{31},{10},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{15},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{10},{6},{12},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{7},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{172},{9},{174},{32},{164},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{23},{31},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1700 bytes) */
-static const char cstring[] = "x\332\235V\315s\0237\024\217\247.M \245\t0\201\t\245\225K\312G\001\203\251\2014\375\2324\220\226~@L\322\002\355\264\032yW\353\010\326\222\275\322\332q\333\351\344\350\343\036\367\250\343\036\367\350\243\2179\372\350#\177B\376\204>\355\256\035\247)3\2352\023Yzz\037\277\367{OoA\304\243\210q\344K\212\314V4(G\325\216\2422[\031W\002\021T\365\035\207zH8\010\311+\312\243\0249\036\251\325)WW\213+\350\026\022\036\252\013\260\227\324\022\334\226\327\215\340\221\340t\005m~\363\343\026~r\377z\272y\372\304\334d\262\247OV\020q]\304\224D+\260\242\266\360]\033\265\tS+\210\013\324\360\204E\245D.\223\212ridj\233\361\032\204jQ\333\300^Aj\033@\303\342!\312A$Q-\211zX\354Q\213\262\026d\003N\r\314/\037\tEA\207(\264\326Q\333\202\033C\233\272\254J=\242\250\333ARy\314R`\016J\034m<\330\270Q^.#\222\370zA-\000,\375\252\345\022)\301+\260R\365\231\253\000\220\3524\250,\242\207\016\352\010\037q\n0\201\277\006\350M\032\0000\016T\251\004\346e\302!/\242\230\340\030\314!\277\313\310f\000Y\001dc\275N\\I\213\004}C\\\307\000\255\023\233Bu\022\3326\241\026\004\0046\006\037\324J\\\215\322E\026`\347\324EP\022n\334A\236\000\325f\222T]J\271Yk\326\266h\203\323\364d\263\226\334\256\323z1\263,\216\316\324\363\204\047G\047\331\201z\324\213\212\325)vY\035p\214n\024\335Q\331\376f\346\343\246L \312b\243\263\003\364\333\324!\276\253\020\306\036\265}\213b\214l?I\223\013~\003Xo1\342\302\255\3058S\030K\352:E\350\203*\020\231eW\245&\241\026\365TJ.A\033i\rE\325T\0069\320`\rf\275t\201\311\304<\005\360\177\314M\206\302W\350\253\2654\227\007\206\006S\006\363W\034\247`%\0160\316\244PX\t\365<\220\247EJ\327\243Vc\371k\354\212``\265\240\276\355\321\031\252eO\234kTe@3A\235\274\244\016siv4\346\023[Ld\207[\223\002\363\306\263\263q=\261\205\327y\370t\310\030\000W]a\275\004\246\016$\207\241\310m_\331\242\315\323\343\367\311C\246\336\341\323\353(\231\270\177\r5c\rbY\264\241\376U\230\"\306x\243\263\003\177\367\341U\343G\320\245O\250\203q\366\362\240\tao\306\216\3318\276Q\307\2706\212\t\377\352\204\361\344W\330\276\233H8\251\047\277""\320\3258S3\333\2262\357\310\\4}\342\216\224F\255~$\321\261\200\356\230\003\2449v,\047\302\037I\037c\230\315\006-\223\330\022\036\360\3158\035\367\311\270AR\006&yH\226mOp\341\313d\317Dq\354@\246S>]\241\250\240\255\262W,-\327D\000\026\224G,Z%\326K\313\025f\332\3334\033/\007S\306\022>\207\327e\023\005\223\212\330\306r\364\213\205c\303\200\246\240cC\204t\2568.\251\325\016\272\030&\022\3436\335a0d\344?\047R6M\\\352(7+\364\250\335A\r\346\267\334f\r(\023\255C\216Jpf\325\205T\206T\236|\3208m\033\034\034Z\000>\"^C4<C\333\301\303\030\277\010O\210z\3669\003\324f\222\030Z\263wp\3509\300AM\274\005\330fS\356\3409\214\336\201d\277S\t3>K#Y\261\001/\217\016U3L\025\324\252md\231\037 \226\271PZl\2725=H\001\267\346\263\330\"\256O\223E\266\030\005\016\025\272\002\021|\313L[\323\2340\341\360\275\214P|/c\024\227MVx4\341\340\013\367\321u\030\211\217\323i\010\373\377\340\242t\353\200{\374\303xk\254}H\271\306\223\257\265\232\364{u\312\374W\003g\036vs\303\374\361\356\265\240\262\233\333?9\365\346b\270\020\356\350f\224{\225\237\013r\301\271pQ\177\026\265cb\224.\007\347\303\325\360\047]J\017\213a)\374V\303\315\211\301\211\202\236\327\005}7\232\037\346\337\332\365\273k\335\346p\372\344\340\344\222^\325?G\31587!~\247\333\n\236\205O\365\303\250\002:]7,\204+\2722\270t/n\366\336\3525\373\307\372\304h\033\007]\047x\020\316\207\005\023\357R\000N\214d\025\002vK\273\253\303\013\327\242\322\376\342\324\314{\000i9*E\253\257\300\342E\230\013\347\207\323\247\203OC\022\202\217\231\341\354\\p, \303\331S\301\345\360<\340\331\002\220\263\247\203/\022\304e\375G\\\210\357\366@\364N\327\017\326\202\346pn!p\302\325\341\334Y\330O\n\355\360\303\260\251s\306v9\374D\257\351\277\342\347\275j\177f\357\314^\305(\252\340\016\304^\010[z3\312%\346\200\361\366\307\373\013S3\347!\307e]\322\353Q!At:(\007;a[[\321Y\240&\261\275\035l\206\323:\257WM\250\027:\247O\351\322`i\255_\352\337\337\313\245\026>\220\377\014\340/D\255x\253w\241\377b\260Qy5\373.H+!\331\205\354Ot\227\203{\200R\351\225\250\022\261\3303i\235\n>\002\215\237MI""\207\323\263\335\357\014\254W\311f\047\374=\2327\007\023\037\010\335?653\007\333e\250\353\272.\200`:\205~\027\250\272d\314g\016\200\374\026\225\023\030\013=\331/L\240\330\237\235\232\231\355\226\273^p:\370:,\215\342C\323@j\020v=\000\n\3367D\3523\372yd\307\027\343\315^\276\267\326k\246\350Za\005\234\2344U\205\366X\374GtS\205\302p\366l\360\007\324.q\376a\340A\213\2265\224\350\\\230\017\037\350\371\341\231\017\364\222\246\321\355\350\247\270\034\373\275\257zN\377\341^\005\262{\373\302\030\345\334d\252K\332\210\026\216&\233\026\365\rH#\355\206,\374Q\016:{\047\006\233[\203\255\037\307L\014\362\357\206\217\007\327>\357\375\272W\034<{nH\3763\274\003Y/\350V\364K\357x\377\312^a\220\277\250K\311\315\340<\364r\264\036/\305\254\327\034\344o\307\205\324\340\213h>Z\212h\\\212\277\355\331\375\353{l\360\364\331\340\370\2558\3677\265!\311J";
-    PyObject *data = __Pyx_DecompressString(cstring, 1700, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1728 bytes) */
+static const char cstring[] = "x\332\235V\315s\0335\024\217\007S\222\326\224\244\355\244LJA\206\364\213\026S\027\323\206\3605!m\240|\264q\023h\013\003\032yW\353\250]K\366Jk\307\30009\372\270\307=\352\270\307=\372\350c\216>\372\330?!\177\002O\273k\307i`\206\2413\221\245\247\367\361{\277\367\364\266\210x\0241\216|I\221\331\212&\345\250\326UTf+\343J \202j\276\343P\017\t\007!yUy\224\"\307#\365\006\345\352Zi\025\335D\302C\r\001\366\222Z\202\333\362\206\021<\020\234\256\242\255o~\334\306\217\356\336H7\217\037\231\233L\366\370\321*\"\256\213\230\222h\025V\324\021\276k\243\016aj\025q\201\232\236\260\250\224\310eRQ.\215L\3550^\207Pmj\033\330\253H\355\000hX<D9\210$\252\047Q\217\212=jQ\326\206l\300\251\201\371\345\003\241(\350\020\205\326\273jGpchS\227\325\250G\024u\273H*\217Y\n\314A\211\243\315{\233\037TV*\210$\276\236Q\013\000K\277f\271DJ\360\n\254\324|\346*\000\244\272M*K\350\276\203\272\302G\234\002L\340\257\tz\323\006\000\214\003U*\201y\205p\310\213(&8\006s\310\357\n\262\031@V\000\331Xo\020W\322\022A\337\020\3271@\033\304\246P\235\204\266-\250\005\001\201\215\301\007\265\022W\343t\221\005\3309u\021\224\204\033w\220\047@\265\231$5\227Rn\326\272\265#:\3404=\331\254-w\032\264Q\312,K\3433\365<\341\311\361Iv\241\036\215\222b\r\212]\326\000\034\343\033EwU\266\3770\363\361\241L \312R\263\273\013\364\333\324!\276\253\020\306\036\265}\213b\214l?I\223\013\376\001\260\336f\304\205[\213q\2460\226\324uJ\320\0075 2\313\256FMBm\352\251\224\\\2026\323\032\212\232\251\014r\240\301\232\314z\356\002\223\211y\n\340\377\230\233\014\205\257\320W\353i.\367\014\r\246\014\346\2574I\301J\034`\234I\241\260\022\352\371\262\\\002\347M\211\005Ok\226\256\307\235L\344\307\334\214o\240\274m(wg|\206\342\331S\347:U\031\356L\320 \317\251\303\\\232\035\215\371\324\026\023\331\345\326\264\300<\371\354l\\Om\341\261\036=\0351\006\3005WX\317\201\270C\311Q(r\307W\266\350d\024|\237\274k\352\035=\375\033%S\367\377B\315D\203X\026m\252\177\024\246\2101\336\354\356\302\337]x\344\370\0014\355#\352`\234=D\350I\330\233)d6\216o\3241\256\217c\302\277""\006a<\371\025\266\357&\022N\032\311/49\316\324\314\266\255\314\2632\027-\237\270c\245q\347\037Kt\"\240\273\346\000iN\034\313\251\360\307\322\307\030F\265A\313$\266\204\007|3N\047}2i\220\303\026L\271\230f$Yv<\301\205/\223=\023\245\211+\231\216\377t\205\362\202\266\312\236\267\264\\\023\013\370P\036\261h\215X\317-W\230\317\200M\263\271s8~,\341sxv6Q0\302\210m,\307\277X86Ln\n:6DH\007\216\343\222z\375\260\237aT1n\323]\006\323G\276<\252\2621\343RG\271Y\311\307\215\017j0\330\345\016kB\301h\003rT\2023\253!\2442\364\362\344K\307i\307\340\340\320\014\360u\361\232\242\351\031\002\017\237\310\344mxB4\262\357\034\2406#\306\020\234\275\210#\017\003\016j\352U\3006\033\177\207\017c\374\"$\373\235J\030\376Y\032\311\212\rxy|\332\232)\253\240V\035#\313\374\000\261\314\205\"c\323\267\351A\n\2705\337\3136q}\232,\262\315(p\250\320U\210\340[f\014\2336\205\321\207\357d\204\342;\031\243\270b\262\302\343\321\007\237\276\367o\300\254|\230\216I\330\377\007\027\345\233\207\334\343\037&[c\355C\312u\236|\306\325\264\337k3\346\377 8\363\260\227\033\345O\366\256\007\325\275\334\301\351\231W\227\302\305pW\267\242\334\213\374|\220\013\336\014\227\364gQ\047&F\351Jp!\\\013\177\322\345\364\260\024\226\303o5\334\234\032\236*\352\005]\324\267\243\205Q\376\265=\277\267\336k\215fO\017O/\3535\375s\324\212sS\3427z\355\340I\370X\337\217\252\240\323s\303b\270\252\253\303\313w\342V\377\265~kpb@\214\266q\320s\202{\341BX4\361.\007\340\304H\326 `\257\274\2676z\375\222\336\206\200\205\263A%\350\204u\275\025\345\243\273q\241\277\336\227\203\"\334_\274\036\225\017\226f\346\336\006\310+Q9Z{\001\036\237\205\271pa4{6\3704$!\304\230\033\025\346\203\023\001\031\025\316\004W\302\013\2007\363\371E\222QE\377\021\027\343\333}\020\275\321\363\203\365\2405\232_\014\234pm4\177\036\366\323B;\274\024\266t\316\330\256\204\237\350u\375W\374\264_\033\314\355\237\333\257\032E\025|\014\261\027\3036\000\315%\346\200\361\326G\007\2133s\027\200\203\025]\326\033Q1Ad2\332\r;\332\212\316\003u\211\355\255`+\234\325y\275fB=\3239}F\227\207\313""\353\203\362\340\356~.\265\360\2418O\000\376b\324\216\267\373\027\007\317\206\233\325\027\205\267@Z\r\311\036d\177\252\267\022\334\001\224J\257F\325\210\305\236I\353L\360>h\374lJ>\232-\364\2763\260^$\233\335\360\367h\301\034L| \374\340\304\314\334<lW\240\356\033\032\030>\230M\241\337\006\252.\033\363\271C \277E\225\004\306\242)\306\024\212\203\302\314\\\241W\351y\301\331\340\353\260<\216\017M\005\251A\330\215\000(x\307\020\251\317\351\247\221\035\277\027o\365\363P\323V\212\256\035V\301\311iSUh\237\245\227\242\233*\024G\205\363\301\037P\273\304\371\245\300\203\026\256h(\321\233a>\274\247\027F\347\336\325\313\232F\267\242\237\342J\354\367\277\352;\203\373\373U\310\356\365\213\023\224\363\323\251.k#Z<\236lZ\324W \215\264\033\262\360\3079\350\356\237\032nm\017\267\177\23401\314\277\025>\034^\377\274\377\353~i\370\344\251!\371\317\360c\310zQ\267\243_\372\047\007W\367\213\303\374{\272\234\334\014/@/G\033\361r\314\372\255a\376V\\L\r\276\210\026\242\345\210\306\345\370\333\276=\270\261\317\206\217\237\014O\336\214s\177\003\215k\340\310";
+    PyObject *data = __Pyx_DecompressString(cstring, 1728, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2219 bytes) */
-static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.\277a Half\245\001m\247ade\241@\262\"S\211@a\266\016\000d_A\000ecF\002 \366\350\004 c\271\000nel \342\220@n\261\000^\000\275Adis\277ableen\002\001g\317chow\373\000\010\003di\177vshmem.3\004\375.\010\005errors\366\026\005sy\215@m.ti?me_lim\274@0\005\257text=\004/w\004/}s\236\002s.pyx\321@\377default \377__reduce___ du\211@o\356@{n-\363 vial\033\000\377cinit__s/elf.\205`b\355@\327\004{be\315\001vert\327#\267a P\276Cob\226A \377for pick\221l\247`:\002{\003 \0140\336\001o_ut BC\304#E\203!\324\203A\207A.\272\006c\277b__4\017\004\326@s\315@e_\020\005\237C\320\245C$\017\017\006!\024.\247 cvz\335@w:\005send\005\010\347get\242\004\\\004mak\337efilek\004re\373cv\000\010_asyn=c\005\tinto\227\004W\001\316\000\010all\000\0130\nse\377tblockin\371g6\006|\014shutd\327own\242\204\003L\304\206\002er\300\000\013\373\025&\005\346 \2744\031\006ac\217ceptH\014\017\003\351\003_\357_Pyx\001\000Dic\377t_NextRewf__\363\205\004e__\t\000<\363\207\001\005\001func\r\001\324 \274\301C\033\000main!\001m\357odul*\002namb2\002pT\000 \004\007\001vt\330\205\001\036L\001qual\035\005\343\204\005\241n\366\375\204\006ex\200\001set_\360Q\005\275f\232\000\301n__te\373st\264\000is_co\177routine\237f\341_\231e\221#\374\t\367Bhro\357nous\203bio.\3628\006s\340\212\003\346\212\003ingcwast\275\207\004scl^\001\376\203 traceba\337ckclo\352\212\001de\374\330\207""\004\334\207\007counte\377ddatadea\371d6\001\000\005_ofdo\377neencodi\373ng\322\207\003flagg\376\274\204\007howinde?xitems\202\210\r\307\207\004oleft\221\213\003er\347\204\005\377membersh\333ip\244@em\341\000to\177nicmost\252A\335n\322\214\002new\306\001ne\377xtoverpo\203pr\234\205\001\240\205\001\223\205\003\005\002\216\205\001r\007oom\310\214\004\263\000\205\210\001\364\205\001\370\205\001\347all\000\004\306\205\003sen]t\201\205\010set\337\210\004s\221\206\006\376\200\205\005sizespi)n\216\211\004\271\212\002_\250\206\001s\303\211\017\311\211\001\305t\251@w\345\211\001\204\210\004\326 il\317_no_\241\215\001\007\003so\373me\222\215\002value\336\000\002svie\301 t ?(struc\352\211\001\244\204\001\337obj_7\334\212\004_7\376\227\213\004_4ends_\376\332\210\005nd *, PcyO\307\211\003\t\000  10\362\047\363_M\376&F\001unsikgn\251\216\002tL\t)\000\347\217\001\375_\234\214\004\200\001\330\004\n\210\377+\220Q\200\001\360\016\000\377\005\032\230\026\230x\240q\377\250\001\340\004\020\220\001\220\377\030\230\032\240<\250w\260\375a!\001\047\220\033\230A\230\367V\2401\007\003\032\2301\230\373J\240\027\000\013\320\013!\240\377\021\240!\2406\250\021\330\377\004\007\200u\210C\210q\377\330\010\016\320\016$\240A\277\240Z\250q\260\001\014\010\017\377\210v\220X\230W\240I\373\250Q!\000\210l\230!\230\377:\240Q\320&7\260q\177\270\007\270q\300\006\300j\000\373\007\200=\001\210f\220E\230\267\021\230!\236\001&\220\246\000\016\376\017\000A\330\004\013\2101\200\377A\330\035+\2501\360\032\367\000\t\036\220\0008\2501\250\377A\340\010\016\210j\230\001\377\230\021\330\010\023\220;\230\373a\230\202\000\t\330\014\020\220\377\006\220a\330\014\022\220\047\353\230\033\215\000T\242\000\014\023\220\375>\255\0024\240{\260!\260\3776\270\021\330\014\017\210u\377\220C\220q\330\020\026\220?f\230A\330\020\027\t\000\t\t\377d\230%\230q\240\001\330\3769\0008\2309\240C\240~\377\260Y\270b\300\t\310\024\273\310Q:\001t\2205y\000\026?\230v\240S\250\001:\002\241\000\17723\360\026\000\t\033\341\000\3778\2401\240F\250!\330""\375\010\217\000\023\2204\220x\230\237w\240c\250\027\230 w\000t\377\2202\220S\230\010\240\004\375\240v\000\026\220j\240\001\240\377\022\2401\320$C\3001w\300D\310o\0024\220u\372 \377X\240T\250\026\250v\260\377T\270\035\300j\320PQ\367\340\014\034\220@Q\230a\200\276\373\000\013\2108\2207\243\000t\377\240:\250Q\250i\260r\256\323\001\022\220*\262@Z\317A\330?\010\014\210K\220q\047\001\005\001\337x\230z\250\0214\001\017\210\373t\220\316 \360\006\000\t\020\372\010\0008\325@F\240!\200A+\360\010\265\0036\332@&\321\000\263\005\356\205\001^\2504\202\002\026\270s\373\300!{\010\360\014\000\t\014\377\2104\210r\220\023\220G\213\2301\363!*\257c\330\000}\000F\365\220\200 \037\305!\240\024\240Y\377\250d\260#\260S\270\004\357\270C\270q\230\003v\230Q\222v\000\016\322A\234`\032\232`r\t\026{\220d\213`\014\027\220{\353`\376X\002%\220r\230\032\2404\375\240\265@\030\230\004\230E\240\377\021\330\024\"\240$\240e\377\2502\250V\2604\260u\377\270B\270f\300I\310Q\266\333\000\r\035\244%\360\020\337\t$\341\240\274 \240E\341\t\225!5\230\003\340\304\000\210cx\004\273A\366\013y\310\013\277\320ST\320TU\207F\320\377\004\034\230O\320+=\270\377]\310.\320XY\340\010\337\017\210|\2305\325@\026\240\377v\250[\270\n\300(\310\277!\320\004#\2401\025\002\320\377\033+\2501\250F\260$\377\260i\270q\320\0042\260\375!+\003>\250\021\250$\250\377e\2601\260J\270d\300\377,\310i\320WX\320\n\0070\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2219, 3133);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2254 bytes) */
+static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.\277a Half\245\001m\247ade\241@\262\"S\211@a\266\016\000d_A\000ecF\002 \366\350\004 c\271\000nel \342\220@n\261\000^\000\275Adis\277ableen\002\001g\317chow\373\000\010\003di\177vshmem.3\004\375.\010\005errors\366\026\005sy\215@m.ti?me_lim\274@0\005\257text=\004/w\004/}s\236\002s.pyx\321@\377default \377__reduce___ du\211@o\356@{n-\363 vial\033\000\377cinit__s/elf.\205`b\355@\327\004{be\315\001vert\327#\267a P\276Cob\226A \377for pick\221l\247`:\002{\003 \0140\336\001o_ut BC\304#E\203!\324\203A\207A.\272\006c\277b__\264\017\004\326@s\315@e_\n\013s>\361 ps_on\256C\264C\3603\017\017\0066\016*\005recvz\354@w:\005send\005\010\347get\261\004\\\004mak\037efilek\004;\001\000\010\277_async\005\ti\307nto\227\004W\001\000\010al\371l\000\0130\nsetbl?ocking6\006|\014\177shutdow\374\004\rL\323\206\002er\277\204\003\006\005\373\025\025\010\374\20449\006accept\370H\014\017\003\351\003__Pyx\376\001\000Dict_Ne\177xtRef__\202\206\004\307e__\t\000\202\210\001\005\001fu\303nc\r\001\324 \320C\033\000ma\373in!\001modul.*\002nam2\002pT\000 \004\346\007\001vt\347\205\001L\001quaal\035\005\362\204\005\260n\214\205\006ex\200\001\017set_Q\005\314f\232\000\320n\277__test\264\000i\377s_corout\257ine_\240e_\231e_\360\372f\233#\206)\201bhronwous\215bio.B\006\371s\371\212\003\377\212\003ingca;st\326\207\004sclh\001\215 \377tracebacokclo\203\213""\001de\361\207\004\376\365\207\007counted\377datadead\3746\001\000\005_ofdon\377eencodin}g\353\207\003flagg\306\204\007\377howindex\237items\233\210\r\340\207\004l\267eft\252\213\003er\361\204\005m\377embershi\355p\256@em\341\000ton\277icmost\264An\356\353\214\002new\306\001nex\377toverpop\301r\345\205\001\350\205\002\236\205\002\362\205\002\230\205\001ro\203om\341\214\004\263\000\236\210\001\376\205\001\202\206\001a\363ll\000\004\320\205\003sent.\213\205\010set\370\210\004s\233\206\006\212\205\005\377sizespin\224\247\211\004\322\212\002_\262\206\001s\334\211\017\342\211\001t\342\251@w\376\211\001\235\210\004\326 il_\347no_\272\215\001\007\003som}e\253\215\002value\000\002\357svie\301 t (\237struc\203\212\001\256\204\001oobj_7\365\212\004_7\260\213\004\177_4ends_\363\210\005\377nd *, Py\261O\340\211\003\t\000  10\362\047_\371M\376&F\001unsig\265n\302\216\002tL\t)\000\200\220\001_\376\265\214\004\200\001\330\004\n\210+\377\220Q\200\001\360\016\000\005\377\032\230\026\230x\240q\250\377\001\340\004\020\220\001\220\030\377\230\032\240<\250w\260a\376!\001\047\220\033\230A\230V\373\2401\007\003\032\2301\230J\375\240\027\000\013\320\013!\240\021\377\240!\2406\250\021\330\004\377\007\200u\210C\210q\330\377\010\016\320\016$\240A\240\337Z\250q\260\001\014\010\017\210\377v\220X\230W\240I\250\375Q!\000\210l\230!\230:\377\240Q\320&7\260q\270\277\007\270q\300\006\300j\000\007\375\200=\001\210f\220E\230\021[\230!\236\001&\220\246\000\016\017\000\377A\330\004\013\2101\200A\337\330\r%\240Tn\000\014\023\377\2204\220w\230g\240S\377\250\004\250D\260\014\270C\357\270s\300!\035\000\035+\250\2771\360\032\000\t\036\260\0008\377\2501\250A\340\010\016\210\377j\230\001\230\021\330\010\023\337\220;\230a\230\242\000\t\330\377\014\020\220\006\220a\330\014\237\022\220\047\230\033\255\000M\004>\376\315\0024\240{\260!\2606\377\270\021\330\014\017\210u\220\377C\220q\330\020\026\220f\237\230A\330\020\027\t\000\t\td\177\230%\230q\240\001\330\215\000\3778\2309\240C\240~\260\377Y\270b\300\t\310\024\310""\335Q:\001t\2205y\000\026\230\345v\246\000\001:\002\301\00023\360\357\026\000\t\033\201 8\2401?\240F\250!\330\010\217\000\316\001\177x\230w\240c\250\027\270 \376w\000t\2202\220S\230\010\367\240\004\240v\000\026\220j\240\377\001\240\022\2401\320$C\337\3001\300D\310o\0024\220\365u\232@X\220 \026\250v\260\377T\270\035\300j\320PQ\367\340\014\034\260@Q\230a\200\276\373\000\013\2108\2207\243\000t\377\240:\250Q\250i\260r\256\323\001\022\220*\322@Z\357A\330?\010\014\210K\220q\047\001\005\001\337x\230z\250\0214\001\017\210\373t\220\356 \360\006\000\t\020\332\010\0008\365@F\240\337 \360\010:\265\0036\372@&\250\001\262\006\205\001\227^\2504\202\002\026\211A{\010\360\377\014\000\t\014\2104\210r\277\220\023\220G\2301\363!*X\317c\330\000}\000F\220\200 \037\305!\377\240\024\240Y\250d\260#\257\260S\270\004\321@q\230\003v?\230Q\200A\360\016\322A\274`\271\032\272`r\t\026\220d\253`\014\277\027\220{\240!\240X\002%\177\220r\230\032\2404\240\265@\377\030\230\004\230E\240\021\330\377\024\"\240$\240e\2502\377\250V\2604\260u\270B\277\270f\300I\310Q\333\000\rm\035\244%\360\020\337\t$\240\274 8\240E\341\t\225!5\230\003\304\000\210c\370x\004\215\204\001\366\013y\310\013\320S\357T\320TU\207F\320\004\034\377\230O\320+=\270]\310\377.\320XY\340\010\017\210\367|\2305\325@\026\240v\250\377[\270\n\300(\310!\320\357\004#\2401\025\002\320\033+\377\2501\250F\260$\260i\177\270q\320\0042\260!+\003\377>\250\021\250$\250e\260\3771\260J\270d\300,\310\377i\320WX\320\n0\260\001\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2254, 3190);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3133 bytes) */
-static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowtimetimeoutuntil_no_waituntil_somethi""ngvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034""\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
+    #else /* compression: none (3190 bytes) */
+static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__Half._sleeps_onStreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_sleeps_onacceptaccept_asyncasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowtimetimeoutu""ntil_no_waituntil_somethingvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\r%\240T\250\021\330\014\023\2204\220w\230g\240S\250\004\250D\260\014\270C\270s\300!\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033""\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 153; i++) {
+    for (int i = 0; i < 155; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
@@ -16009,8 +16195,8 @@ static const char bytes[] = " are in use are open bytes bytes into a buffer of  
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 153; i < 172; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-153].length;
+    for (int i = 155; i < 175; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-155].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16020,15 +16206,15 @@ static const char bytes[] = " are in use are open bytes bytes into a buffer of  
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 172; i++) {
+    for (Py_ssize_t i = 0; i < 175; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 153;
-      for (Py_ssize_t i=0; i<19; ++i) {
+      PyObject **table = stringtab + 155;
+      for (Py_ssize_t i=0; i<20; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -16114,7 +16300,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 420};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 424};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -16144,84 +16330,89 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 201};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sleeps_on, __pyx_mstate->__pyx_kp_b_iso88591_A_T_4wgS_D_Cs, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+  }
+  {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 272};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 296};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 331};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 335};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 368};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 372};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 390};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 394};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 411};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 415};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_e1Jd_iWX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_e1Jd_iWX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 415};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 419};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 432};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 436};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 442};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 446};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -198,6 +198,10 @@ cdef class Half(ChannelEnd):
     cdef void end_sleep(self) noexcept:
         self.stream.end_sleep()
 
+    def _sleeps_on(self):
+        with cython.critical_section(self.stream):
+            return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+
     cdef int64_t probe(self, void **what, Probe *probe) except -1:
         what[0] = &self.probed
         probe[0] = probe_stream
