@@ -246,7 +246,7 @@ def test_a_protocol_that_fails_is_reported(room: Bytes) -> None:
 
 
 def test_the_end_of_the_loop_closes_connections(room: Bytes) -> None:
-    kept = []
+    kept: list[Any] = []
 
     async def work() -> None:
         server = await room.start_server(lambda *pair: kept.append(pair))
@@ -258,7 +258,7 @@ def test_the_end_of_the_loop_closes_connections(room: Bytes) -> None:
 
 
 def test_connections_end_with_the_loop_while_they_send(room: Bytes) -> None:
-    kept = []
+    kept: list[Any] = []
 
     async def work(listener: StreamListener) -> None:
         _, writer = await room.open_connection()
@@ -270,6 +270,7 @@ def test_connections_end_with_the_loop_while_they_send(room: Bytes) -> None:
         asyncio.run(work(listener))
         ((writer, accepted),) = kept
         assert writer.get_extra_info("stream").closed
+        assert accepted is not None
         accepted.close()
 
 
