@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -436,3 +438,23 @@ def test_a_ring_runs_no_task_whose_connection_has_nothing(
                 writer.close()
 
     run(work())
+
+
+def test_a_loop_that_was_closed_while_tasks_slept_is_forgotten(room: Bytes) -> None:
+    def sleep_and_close() -> weakref.ref[asyncio.AbstractEventLoop]:
+        loop = asyncio.new_event_loop()
+        task: Any = loop.create_task(room.listen().accept_async())
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        task._log_destroy_pending = False
+        return weakref.ref(loop)
+
+    async def wait_a_moment() -> None:
+        with room.connect() as stream, contextlib.suppress(TimeoutError):
+            await stream.recv_async(1, timeout=0.001)
+
+    closed = sleep_and_close()
+    asyncio.run(wait_a_moment())
+    gc.collect()
+    assert closed() is None
+    room.listen().close()  # its slot is free

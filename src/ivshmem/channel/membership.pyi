@@ -1,5 +1,5 @@
-from collections.abc import MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from typing_extensions import Self, disjoint_base, final
 
@@ -25,7 +25,7 @@ class Membership:
     @property
     def vector(self) -> int: ...
     @property
-    def loops(self) -> MutableMapping[Any, Any]: ...
+    def loops(self) -> WeakKeyDictionary[Any, Any] | None: ...
     @property
     def readonly(self) -> bool: ...
     @property

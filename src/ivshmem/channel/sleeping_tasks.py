@@ -70,6 +70,12 @@ def _watch_of(loop: asyncio.AbstractEventLoop, membership: Membership) -> _LoopW
         raise ClosedError("the channels are closed")
     watch = loops.get(loop)
     if watch is None:
+        # A loop that was closed while tasks slept is kept by them: without this, their ends were
+        # never closed.
+        for former in loops.keyrefs():
+            other = former()
+            if other is not None and other.is_closed():
+                loops.pop(other, None)
         watch = loops[loop] = _LoopWatch(loop, membership)
     assert isinstance(watch, _LoopWatch)
     return watch
