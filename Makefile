@@ -222,6 +222,8 @@ $(VENV)/installed: $(SOURCES) | $(VENV)
 	@echo "building and installing into $(VENV) ..."
 	@rm -rf $(WHEEL)
 	@find build -path "build/lib*.py" -delete 2>/dev/null || true  # of modules that are gone
+	@find build -path "build/lib*.so" 2>/dev/null | while read -r so; do \
+	    module=$${so#build/lib*/}; [ -e "src/$${module%%.*}.c" ] || rm "$$so"; done
 	@$(WITHOUT_SYMBOLS) $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
 	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
 	@touch $@
