@@ -374,7 +374,7 @@ def test_a_peer_that_sends_without_end_leaves_other_tasks_their_turn(room: Bytes
     asyncio.run(work())
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has eager tasks")
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
 def test_tasks_that_begin_eagerly(room: Bytes, run: Run) -> None:
     async def work() -> None:
         loop: Any = asyncio.get_running_loop()
