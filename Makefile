@@ -76,7 +76,7 @@ test-newest-qemu: $(VENV)/tested
 
 # What depends on the interpreter: the C modules, asyncio, threads. All unit tests by night.
 WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
-    $(addprefix integration/test_,aio async_endpoint server_client threads)
+    $(addprefix integration/test_,aio async_endpoint channel_transport server_client threads)
 WITH_PYTHON_NIGHTLY := unit/test_* integration/test_cli integration/test_region
 
 test-pythons:
