@@ -67,7 +67,7 @@ def test_every_reader_reads() -> None:
             )
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace: apt-get install strace")
 def test_a_busy_stream_makes_no_system_call() -> None:
     assert sum(system_calls.count(20_000).values()) <= 100
 
