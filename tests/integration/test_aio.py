@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 from support.children import Child, python
+from support.loops import LOOPS
 from support.peer import FakeServer, until_closed
 from support.waiting import PATIENCE, in_child, until
 
@@ -45,13 +46,6 @@ T = TypeVar("T")
 MakeServer = Callable[..., ivshmem.Server]
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 Run = Callable[[Coroutine[Any, Any, T]], T]
-
-LOOPS: dict[str, MakeLoop] = {"asyncio": asyncio.new_event_loop}
-with contextlib.suppress(ImportError):
-    import uvloop
-
-    LOOPS["uvloop"] = uvloop.new_event_loop
-    uvloop.new_event_loop().close()  # the first of a process leaves a pipe, for signals
 
 
 @pytest.fixture(params=LOOPS)

@@ -13,20 +13,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from support.loops import LOOPS
 
 from ivshmem import ClosedError, Directory, Region, channel
 from ivshmem.channel import Bytes, StreamListener
 from ivshmem.channel.transport import StreamTransport
 from ivshmem.peer.waiting_tasks import Waiter
-
-LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
-try:
-    import uvloop
-
-    LOOPS["uvloop"] = uvloop.new_event_loop
-    uvloop.new_event_loop().close()  # the first of a process leaves a pipe, for signals
-except ImportError:
-    pass
 
 PATIENCE = 30.0
 Run = Callable[[Coroutine[Any, Any, None]], None]

@@ -15,22 +15,29 @@ cdef extern from *:
     #include <string.h>
     #include <unistd.h>
 
-    /* When a process of this PID namespace started, in clock ticks, modulo 2^40; 0: unknown. */
-    static uint64_t ivshmem_process_start(uint64_t process)
+    /* Read what /proc says of a process of this PID namespace, into `text`. Return the end of its
+       name, which the program chooses; NULL: there is no such process. */
+    static char *ivshmem_process_name_end(uint64_t process, char *text, size_t room)
     {
-        char path[40], text[512], *at;
+        char path[40];
         int fd;
         ssize_t size;
         snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
         fd = open(path, O_RDONLY | O_CLOEXEC);
         if (fd < 0)
-            return 0;
-        size = read(fd, text, sizeof text - 1);
+            return NULL;
+        size = read(fd, text, room - 1);
         close(fd);
         if (size <= 0)
-            return 0;
+            return NULL;
         text[size] = 0;
-        at = strrchr(text, ')'); /* a program chooses its name */
+        return strrchr(text, ')');
+    }
+
+    /* When a process started, in clock ticks, modulo 2^40; 0: unknown. */
+    static uint64_t ivshmem_process_start(uint64_t process)
+    {
+        char text[512], *at = ivshmem_process_name_end(process, text, sizeof text);
         for (int field = 2; at != NULL && field < 22; field++)
             at = strchr(at + 1, ' ');
         return at == NULL ? 0 : strtoull(at + 1, NULL, 10) & ((UINT64_C(1) << 40) - 1);
@@ -39,20 +46,8 @@ cdef extern from *:
     /* Whether a process has ended and its parent has yet to ask how: a zombie without threads. */
     static int ivshmem_process_is_zombie(uint64_t process)
     {
-        char path[40], text[512], *at, state = 0;
+        char text[512], state = 0, *at = ivshmem_process_name_end(process, text, sizeof text);
         long threads = 0;
-        int fd;
-        ssize_t size;
-        snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
-        fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            return 0;
-        size = read(fd, text, sizeof text - 1);
-        close(fd);
-        if (size <= 0)
-            return 0;
-        text[size] = 0;
-        at = strrchr(text, ')');
         if (at == NULL || sscanf(at + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s"
                                  " %*s %*s %*s %ld", &state, &threads) != 2)
             return 0;

@@ -248,10 +248,16 @@ class StreamTransport(Uncopied, asyncio.Transport):
 def streams_over(stream: Stream, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Return asyncio's reader and writer of a connection."""
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=limit, loop=loop)
-    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    reader, protocol = _reader_of(loop, limit)
     transport = StreamTransport(stream, protocol)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def _reader_of(
+    loop: asyncio.AbstractEventLoop, limit: int, connected: Callable[[Any, Any], Any] | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamReaderProtocol]:
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    return reader, asyncio.StreamReaderProtocol(reader, connected, loop=loop)
 
 
 class StreamServer(Uncopied, asyncio.AbstractServer):
@@ -284,10 +290,8 @@ class StreamServer(Uncopied, asyncio.AbstractServer):
                 await asyncio.sleep(_AFTER_AN_ERROR)
                 continue
             assert stream is not None
-            reader = asyncio.StreamReader(limit=self._limit, loop=self._loop)
-            StreamTransport(
-                stream, asyncio.StreamReaderProtocol(reader, self._connected, loop=self._loop)
-            )
+            _, protocol = _reader_of(self._loop, self._limit, self._connected)
+            StreamTransport(stream, protocol)
             await asyncio.sleep(0)  # callers that come quickly leave other tasks their turn
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
