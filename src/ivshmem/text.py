@@ -126,3 +126,8 @@ def counted(number: float, what: str) -> str:
     """Say how many there are of something: 1 peer, 0 peers, 2.5 seconds."""
     shown = str(number) if isinstance(number, int) else f"{number:g}"
     return f"{shown} {what}" if number == 1 else f"{shown} {what}s"
+
+
+def all_of(number: int, what: str) -> str:
+    """Begin a sentence about all of them: "its only writer is", "all its 2 writers are"."""
+    return f"its only {what} is" if number == 1 else f"all its {counted(number, what)} are"

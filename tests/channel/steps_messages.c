@@ -87,13 +87,10 @@ static void read_what_there_is(struct peer *peer)
     CHECK(drained >= (uint64_t)aside->ended, drained);
 }
 
-static void read_and_write(struct peer *peer)
+/* Two writers and a reader go on, in the slots that the child had. */
+static void write_in_turn(struct peer *peer)
 {
     static struct peer second;
-    read_what_there_is(peer);
-    CHECK(drained <= (uint64_t)aside->began, drained);
-    if (ivshmem_reader_sleep(&peer->reader) == IVSHMEM_AGAIN)
-        ivshmem_sleep_end(&peer->channel, &peer->reader.sleep);
     CHECK(join(&second) == 0, 0);
     CHECK(open_channel(&second, channel_name) == 0, 0);
     CHECK(open_writer(peer) == 0, 0); /* every writer's slot can be taken */
@@ -107,6 +104,72 @@ static void read_and_write(struct peer *peer)
     ivshmem_writer_close(&second.writer);
     ivshmem_writer_close(&peer->writer);
     ivshmem_leave_area(&second.member);
+}
+
+static void read_and_write(struct peer *peer)
+{
+    read_what_there_is(peer);
+    CHECK(drained <= (uint64_t)aside->began, drained);
+    if (ivshmem_reader_sleep(&peer->reader) == IVSHMEM_AGAIN)
+        ivshmem_sleep_end(&peer->channel, &peer->reader.sleep);
+    write_in_turn(peer);
+}
+
+/* -- the child takes a slot whose former owner published ------------------------------------------- */
+
+enum { FORMER = 6 }; /* messages; more than SLOTS, so that they went round */
+
+static void publish_and_close(struct peer *peer)
+{
+    CHECK(open_writer(peer) == 0, 0);
+    for (uint64_t i = 0; i < FORMER; i++)
+        CHECK(put(peer, i) == 0, i);
+    ivshmem_writer_close(&peer->writer);
+}
+
+static void publish_one_more(void)
+{
+    static struct peer peer;
+    must(join(&peer));
+    must(open_channel(&peer, channel_name));
+    must(open_writer(&peer));
+    CHECK(peer.writer.slot == 0, peer.writer.slot);
+    aside->began = 1;
+    must(put(&peer, FORMER));
+    aside->ended = 1;
+    ivshmem_writer_close(&peer.writer);
+    ivshmem_leave_area(&peer.member);
+}
+
+/* A late reader gets what the two published, but perhaps one message, which the child had in hand. */
+static void read_history(struct peer *peer)
+{
+    struct ivshmem_message message;
+    uint64_t number, next = 0, count = 0;
+    peer->reader.channel = &peer->channel;
+    peer->reader.member = &peer->member;
+    peer->reader.overflow = IVSHMEM_OVERWRITE;
+    CHECK(ivshmem_reader_open(&peer->reader, SLOTS - 1) == 0, 0);
+    while (get(peer, &message, &number) == 0) {
+        CHECK(number >= next, number);
+        next = number + 1;
+        count++;
+    }
+    CHECK(next <= FORMER + (uint64_t)aside->began, next);
+    CHECK(next >= FORMER + (uint64_t)aside->ended - (count < SLOTS - 1), next);
+    CHECK(count >= SLOTS - 2, count);
+    ivshmem_reader_close(&peer->reader);
+}
+
+static void read_history_and_write(struct peer *peer)
+{
+    read_history(peer);
+    CHECK(open_writer(peer) == 0, 0); /* the next owner takes over what that one left */
+    CHECK(peer->writer.slot == 0, peer->writer.slot);
+    read_history(peer);
+    ivshmem_writer_close(&peer->writer);
+    CHECK(open_reader(peer, IVSHMEM_OVERWRITE) == 0, 0);
+    write_in_turn(peer);
 }
 
 /* -- the child reads ----------------------------------------------------------------------------- */
@@ -240,6 +303,8 @@ int main(int argc, char **argv)
     static const struct operation operations[] = {
         {"write", &geometry, listen_to_it, write_messages, read_what_there_is, read_and_write, NULL,
          NULL},
+        {"adopt", &geometry, publish_and_close, publish_one_more, read_history, read_history_and_write,
+         NULL, NULL},
         {"block", &geometry, write_some, block, is_not_held_up, is_read_by_others, other_joins,
          other_lost_nothing},
         {"overwrite", &geometry, write_some, overwrite, is_not_held_up, is_read_by_others, other_joins,

@@ -25,7 +25,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 ADDRESSES = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 OPERATIONS = {
-    "steps_messages": ("write", "block", "overwrite", "discard", "create", "remove"),
+    "steps_messages": ("write", "adopt", "block", "overwrite", "discard", "create", "remove"),
     "steps_queue": ("put", "take", "get"),
     "steps_calls": ("serve", "call"),
     "steps_bytes": ("call", "accept"),

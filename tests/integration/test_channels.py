@@ -116,6 +116,51 @@ def test_a_late_reader_gets_history(channels: Channels) -> None:
             assert [reader.get(0) for _ in range(3)] == [b"3", b"4", None]
 
 
+def test_a_late_reader_gets_what_a_former_owner_of_the_slot_wrote(channels: Channels) -> None:
+    """Processes that put one message each, as a command line does."""
+    messages = channels.create_messages("a", limit=8, slots=4, writers=1)
+    for i in range(10):
+        with messages.writer() as writer:
+            with messages.reader(history=3) as reader:
+                there = [reader.get(0) for _ in range(4)]
+            assert there == [*[b"%d" % j for j in range(max(0, i - 3), i)], *[None] * 4][:4]
+            with messages.reader("block", history=3) as reader:
+                writer.put(b"%d" % i)
+                assert [*iter(lambda reader=reader: reader.get(0), None)][-1] == b"%d" % i  # type: ignore[misc]
+                assert reader.lost == 0
+
+
+def test_cells_of_former_owners_are_used_again(channels: Channels) -> None:
+    """Loans that were dropped, and messages of many owners, in readers that drop the newest too."""
+    messages = channels.create_messages(
+        "a", limit=8, slots=4, loans=2, writers=1, overflow=("overwrite", "discard")
+    )
+    number = 0
+    for _ in range(8):
+        with messages.writer() as writer, messages.reader("discard") as discards:
+            with pytest.raises(KeyError), writer.loan(8), writer.loan(8):
+                raise KeyError
+            for _ in range(6):
+                with writer.loan(8) as one, writer.loan(8) as two:
+                    memoryview(one)[:] = memoryview(two)[:] = b"%08d" % number
+                number += 1
+            assert discards.get(0) == b"%08d" % (number - 6)
+            with messages.reader("overwrite", history=3) as reader:
+                got = [reader.get(0) for _ in range(3)]
+            assert got == [b"%08d" % (number - k) for k in (2, 1, 1)]
+
+
+def test_history_that_is_not_there_is_not_lost(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=8)
+    with messages.reader(history=7) as reader:
+        assert reader.get(0) is None
+        with messages.writer() as writer:
+            writer.put(b"1")
+            with messages.reader(history=7) as late:
+                assert [late.get(0), late.get(0)] == [b"1", None]
+        assert (reader.get(0), reader.lost, late.lost) == (b"1", 0, 0)
+
+
 def test_loans_and_views_copy_nothing(region: Region, channels: Channels) -> None:
     messages = channels.create_messages("a", limit=100)
     with messages.writer() as writer, messages.reader() as reader:
@@ -305,7 +350,7 @@ def test_a_listener_that_is_started_again_gets_those_that_wait(channels: Channel
 def test_limits_of_connections(channels: Channels) -> None:
     room = channels.create_bytes("a", buffer=64, connections=1)
     with room.listen() as listener, room.connect() as caller:
-        with pytest.raises(channel.ChannelError, match="all its 1 connection are in use"):
+        with pytest.raises(channel.ChannelError, match="its only connection is in use"):
             room.connect()
         caller.settimeout(0)
         with pytest.raises(BlockingIOError):

@@ -101,6 +101,51 @@ def _removed(channels: Channels, name: str) -> bool:
     return True
 
 
+def test_what_a_killed_process_had_can_be_taken_at_once(region: Region) -> None:
+    """Nobody waits for the lease of a process that has ended: an hour, here."""
+    with channel.open(region, beat=BEAT, lease=3600) as channels:
+        messages = channels.create_messages("m", limit=8, writers=1, readers=1)
+        bytes_ = channels.create_bytes("b", connections=1)
+        calls = channels.create_calls("c", limit=8, callers=1, servers=1)
+        listener = bytes_.listen()
+
+        def take_all(own: Channels) -> None:
+            ends = own.open("m"), own.open("c"), own.open("b")
+            both: Any = ends[0]
+            kept.extend([both.writer(), both.reader()])
+            both = ends[1]
+            kept.extend([both.caller(), both.server()])
+            both = ends[2]
+            kept.append(both.connect())
+
+        kept: list[object] = []
+        with child(region, take_all, lease=3600):
+            accepted = listener.accept(PATIENCE)
+            assert accepted is not None
+            takes: list[Callable[[], Any]] = [
+                *(messages.writer, messages.reader, calls.caller, calls.server, bytes_.connect)
+            ]
+            for take in takes:
+                with pytest.raises(channel.ChannelError, match="its only"):
+                    take()
+        accepted.close()
+        for take in takes:
+            take().close()
+        listener.close()
+
+        with child(region, lambda own: kept.append(own.open("b").listen())):  # type: ignore[attr-defined]
+            until(lambda: channels.list()[0].readers, "it listens")
+            with pytest.raises(channel.ChannelError, match="its only listener is open"):
+                bytes_.listen()
+        bytes_.listen().close()
+
+        with child(region, lambda own: kept.append(own.open("m").reader())):  # type: ignore[attr-defined]
+            until(lambda: channels.list()[2].readers, "it reads")
+            with pytest.raises(channel.ChannelError, match="in use"):
+                channels.remove("m")
+        channels.remove("m")
+
+
 @killing
 def test_killed_writers_of_messages(
     channels: Channels, region: Region, kills: int, each: int

@@ -172,6 +172,15 @@ def test_history_and_losses(socket_path: str, channels: Channels) -> None:
         assert said == "channel 'log': 0 of 1 messages came within 0.01 seconds"
 
 
+def test_history_of_commands_that_ended(socket_path: str, channels: Channels) -> None:
+    channels.create_messages("log", limit=8)
+    for word in "hello", "again":
+        run(socket_path, "put", "log", word)
+    assert (
+        run(socket_path, "cat", "log", "--history", "2", "-t", "0", "--lines") == "hello\nagain\n"
+    )
+
+
 def test_arrays_are_bytes(socket_path: str, channels: Channels) -> None:
     channels.create_queue("frames", dtype="<u4", shape=(2,))
     run(socket_path, "put", "frames", "abcdefgh")

@@ -144,20 +144,29 @@ class Writer(Role):
             head = yield Load(("head", w))
             yield LoadBarrier()
         self.position = head.value
-        yield from self.take_stamps()
-        yield from self.store_barrier("stamps before cells")
+        yield from self.adopt()
+        yield from self.store_barrier("stamps before head")
         yield Store(("head", w), Word(head.value, self.epoch))
         return True
 
-    def take_stamps(self) -> Steps:
-        """Take all cells from slow readers of the former owner's messages, who trust a stamp."""
+    def adopt(self) -> Steps:
+        """Take over the former owner's messages, with their cells, for readers that come late."""
         slots = self.channel.slots
-        for i in range(slots):
-            if self.has("stamps are taken from readers"):
-                p = self.position + (i - self.position) % slots
-                yield Store(("stamp", self.w, i), Word(p, self.epoch))
         self.cells = [-1] * slots
-        self.free = list(range(self.channel.cells))
+        self.free = list(reversed(range(self.channel.cells)))  # the worst order: used ones first
+        for i in range(slots):
+            p = self.position - 1 - (self.position - 1 - i) % slots
+            stamp = yield Load(("stamp", self.w, i))
+            cell = yield Load(("entry", self.w, i))
+            yield LoadBarrier()
+            if p < 0 or stamp.value != p or cell not in self.free:
+                yield Store(("stamp", self.w, i), Word(p + slots, self.epoch))
+                continue
+            if self.has("cells stay"):
+                self.free.remove(cell)
+                self.cells[i] = cell
+            if self.has("stamps are taken over"):
+                yield Store(("stamp", self.w, i), Word(p, self.epoch))
 
     def restore(self) -> Steps:
         """What each beat does: a late store of a former owner hides this word."""
@@ -403,13 +412,17 @@ class Reader(Role):
         if stamp.value != n and self.has("stamp is looked at"):
             return False
         if stamp.epoch != self.epochs[w] and self.epoch_counts:
-            return False
+            owner = yield Load(("writer", w))  # a new owner is just taking the messages over
+            yield LoadBarrier()
+            if stamp.epoch != owner.epoch or not self.has("epoch of either"):
+                return False
         if not self.channel.tolerant and not self.right(w, n, payload):
             raise Fault(f"reader {self.r} got {payload} instead of {n} of writer {w}")
         return True
 
     def right(self, w: int, n: int, payload: tuple[Any, ...]) -> bool:
-        return payload == ((w, n, self.epochs[w]),) * self.channel.parts
+        first: tuple[int, int, int] = payload[0]
+        return first[:2] == (w, n) and payload == (first,) * self.channel.parts
 
     def read_until(self, w: int) -> Steps:
         """Say how far this reader has read, and wake the writer if it waits for that."""

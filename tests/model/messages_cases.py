@@ -155,6 +155,7 @@ BY_DAY: dict[str, Setting] = {
     "a reader dies": Setting(_ONE, 3, closes=True, mortal=_R0),
     "a reader is silent": Setting(_ONE, 3, silent=_R0),
     "the next owner": Setting(_ONE, 2, closes=True, successor=2),
+    "history of a former owner": Setting(_ONE, 1, closes=True, successor=1, history=1, joins=_R0),
     "two writers": Setting(Channel(2, 1, 2, parts=1), 1),
 }
 BY_NIGHT: dict[str, Setting] = {
@@ -187,11 +188,13 @@ BY_NIGHT: dict[str, Setting] = {
 }
 POINTS = {
     "announce fence": "leave",
+    "cells stay": "history of a former owner",
     "entry before head": "leave",
     "head again after gone": "a writer dies",
     "head again after opening": "a removed writer lives",
     "head before entry": "a removed writer lives",
     "head's epoch": "a removed writer lives",
+    "epoch of either": "history of a former owner",
     "hold for who joins": "join",
     "joins are counted": "join",
     "joins before rows": "join",
@@ -203,8 +206,8 @@ POINTS = {
     "reader sleep fence": "leave",
     "stamp before entry": "overwrite",
     "stamp is looked at": "overwrite",
-    "stamps are taken from readers": "silent while the next owner comes",
-    "stamps before cells": "silent while the next owner comes",
+    "stamps are taken over": "history of a former owner",
+    "stamps before head": "history of a former owner",
     "tail before stores": "leave",
     "tail fence": "close",
     "tail's epoch": "join",

@@ -28,7 +28,7 @@ class Setter(Writer):
         return True
         yield
 
-    def take_stamps(self) -> Steps:
+    def adopt(self) -> Steps:
         """Keep the last whole value, and take the other entries."""
         slots, kept = self.channel.slots, self.position - 1
         cell = yield Load(("entry", self.w, kept % slots))

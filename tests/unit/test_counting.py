@@ -11,7 +11,7 @@ import ivshmem
 from ivshmem import testing
 from ivshmem.cli import status_text
 from ivshmem.memory.sizes import format_size
-from ivshmem.text import counted
+from ivshmem.text import all_of, counted
 
 HOME = Path(ivshmem.__file__).parent
 
@@ -22,6 +22,11 @@ HOME = Path(ivshmem.__file__).parent
 )
 def test_counted(number: float, text: str) -> None:
     assert counted(number, "peer") == text
+
+
+def test_all_of() -> None:
+    assert all_of(1, "writer") == "its only writer is"
+    assert all_of(2, "writer") == "all its 2 writers are"
 
 
 def test_of_everything_one() -> None:

@@ -4239,14 +4239,14 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_are_open __pyx_string_tab[0]
-#define __pyx_kp_u_are_open_or_wrote_messages_that __pyx_string_tab[1]
-#define __pyx_kp_u_at_once_which_are_all_that_it_w __pyx_string_tab[2]
-#define __pyx_kp_u_bytes_and_its_limit_is __pyx_string_tab[3]
-#define __pyx_kp_u_is_full __pyx_string_tab[4]
-#define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[5]
-#define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[6]
-#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[7]
+#define __pyx_kp_u_at_once_which_are_all_that_it_w __pyx_string_tab[0]
+#define __pyx_kp_u_bytes_and_its_limit_is __pyx_string_tab[1]
+#define __pyx_kp_u_is_full __pyx_string_tab[2]
+#define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[3]
+#define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[4]
+#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[5]
+#define __pyx_kp_u_open_or_wrote_messages_that_a_r __pyx_string_tab[6]
+#define __pyx_kp_u_open_create_it_with_more_reader __pyx_string_tab[7]
 #define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[8]
 #define __pyx_kp_u_s __pyx_string_tab[9]
 #define __pyx_kp_u_was_removed __pyx_string_tab[10]
@@ -4254,51 +4254,51 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__3 __pyx_string_tab[12]
 #define __pyx_kp_u__2 __pyx_string_tab[13]
 #define __pyx_kp_u_a_message_of __pyx_string_tab[14]
-#define __pyx_kp_u_all_its __pyx_string_tab[15]
-#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[16]
-#define __pyx_kp_u_ __pyx_string_tab[17]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[18]
-#define __pyx_kp_u_add_note __pyx_string_tab[19]
-#define __pyx_kp_u_channel __pyx_string_tab[20]
-#define __pyx_kp_u_disable __pyx_string_tab[21]
-#define __pyx_kp_u_enable __pyx_string_tab[22]
-#define __pyx_kp_u_gc __pyx_string_tab[23]
-#define __pyx_kp_u_isenabled __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[25]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[26]
-#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[27]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[28]
-#define __pyx_n_u_ChannelError __pyx_string_tab[29]
-#define __pyx_n_u_ClosedError __pyx_string_tab[30]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[31]
-#define __pyx_n_u_Overtaken __pyx_string_tab[32]
-#define __pyx_n_u_ReaderEnd __pyx_string_tab[33]
-#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[34]
-#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[35]
-#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[36]
-#define __pyx_n_u_WriterEnd __pyx_string_tab[37]
-#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[38]
-#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_WriterEnd_close __pyx_string_tab[40]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[41]
-#define __pyx_n_u_annotate __pyx_string_tab[42]
-#define __pyx_n_u_func __pyx_string_tab[43]
-#define __pyx_n_u_getstate __pyx_string_tab[44]
-#define __pyx_n_u_main __pyx_string_tab[45]
-#define __pyx_n_u_module __pyx_string_tab[46]
-#define __pyx_n_u_name_2 __pyx_string_tab[47]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[48]
-#define __pyx_n_u_pyx_state __pyx_string_tab[49]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[50]
-#define __pyx_n_u_qualname __pyx_string_tab[51]
-#define __pyx_n_u_reduce __pyx_string_tab[52]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[53]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[54]
-#define __pyx_n_u_set_name __pyx_string_tab[55]
-#define __pyx_n_u_setstate __pyx_string_tab[56]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[57]
-#define __pyx_n_u_test __pyx_string_tab[58]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[59]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
+#define __pyx_kp_u_ __pyx_string_tab[16]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[17]
+#define __pyx_kp_u_add_note __pyx_string_tab[18]
+#define __pyx_kp_u_channel __pyx_string_tab[19]
+#define __pyx_kp_u_disable __pyx_string_tab[20]
+#define __pyx_kp_u_enable __pyx_string_tab[21]
+#define __pyx_kp_u_gc __pyx_string_tab[22]
+#define __pyx_kp_u_isenabled __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[25]
+#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[26]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[27]
+#define __pyx_n_u_ChannelError __pyx_string_tab[28]
+#define __pyx_n_u_ClosedError __pyx_string_tab[29]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[30]
+#define __pyx_n_u_Overtaken __pyx_string_tab[31]
+#define __pyx_n_u_ReaderEnd __pyx_string_tab[32]
+#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[33]
+#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[34]
+#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[35]
+#define __pyx_n_u_WriterEnd __pyx_string_tab[36]
+#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[37]
+#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[38]
+#define __pyx_n_u_WriterEnd_close __pyx_string_tab[39]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[40]
+#define __pyx_n_u_annotate __pyx_string_tab[41]
+#define __pyx_n_u_func __pyx_string_tab[42]
+#define __pyx_n_u_getstate __pyx_string_tab[43]
+#define __pyx_n_u_main __pyx_string_tab[44]
+#define __pyx_n_u_module __pyx_string_tab[45]
+#define __pyx_n_u_name_2 __pyx_string_tab[46]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[47]
+#define __pyx_n_u_pyx_state __pyx_string_tab[48]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
+#define __pyx_n_u_qualname __pyx_string_tab[50]
+#define __pyx_n_u_reduce __pyx_string_tab[51]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
+#define __pyx_n_u_set_name __pyx_string_tab[54]
+#define __pyx_n_u_setstate __pyx_string_tab[55]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
+#define __pyx_n_u_test __pyx_string_tab[57]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[58]
+#define __pyx_n_u_all_of __pyx_string_tab[59]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[60]
 #define __pyx_n_u_channels __pyx_string_tab[61]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[62]
@@ -5918,7 +5918,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+ *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
 */
   __pyx_t_3 = (__pyx_v_code == IVSHMEM_TAKEN);
 
@@ -5929,8 +5929,8 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
- *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
- *                 " messages that a reader has yet to read"
+ *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+ *                 " reader has yet to read; create it with more writers"
 */
     __pyx_t_6 = NULL;
     __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 88, __pyx_L1_error)
@@ -5939,13 +5939,13 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     /* "ivshmem/channel/roles.pyx":89
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"             # <<<<<<<<<<<<<<
- *                 " messages that a reader has yet to read"
+ *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"             # <<<<<<<<<<<<<<
+ *                 " reader has yet to read; create it with more writers"
  *             )
 */
     __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 89, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
@@ -5966,10 +5966,10 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_12[1] = __pyx_t_8;
-    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_all_its;
+    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u__2;
     __pyx_t_12[3] = __pyx_t_11;
-    __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_are_open_or_wrote_messages_that;
-    __pyx_t_13 = 76;
+    __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_open_or_wrote_messages_that_a_r;
+    __pyx_t_13 = 93;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
     #endif
@@ -6012,12 +6012,12 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+ *                 f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
 */
   }
 
   /* "ivshmem/channel/roles.pyx":92
- *                 " messages that a reader has yet to read"
+ *                 " reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -6042,7 +6042,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __PYX_ERR(0, 93, __pyx_L1_error)
 
     /* "ivshmem/channel/roles.pyx":92
- *                 " messages that a reader has yet to read"
+ *                 " reader has yet to read; create it with more writers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -8806,7 +8806,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
 */
   __pyx_t_2 = (__pyx_v_code == IVSHMEM_TAKEN);
 
@@ -8817,7 +8817,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
 */
     __pyx_t_4 = NULL;
@@ -8827,13 +8827,13 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     /* "ivshmem/channel/roles.pyx":273
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"             # <<<<<<<<<<<<<<
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
     __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 273, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 273, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 273, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 273, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
@@ -8854,10 +8854,10 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_10[1] = __pyx_t_6;
-    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_all_its;
+    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u__2;
     __pyx_t_10[3] = __pyx_t_9;
-    __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_are_open;
-    __pyx_t_11 = 27;
+    __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_open_create_it_with_more_reader;
+    __pyx_t_11 = 44;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
     #endif
@@ -8900,12 +8900,12 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
  *             raise ChannelError(
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
 */
   }
 
   /* "ivshmem/channel/roles.pyx":275
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -8930,7 +8930,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __PYX_ERR(0, 276, __pyx_L1_error)
 
     /* "ivshmem/channel/roles.pyx":275
- *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *                 f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -11822,7 +11822,7 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  * from .membership cimport Membership
  * 
  * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
- * from ..text import counted
+ * from ..text import all_of, counted
  * 
 */
   {
@@ -11845,19 +11845,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   /* "ivshmem/channel/roles.pyx":25
  * 
  * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
- * from ..text import counted             # <<<<<<<<<<<<<<
+ * from ..text import all_of, counted             # <<<<<<<<<<<<<<
  * 
  * cdef extern from "<time.h>" nogil:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of,__pyx_mstate_global->__pyx_n_u_counted};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -12067,31 +12067,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{9},{58},{44},{25},{8},{36},{58},{32},{56},{2},{12},{15},{1},{2},{15},{10},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{8},{18},{5},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{44},{25},{8},{36},{58},{32},{83},{34},{56},{2},{12},{15},{1},{2},{15},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{6},{18},{8},{18},{5},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
     const struct { const unsigned int length: 8; } bytes_length_index[] = {{201},{9},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (933 bytes) */
-static const char cstring[] = "x\332\215U\315n\333F\020\226\200\240h\212\240\210\323\000\001z\332\002A\0357\216\322\002BR\350R\024\216\013\024\371\263\203\000iO\213\325\356P\\{\271\313\356,)\261\247\034}\364\221G\037u\3241\307<\206\037#\217\220\331\025E\013u\016\025@r\270\363\373}3C1\341\201\271\022,\333\010\373\314y6\367.\000+\000Q\314\000Y\310E`\202y\020\n<\313\005\262\006\002\013.\2350\3229+a\237\315s-\363\024H\030\263v\322\201\315\311\274 G\226Q\340i\023\000\367\231\260\212T\310\214.\310B#\213WV\221W\367\234\\\245\013\316\2352\353B\256\355,\305\270\252K\333h\346\346l\016\261\372\032\374\334\353\020\010\r\225b\200J\200f\255\223\256\324\240\230\313z\347\t\3057 0Y\025,\323\036C\204.\274\027\rFK\343\204\305\004\207\362T\010_\364x\240\300\3541L(=\024T\203z\020<\020Z/f\005\330\2607\232\260\210\246\313\033\003O\022?\021\377$\335c\321\0044B\027\030%\242\316\322Mc\307\301\204\375\366*6$Qz\320\204\334\331hM\251\365\024\274\010`\032\206\301k\331;\037\035\036=\032\377:ND{8\001Ii\260\232J#\020!\241\233V\332\004\002\026\232\022p\304\376\314X\343*f\201X\242\306\226d\267\355@\210-\303\330\364\034\330\256\260\324\017\021\264\263\234\334\251/\273LiOIt\r\321\373\017a\020FB)Nv \251 \013\206LPL\r\200\215\367\231\324\270\226\224\2561/\240\030\201\367\316\343\346-\300\"t\362\343.\302c\357\014\325Z6\013\353\010|&*\023\030\347\036T%\201s\246\252\224\335:\373\210\310\250\2650\244\225\332\352\300\371\301:\304a\314q`\034\202J\342\313uW\336:\367\302\331\331k\232\240 N\301\276I\264\037Z\325\013\243>\217L\374s\276\255\"f\220\010\371\222R\306d\357R\207\351\265\027\256\307\333V]\213w\245L\3618?j\026t=\243\226\363W\304\324\033\3108\357\332BZ\316\263\312\312\370\234m\"\321\257\020\332\246\247S\225I\047V\024\351I\224r)J\275\221;\227(\326!6)*\376\251\204\3318l8\277\206\242?\200E|! }\022\334*\345\032@\316\351\303@}\342\032\271t\336U4\233\264k\215\225\332\215\372\003\354&\001\245\2417Np\202\027\022\246B\236&^\244\253l\000\245HP\260\236\247\031\255Qp\276\321V\301\202H,\372\t\353b\215\322T\305e\247CZ\047\314uI\022\271\324\032\346""\335\332\3069\207\010$~d2\343\346\245+\327\273\351\2414T\002\202\311\010T7\225qxka*\300\030c\275\337\332\322\327\202\266\264\222qh#\265nz\302\237v\325\360\247]9|\014Va?\257\264\277?\355\263\243\346\3654.q\224\377G\210_~\276\202\302_\366b\364\256,\352\231\245%\247r\266\343\356\r*:y2\346Td\355\264\332\033\304?\003\336E\034\024Z\372\304/\325\366~xy\343\233\263\207\347\307\357\177\377\364\355\340\346\255\263\361Y}\376\266\275\333\276\273x\266\274\261|\276\232\177\020\227\267\356\234?l\217\333\351\305\360\342\336r\270\274\273\374ku|\371\365\235\363\037\333a\273\363_\307\277/\324\362\376\362\364\303\275\217\303\316\361\362\366\367\355\017\355\270\375w\271\263\334]\355\254\356\257N>\016?}5\270\371\335:\302g?\017\214X";
-    PyObject *data = __Pyx_DecompressString(cstring, 933, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (953 bytes) */
+static const char cstring[] = "x\332\215T\315n\0337\020\226\200\240h\212\240\250\323\000\001zb\200\240\216\033Gi\001\241)\224CQ8.P\264I\354 @\332\023A\221\263Z\332\\r\313\341\256\264=\345\350\243\217:\372\250\243\2169\3461\374\030y\204\016\271\253\265P\373P\001+\0169\234\237\357\233\0312\021\230\263\022\366\331<\3272g\302\003\023\306\260\220\223B\0076\027\310\n\241\200e\316\263i\023\000\367\231\260\212T\310\214.\350\206F\026\277\254\"\253n\2350\301<\220\225g\301\271Sf]\310\265\235%\037\254\000D1\003d\332\306kn\316\346@A]\r~\356u\010`c*\006(\005hZ\235t\245\006\305\\\326\033O\310\277\001\201\351V\3012\355\221p\224`\367\031\305\230{\027\340*P\302\322g\224\023\242\006\002e\226N\2363I\013]\217`u\310Y\341(b\314\004<&\2277\337h\275a\014\047\274\027\r\306\364\214\023\026\023\207\004\256B\2701\315G\n\314\036\303D\255\207\202\200\253G\301\003Q\354\305\254\000\033\366F\023\026)\354\000D\307\223Dx\233UbY`\224\010\231\245?\215]:\023\366\363\253\010=!>hB\356l\274M\001\365\024<a0\r\303\340\265\354\215\217\016\217\236\214\177\032\247\232z8\001Ia\260\232J#\020!a\232V\332\004\202\023\232\022p\304~\313X\343*f\201\nB\024\226to\333\200pZ\206\221\336\034\330\256\260Tz\021\264\263\234\314\251\005v\231\322\236\202\350\032\242\365\257\302 \214\204R\234\356\201\244\204,\030\272\202bj\000l\374\237I\215\255\244t\215y\001\305\010\274w\0367\273\000\213\320\311O;\017O\2753\224k\331,\254#\360\231\250L`\234{P\225\004\316\231\252Rt\353\354\023\"\243\326\302\220Vj\253\003\347\007\255\213\303\030\343\3008\004\225\304\227m-\336:\367\207\263\263\327\324\254A\234\202}\223h?\264\252\027F}\034\231\370\347|[E\314 \021r\223R\306`\357R\205i\333\013\327\375m\253\256\371\273R&\177\234\0375\013\372^P\311\371+b\352\rd\234we!-\347Yee\\g\033O\364+\204\266iu\2522\351\304\212\"\255D)\227\242\324\033\2713\211b\035b\221\242\342\357J\230\215\301\206\363k(\372\003X\304\r\001\351\203\340V*\327\000rNo\020\325\211k\344\322yWQo\002\275X\334\321L4Vj7\352\217\261\353\007\224\206v\234@\005/$L\205<M\354HW\331\000J\221\240\240\355\252\031\rSp\276\321V\301\202""\250,\372>\353|\215Ro\305A\247C\032*\314uI\022\231\324\032\346\335\310\306n\207\010\047\276j\231q\363\322\225\355\204z(\r\245\200`2\202\326\365fl\341Z\230\n0\372h\247\\[z)hV+\031[7\022\354\246\047\374Y\227\r\177\326\245\303\307`\025\366]KS\374\335>;j^O\343(G\371\177\270\370\341\373+(\374e/F\353\312\242\236Y\032uJg\333\357\336\240\242\223\037\307\234\222\254\235V{\203\370R\362\316\343\240\320\322\047~)\267\367\303\313[_\234=>?~\377\313\247/\007\267\357\234\215\317\352\363\267\313{\313w\027/V\267V\277\257\347\037\304\345\235\273\347\217\227\307\313\351\305\360\342\376j\270\272\267\372s}|\371\371\335\363o\227\303\345\316\177\r\377\272P\253\207\253\323\017\367?\016;\303\313\257\276Y>X\216\227\377\254vV\273\353\235\365\303\365\311\307\341\247\317\006\267\277n=\374\013W\020\236\036";
+    PyObject *data = __Pyx_DecompressString(cstring, 953, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1234 bytes) */
-static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\375t\367\001arrays>&\001loans\234\"e\000\367use\035\022(del\367) s\341\002remo\377ved(tree\377 fragmen\037t).: \312\001\306$\177\001\010\332\000\346\001\375\000:\201\"\261\001\325 \377\001\047ast\337 \355 n\362 \225 \236\355#: ?N\215A\203BC\237ython\255!x\000i\377berately\277 stric4\006P\277EP-484\344\"r\357ejec\352 sub\277classe\331\002b\357uilt\276 typ\377es. If y\237ou ne\243 \326@pZ%\000 &\010th\240`s\361A\277he \047an\215@a\237tion_<\000\225@\047o dirb\000iv\362 \377o False.\357add_\265@ech\366-\000el \000sabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\357/rol\251\000pyx\377no defau\377lt __red\377uce__ du\336y\002non-\212 vi\373al\033\000cinit\327__C\177\003E`\001Cl\257osed\006\002M\335\204\003T\177ooLongO\277`\277takenR\345\204\002E\253nd\000\006._\006c\373\"_Y_\017\t\227 st\205@_\013\017\035ci\001Wri\325@M\000\000\006\340>\017\017\t?\016.\007K\002__Pkyx\001\000D\360@_N\247 \237Ref__\220D\210 _\377_func___\317_get\224\003\n\000ma\373in\020\001modul\316!\002nam)\002\320 _c\207api.\001\010\001,\004\023\001vyt\261AG\001qual)\005\230\354%\205.\206Fex{\001\260`_\362]\005s\200\010\240.__te\375s\245@_is_co\377routinea\177syncio.\010\006]s\305dscl\034\000_\314\000\377tracebac\375k\343\"counte\177ddecode\312c\377ghistory_index\203@m\331f\362\221\204\004.\321b\351\206\001memb\377ershipme=m0\000view\375\210\004\344\204\001\375e\252!overfl\337owpop\211\211\003re\373pl\200\000selfs\363et\217\204\004\271\204\001valu\363es@\001\332\206\003int ?(struc\261\204\001\356!\337obj_7\367\204\004_7~\240\205\004_4ends\247\204\006\377nd *, PycOb\301\206\001""\010\001  10\301\007\363_M\315\006F\001unsi\237gned \214\000L\t)\273\000u\236\00064_\242\000v_oid)\000\222\213\001_\265\206\004\177\000micros\324 \376\231\000\200\001\330\004\n\210+\377\220Q\200A\360\016\000\t\377\014\2104\210v\220T\230\377\024\230W\240D\250\004\250\377K\260w\270a\330\014\022\377\220+\230Q\230b\240\001\377\240\027\250\001\250\024\250X\377\260Q\330\010\022\220&\230\367\001\230\021)\rY\240d\250\177$\250k\270\027\300\0012\004\377\330\020\032\230!\2304\230\377z\250\021\250\047\260\021\260\377$\260j\300\001\360\006\000\003\t\023<\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1234, 1720);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1264 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\337 a re3\000r \377took not\357hing?\002 me\377ssages i}n#\001ow wer\000\377overwrit\267ten\207\001le\200\000e\375y\026\003copied\327 of4\006:]\000le\373as!\002m fir}s\305\000pen, \245\000\037wrote_\007\307\002\211\006\235h\317\000yet\227\000\237\002;\343 c\250\000,\000\351\001ith\347 mo\200 \206\001ersC oP\000\014\023\332\003\037\000r\261 \367ray)\000f lo\347ans\277\"\332\000use\376\222\022(del) s\356\326\"rem\366\000d(t\373re\340 ragme?nt).: \277!\243$\342\364\001:\354\"\220\003\351\"ast\035e\333 han\250@\200@\351#\317: ?N\367\001\271BCy\317thon\230An\000ib\377erately \337stric4\006PE\337P-484\317Bre\367jec\325@subc\337lasse\317\002bu\367ilt\251@type\377s. If yo\357u ne\216@to \265p%\000 &\010th\275@s~\333!he \047an\370@?ation_<\000\200`\337\047 dirb\000iv\376\335@o False\337.add_\240`ec\356\313\000nel \000sab\357leen\002\001gci\375s\004\003divshm\377em.error\275s\006\005text\023\004/\336;\004/rol\251\000py\377xno defa\377ult __re\377duce__ d\275uy\002non-\212 v\367ial\033\000cini\257t__C\177\003E`\001C_losed\006\002M\260\204\003\377TooLongO\377vertaken]R\341\204\002End\000\006._\006\315c\373\"__\017\t\227 st\352\205@_\013\017ci\001Wri\000\325@M\000\000\006>\017\017\t?\016.\007K\002___Pyx\001\000D\360@\373_N\247 Ref__\374\220D\210 __func\177____get\224\003\336\n\000main\020\001mowdul!\002nam)\002>\320 _capi.\001\010\001\314,\004\023\001vt\261AG\001qu\303al)\005\354%\205.\206Fex\224{\001\260`_]\005s\200\010\240._\357_tes\245@_is\377_corouti\377neall_of\377asyncio.\272\016\006s\313dscl\"\000_\376\322\000traceba\373ck\351\"count\377eddecode\376\320cghistor\277yindex\211@m\344\337f\227\204\004.\327b\345\206\001mem\377bershipm{em0\000view\326\210\004\362\352\204\001e\260!\322\210\001flow\367pop\213\211\003repl\376\200\000selfset\374\225\204\004\277\204\001values\374@\001\366\207\003int (s\317truc\267\204\001\364!ob\267j_7\375\204""\004_7\246\205\004_\3374ends\255\204\006nd\377 *, PyOb\330\307\206\001\010\001  10\301\007_M\374\315\006F\001unsign\347ed \214\000L\t)\000u\356\236\00064_\242\000voi\327d)\000\246\211\001_\273\206\004\000m\237icros\324 \231\000\200\377\001\330\004\n\210+\220Q\377\200A\360\016\000\t\014\210\3774\210v\220T\230\024\230\377W\240D\250\004\250K\260\377w\270a\330\014\022\220+\377\230Q\230b\240\001\240\027\377\250\001\250\024\250X\260Q\377\330\010\022\220&\230\001\230\375\021)\rY\240d\250$\250\337k\270\027\300\0012\004\330\020\377\032\230!\2304\230z\250\377\021\250\047\260\021\260$\260\377j\300\001\360\006\000\t\023\000<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1264, 1766);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1720 bytes) */
-static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360\006\000""\t\023\220&\230\001\230\021";
+    #else /* compression: none (1766 bytes) */
+static const char bytes[] = " at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first open, or wrote messages that a reader has yet to read; create it with more writers open; create it with more readers or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineall_ofasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\016\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\016\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021""\250\047\260\021\260$\260j\300\001\360\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -12101,7 +12101,7 @@ static const char bytes[] = " are open are open, or wrote messages that a reader
     for (int i = 0; i < 87; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 28) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)

@@ -22,7 +22,7 @@ from .ends cimport ChannelEnd
 from .membership cimport Membership
 
 from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
-from ..text import counted
+from ..text import all_of, counted
 
 cdef extern from "<time.h>" nogil:
     enum: CLOCK_REALTIME
@@ -86,8 +86,8 @@ cdef class WriterEnd(ChannelEnd):
         code = ivshmem_writer_open(&self.writer)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
-                " messages that a reader has yet to read"
+                f"channel {name!r}: {all_of(g.writers, 'writer')} open, or wrote messages that a"
+                " reader has yet to read; create it with more writers"
             )
         if code:
             raise self.fail(code)
@@ -270,7 +270,7 @@ cdef class ReaderEnd(ChannelEnd):
         code = ivshmem_reader_open(&self.reader, history)
         if code == IVSHMEM_TAKEN:
             raise ChannelError(
-                f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+                f"channel {name!r}: {all_of(g.readers, 'reader')} open; create it with more readers"
             )
         if code:
             raise self.fail(code)

@@ -23,7 +23,7 @@ from time import monotonic
 
 from ..errors import ChannelError
 from ..system.time_limits import deadline_of, seconds_of
-from ..text import counted
+from ..text import all_of
 from . import asynchronous, stream_files
 
 cdef enum:
@@ -46,7 +46,9 @@ cdef class StreamListener(ChannelEnd):
         code = ivshmem_listen(&self.listener)
         if code == IVSHMEM_TAKEN:
             most = self.channel.record.geometry.readers
-            raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
+            raise ChannelError(
+                f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
+            )
         if code:
             raise self.fail(code)
         self.enlist()
@@ -135,7 +137,10 @@ def connect(channels, Membership membership not None, unsigned index, str name):
         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
     if code == IVSHMEM_TAKEN:
         most = stream.channel.record.geometry.writers
-        raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
+        raise ChannelError(
+            f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"
+            " connections"
+        )
     if code:
         raise stream.fail(code)
     stream.begin()

@@ -163,17 +163,10 @@ static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
     }
 }
 
-/* Connect: the caller has set channel and member. What it sends waits until a listener accepts.
- *
- * IVSHMEM_NOT_FOUND: no process listens. IVSHMEM_TAKEN: all connections are in use.
- */
-static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
+/* Take a connection that is free, as its caller. */
+static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
-    if (channel->area.memory.readonly)
-        return IVSHMEM_READ_ONLY;
-    if (!ivshmem_is_listened_to(stream->member, channel))
-        return IVSHMEM_NOT_FOUND;
     stream->end = 0;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         uint64_t at = ivshmem_end_owner_at(channel, i, 0), owner, acceptor, now;
@@ -200,12 +193,32 @@ static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
                              ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch));
             continue;
         }
-        ivshmem_stream_begin(stream);
-        ivshmem_stream_store(stream);
-        ivshmem_wake_readers(stream->member, channel, 1, &stream->rung_listeners);
         return 0;
     }
     return IVSHMEM_TAKEN;
+}
+
+/* Connect: the caller has set channel and member. What it sends waits until a listener accepts.
+ *
+ * IVSHMEM_NOT_FOUND: no process listens. IVSHMEM_TAKEN: all connections are in use.
+ */
+static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    int code;
+    if (channel->area.memory.readonly)
+        return IVSHMEM_READ_ONLY;
+    if (!ivshmem_is_listened_to(stream->member, channel))
+        return IVSHMEM_NOT_FOUND;
+    code = ivshmem_stream_take(stream);
+    if (code == IVSHMEM_TAKEN && ivshmem_prove_places(stream->member) > 0)
+        code = ivshmem_stream_take(stream);
+    if (code != 0)
+        return code;
+    ivshmem_stream_begin(stream);
+    ivshmem_stream_store(stream);
+    ivshmem_wake_readers(stream->member, channel, 1, &stream->rung_listeners);
+    return 0;
 }
 
 /* Whether a caller waits in a connection, with its words stored; what was read is not trusted. */

@@ -116,6 +116,40 @@ static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
     return 0;
 }
 
+/* Read the entry at a reader's next position of a writer. A new owner of the writer's slot gives its
+ * own epoch to what a former one published, and then to the head: until then an entry has the epoch of
+ * either. IVSHMEM_AGAIN: it is about to get it. */
+static inline int ivshmem_source_read(struct ivshmem_reader *reader, unsigned writer,
+                                      struct ivshmem_message *message)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    const struct ivshmem_source *source = &reader->sources[writer];
+    uint64_t at = ivshmem_source_entry_at(reader, writer, source->next), owner;
+    int code = ivshmem_entry_read(channel, at, writer, source->next, source->epoch, message);
+    if (code != IVSHMEM_OVERTAKEN)
+        return code;
+    owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+    if (ivshmem_epoch(owner) == source->epoch)
+        return code;
+    code = ivshmem_entry_read(channel, at, writer, source->next, ivshmem_epoch(owner), message);
+    if (code == IVSHMEM_OVERTAKEN && ivshmem_is_owned(channel, owner) &&
+        !ivshmem_is_silent(reader->member, ivshmem_place_of(owner)))
+        return IVSHMEM_AGAIN;
+    return code;
+}
+
+/* Pass over messages of the history that are not there. They are not lost: they were before this
+ * reader was. */
+static inline void ivshmem_reader_begin(struct ivshmem_reader *reader, unsigned writer,
+                                        uint64_t head)
+{
+    struct ivshmem_source *source = &reader->sources[writer];
+    struct ivshmem_message message;
+    while (source->next != head &&
+           ivshmem_source_read(reader, writer, &message) == IVSHMEM_OVERTAKEN)
+        source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
+}
+
 /* Take a reader's slot; the caller has set channel, member and, unless it is a queue or calls,
  * overflow.
  *
@@ -160,6 +194,8 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         source->next = (ivshmem_value(head) - history) & IVSHMEM_VALUE_MASK;
         if (ivshmem_value(head) < history) /* fewer messages were ever written */
             source->next = 0;
+        if (!ivshmem_has_claims(channel))
+            ivshmem_reader_begin(reader, i, ivshmem_value(head));
         source->head = source->next;
         source->held = source->next;
         source->tail = source->next;
@@ -229,8 +265,11 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
             source->next = (source->head - keep) & IVSHMEM_VALUE_MASK;
         }
         source->hurried = 0;
-        code = ivshmem_entry_read(channel, ivshmem_source_entry_at(reader, writer, source->next),
-                                  writer, source->next, source->epoch, message);
+        code = ivshmem_source_read(reader, writer, message);
+        if (code == IVSHMEM_AGAIN) {
+            source->head = source->next; /* so that the head is read again */
+            break;
+        }
         source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
         if (code != IVSHMEM_OVERTAKEN) {
             source->lost += skipped;

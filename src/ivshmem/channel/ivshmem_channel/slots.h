@@ -81,7 +81,8 @@ static inline int ivshmem_remove(const struct ivshmem_member *member,
     uint64_t ready = channel->record.state;
     uint64_t removing =
         ivshmem_place_word(member->place, IVSHMEM_REMOVING, ivshmem_epoch(ready));
-    if (!force && ivshmem_is_in_use(channel))
+    if (!force && ivshmem_is_in_use(channel) &&
+        (ivshmem_prove_places(member) == 0 || ivshmem_is_in_use(channel)))
         return IVSHMEM_TAKEN;
     if (!ivshmem_exchange(memory, at, ready, removing))
         return IVSHMEM_NOT_FOUND;
@@ -205,7 +206,7 @@ struct ivshmem_sleep {
 };
 
 /* Take a free slot among those of readers (for bytes: of listeners). */
-static inline int ivshmem_reader_slot(const struct ivshmem_channel *channel,
+static inline int ivshmem_take_reader_slot(const struct ivshmem_channel *channel,
                                       const struct ivshmem_member *member, unsigned *slot,
                                       unsigned *epoch, struct ivshmem_sleep *sleep)
 {
@@ -227,6 +228,17 @@ static inline int ivshmem_reader_slot(const struct ivshmem_channel *channel,
         return 0;
     }
     return IVSHMEM_TAKEN;
+}
+
+/* The same. If all have owners, some of these may have ended. */
+static inline int ivshmem_reader_slot(const struct ivshmem_channel *channel,
+                                      const struct ivshmem_member *member, unsigned *slot,
+                                      unsigned *epoch, struct ivshmem_sleep *sleep)
+{
+    int code = ivshmem_take_reader_slot(channel, member, slot, epoch, sleep);
+    if (code == IVSHMEM_TAKEN && ivshmem_prove_places(member) > 0)
+        code = ivshmem_take_reader_slot(channel, member, slot, epoch, sleep);
+    return code;
 }
 
 /* Say that one sleeps. The caller looks once more afterwards whether there is something. */

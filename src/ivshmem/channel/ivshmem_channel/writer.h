@@ -102,7 +102,9 @@ static inline void ivshmem_backlogs_begin(struct ivshmem_writer *writer)
     const struct ivshmem_memory *memory = &channel->area.memory;
     const struct ivshmem_geometry *g = &channel->record.geometry;
     for (uint32_t i = 0; i < channel->layout.cells_each; i++)
-        writer->tables.references[i] = i < g->slots;
+        writer->tables.references[i] = 0;
+    for (uint32_t i = 0; i < g->slots; i++)
+        writer->tables.references[writer->tables.cell_of[i]] = 1;
     for (unsigned i = 0; i < g->readers; i++) {
         uint64_t at = ivshmem_backlog_at(channel, writer->slot, i);
         struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
@@ -115,6 +117,93 @@ static inline void ivshmem_backlogs_begin(struct ivshmem_writer *writer)
     }
 }
 
+/* Take a writer's slot: a free one, or that of a writer which ended and was read by all. */
+static inline int ivshmem_writer_slot(const struct ivshmem_channel *channel,
+                                      const struct ivshmem_member *member, unsigned *slot,
+                                      unsigned *epoch)
+{
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        uint64_t at = channel->layout.writer_owners + 8u * i, owner;
+        ivshmem_writer_reap(member, channel, i);
+        owner = ivshmem_get(channel, at);
+        if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE)
+            continue;
+        *slot = i;
+        *epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
+        if (ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
+                             ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch)))
+            return ivshmem_is_there(channel) ? 0 : IVSHMEM_CLOSED;
+    }
+    return IVSHMEM_TAKEN;
+}
+
+#define IVSHMEM_NO_CELL (~UINT32_C(0))
+
+/* Which cell holds the message that a former owner published at a position, or IVSHMEM_NO_CELL. The
+ * entry gets the epoch of the present owner, with which readers find it; but not a value's, which is
+ * read with any epoch, and must be whole also if this process dies here. */
+static inline uint32_t ivshmem_writer_adopt_one(struct ivshmem_writer *writer, uint64_t position)
+{
+    struct ivshmem_channel *channel = writer->channel;
+    int is_value = channel->record.geometry.kind == IVSHMEM_VALUE;
+    uint64_t at = ivshmem_entry_at(channel, writer->slot, position);
+    struct ivshmem_message message;
+    struct ivshmem_entry entry;
+    if (ivshmem_has_claims(channel) || (is_value && ivshmem_ahead(writer->next, position) != 1) ||
+        ivshmem_entry_read(channel, at, writer->slot, position,
+                           ivshmem_epoch(ivshmem_get(channel, at)), &message) != 0)
+        return IVSHMEM_NO_CELL;
+    entry.cell = (uint32_t)((message.offset - writer->cells_at) / channel->layout.cell_bytes);
+    entry.length = message.length;
+    entry.time = message.time;
+    entry.user = message.user;
+    if (!is_value)
+        ivshmem_entry_store(&channel->area.memory, channel->at + at, position, writer->epoch,
+                            &entry);
+    return entry.cell;
+}
+
+/* Take over what a former owner published, for late readers; and learn which cells are free. No entry
+ * is left that a reader would accept and whose cell is used again. */
+static inline void ivshmem_writer_adopt(struct ivshmem_writer *writer)
+{
+    struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    struct ivshmem_writer_tables *tables = &writer->tables;
+    /* Of the cells of calls, the other half is for replies. */
+    uint32_t cells = g->kind == IVSHMEM_CALLS ? g->slots + g->loans
+                                              : (uint32_t)channel->layout.cells_each;
+    uint32_t *is_used = tables->free, cell = 0;
+    for (uint32_t i = 0; i < cells; i++)
+        is_used[i] = 0;
+    for (uint32_t i = 0; i < g->slots; i++) {
+        uint64_t ahead = 1 + ((writer->next - 1 - i) & (g->slots - 1));
+        uint32_t adopted =
+            ivshmem_writer_adopt_one(writer, (writer->next - ahead) & IVSHMEM_VALUE_MASK);
+        if (adopted < cells && !is_used[adopted])
+            is_used[adopted] = 1;
+        else {
+            adopted = IVSHMEM_NO_CELL;
+            ivshmem_store(&channel->area.memory,
+                          writer->entries_at + (uint64_t)IVSHMEM_ENTRY_BYTES * i,
+                          ivshmem_word(writer->next, IVSHMEM_VOID, writer->epoch));
+        }
+        tables->cell_of[i] = adopted;
+    }
+    for (uint32_t i = 0; i < g->slots; i++) {
+        if (tables->cell_of[i] != IVSHMEM_NO_CELL)
+            continue;
+        while (is_used[cell])
+            cell++;
+        is_used[cell] = 1;
+        tables->cell_of[i] = cell;
+    }
+    writer->free_cells = 0;
+    for (uint32_t i = 0; i < cells; i++) /* the list takes the place of the marks */
+        if (!is_used[i])
+            tables->free[writer->free_cells++] = i;
+}
+
 /* Take a writer's slot. The caller has set channel, member and the tables.
  *
  * IVSHMEM_TAKEN: every slot has an owner, or messages of a former owner that a reader has yet to
@@ -125,71 +214,30 @@ static inline int ivshmem_writer_open(struct ivshmem_writer *writer)
     struct ivshmem_channel *channel = writer->channel;
     const struct ivshmem_memory *memory = &channel->area.memory;
     const struct ivshmem_geometry *g = &channel->record.geometry;
-    unsigned slot;
-    uint32_t kept;
-    uint64_t head;
+    int code;
     if (memory->readonly)
         return IVSHMEM_READ_ONLY;
-    for (slot = 0; slot < g->writers; slot++) {
-        uint64_t at = channel->layout.writer_owners + 8u * slot, owner;
-        ivshmem_writer_reap(writer->member, channel, slot);
-        owner = ivshmem_get(channel, at);
-        if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE)
-            continue;
-        writer->epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
-        if (ivshmem_exchange(memory, channel->at + at, owner,
-                             ivshmem_place_word(writer->member->place, IVSHMEM_SLOT_OPEN,
-                                                writer->epoch)))
-            break;
-    }
-    if (slot == g->writers)
-        return IVSHMEM_TAKEN;
-    if (!ivshmem_is_there(channel))
-        return IVSHMEM_CLOSED;
-    writer->slot = slot;
-    writer->head_at = channel->at + channel->layout.heads + (uint64_t)IVSHMEM_CACHE_LINE * slot;
-    writer->entries_at = channel->at + ivshmem_entry_at(channel, slot, 0);
-    writer->cells_at = channel->at + ivshmem_cell_at(channel, slot, 0);
-    writer->sleep.at = channel->layout.writer_sleepers + 8u * slot;
+    code = ivshmem_writer_slot(channel, writer->member, &writer->slot, &writer->epoch);
+    if (code == IVSHMEM_TAKEN && ivshmem_prove_places(writer->member) > 0)
+        code = ivshmem_writer_slot(channel, writer->member, &writer->slot, &writer->epoch);
+    if (code != 0)
+        return code;
+    writer->head_at =
+        channel->at + channel->layout.heads + (uint64_t)IVSHMEM_CACHE_LINE * writer->slot;
+    writer->entries_at = channel->at + ivshmem_entry_at(channel, writer->slot, 0);
+    writer->cells_at = channel->at + ivshmem_cell_at(channel, writer->slot, 0);
+    writer->sleep.at = channel->layout.writer_sleepers + 8u * writer->slot;
     writer->sleep.epoch = writer->epoch;
     writer->sleep.count = ivshmem_value(ivshmem_get(channel, writer->sleep.at));
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
         writer->rung.words[i] = writer->blocks[i] = 0;
     /* Positions never begin anew: readers' tails stay right. */
-    head = ivshmem_load(memory, writer->head_at);
-    writer->next = ivshmem_value(head);
+    writer->next = ivshmem_value(ivshmem_load(memory, writer->head_at));
     writer->bound = writer->next;
     writer->joins = ~UINT64_C(0);
-    for (uint32_t i = 0; i < g->slots; i++)
-        writer->tables.cell_of[i] = i;
-    writer->free_cells = (uint32_t)channel->layout.cells_each - g->slots;
-    if (g->kind == IVSHMEM_CALLS) /* the other half is for replies */
-        writer->free_cells = g->loans;
-    for (uint32_t i = 0; i < writer->free_cells; i++)
-        writer->tables.free[i] = g->slots + i;
     writer->loaned = 0;
     writer->missed = 0;
-    kept = g->slots;
-    if (g->kind == IVSHMEM_VALUE && writer->next != 0) { /* the newest content stays */
-        uint64_t word;
-        uint32_t cell;
-        kept = (uint32_t)(writer->next - 1) & (g->slots - 1);
-        word = ivshmem_load(memory, writer->entries_at + (uint64_t)IVSHMEM_ENTRY_BYTES * kept +
-                                        IVSHMEM_ENTRY_CELL);
-        cell = (uint32_t)(word >> 47);
-        if (cell < g->slots) /* whichever had that cell gets the kept slot's */
-            writer->tables.cell_of[cell] = kept;
-        else if (cell < g->slots + g->loans)
-            writer->tables.free[cell - g->slots] = kept;
-        if (cell < g->slots + g->loans)
-            writer->tables.cell_of[kept] = cell;
-    }
-    /* Everything else that a former owner published can be read by late readers until now: their
-     * look at its stamps must fail before a cell is used again. */
-    for (uint32_t i = 0; i < g->slots; i++)
-        if (i != kept)
-            ivshmem_store(memory, writer->entries_at + (uint64_t)IVSHMEM_ENTRY_BYTES * i,
-                          ivshmem_word(writer->next, IVSHMEM_VOID, writer->epoch));
+    ivshmem_writer_adopt(writer);
     if (g->overflow & IVSHMEM_DISCARD)
         ivshmem_backlogs_begin(writer);
     ivshmem_announce(memory, writer->head_at, ivshmem_word(writer->next, 0, writer->epoch));
