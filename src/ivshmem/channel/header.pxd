@@ -241,6 +241,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_is_silent(const ivshmem_member *member, ivshmem_place place)
     int ivshmem_is_gone(const ivshmem_area *area, ivshmem_place place)
     uint64_t ivshmem_place_at(const ivshmem_area *area, unsigned index)
+    uint64_t ivshmem_peer_at(const ivshmem_area *area, unsigned index)
     int ivshmem_place_free(const ivshmem_area *area, unsigned index, uint64_t number)
     ivshmem_place ivshmem_place_of(uint64_t word)
 

@@ -9847,7 +9847,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   struct ivshmem_memory *__pyx_v_memory;
   uint64_t __pyx_v_at;
-  uint64_t __pyx_v_number;
   uint64_t __pyx_v_peer;
   uint64_t __pyx_v_process;
   uint64_t __pyx_v_machine;
@@ -9863,14 +9862,14 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
  *         A process that can only read polls, unless all its ends are rung always.
  *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
- *         cdef uint64_t at, number, peer, process, machine
+ *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
   /* "ivshmem/channel/membership.pyx":361
  *         cdef ivshmem_memory *memory = &self.member.area.memory
- *         cdef uint64_t at, number, peer, process, machine
+ *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
  *         cdef unsigned i
  *         if memory.readonly:
@@ -9967,7 +9966,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
  *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
  *             at = ivshmem_place_at(&self.member.area, i)
- *             number = ivshmem_load(memory, at)
+ *             peer = ivshmem_peer_at(&self.member.area, i)
 */
       goto __pyx_L4_continue;
 
@@ -9984,134 +9983,95 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
  *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
- *             number = ivshmem_load(memory, at)
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
+ *             peer = ivshmem_peer_at(&self.member.area, i)
+ *             if peer == IVSHMEM_NO_PEER:
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
     /* "ivshmem/channel/membership.pyx":371
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
- *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:
+ *             peer = ivshmem_peer_at(&self.member.area, i)             # <<<<<<<<<<<<<<
+ *             if peer == IVSHMEM_NO_PEER:
+ *                 continue
 */
-    __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
+    __pyx_v_peer = ivshmem_peer_at((&__pyx_v_self->member.area), __pyx_v_i);
 
     /* "ivshmem/channel/membership.pyx":372
  *             at = ivshmem_place_at(&self.member.area, i)
- *             number = ivshmem_load(memory, at)
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:
+ *             peer = ivshmem_peer_at(&self.member.area, i)
+ *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
  *                 continue
+ *             if peer & IVSHMEM_PEER_MUTE:
 */
-    __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
-
-    /* "ivshmem/channel/membership.pyx":373
- *             number = ivshmem_load(memory, at)
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
- *                 continue
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
-*/
-    __pyx_t_1 = (ivshmem_flags(__pyx_v_number) != IVSHMEM_LIVE);
+    __pyx_t_1 = (__pyx_v_peer == IVSHMEM_NO_PEER);
 
     if (__pyx_t_1) {
 
-
-      /* "ivshmem/channel/membership.pyx":374
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:
- *                 continue             # <<<<<<<<<<<<<<
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
- *                 continue
-*/
-      goto __pyx_L4_continue;
 
       /* "ivshmem/channel/membership.pyx":373
- *             number = ivshmem_load(memory, at)
- *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
- *                 continue
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":375
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:
- *                 continue
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
- *                 continue
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
-*/
-    __pyx_t_1 = (ivshmem_epoch(__pyx_v_peer) != ivshmem_epoch(__pyx_v_number));
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/membership.pyx":376
- *                 continue
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
+ *             peer = ivshmem_peer_at(&self.member.area, i)
+ *             if peer == IVSHMEM_NO_PEER:
  *                 continue             # <<<<<<<<<<<<<<
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+ *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":375
- *             if ivshmem_flags(number) != IVSHMEM_LIVE:
+      /* "ivshmem/channel/membership.pyx":372
+ *             at = ivshmem_place_at(&self.member.area, i)
+ *             peer = ivshmem_peer_at(&self.member.area, i)
+ *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
  *                 continue
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
- *                 continue
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+ *             if peer & IVSHMEM_PEER_MUTE:
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":377
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
+    /* "ivshmem/channel/membership.pyx":374
+ *             if peer == IVSHMEM_NO_PEER:
  *                 continue
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
+ *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
  *                 polls = True
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:
 */
-    __pyx_t_1 = ((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0);
+    __pyx_t_1 = ((__pyx_v_peer & IVSHMEM_PEER_MUTE) != 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/membership.pyx":375
+ *                 continue
+ *             if peer & IVSHMEM_PEER_MUTE:
+ *                 polls = True             # <<<<<<<<<<<<<<
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:
+ *                 # Clients of one broker have one id: they cannot ring one another.
+*/
+      __pyx_v_polls = 1;
+
+      /* "ivshmem/channel/membership.pyx":374
+ *             if peer == IVSHMEM_NO_PEER:
+ *                 continue
+ *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
+ *                 polls = True
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:
+*/
+      goto __pyx_L9;
+    }
+
+    /* "ivshmem/channel/membership.pyx":376
+ *             if peer & IVSHMEM_PEER_MUTE:
+ *                 polls = True
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
+ *                 # Clients of one broker have one id: they cannot ring one another.
+ *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
+*/
+    __pyx_t_1 = (((__pyx_v_peer ^ __pyx_v_self->member.peer) & 0xffff) == 0);
 
     if (__pyx_t_1) {
 
 
       /* "ivshmem/channel/membership.pyx":378
- *                 continue
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
- *                 polls = True             # <<<<<<<<<<<<<<
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
- *                 # Clients of one broker have one id: they cannot ring one another.
-*/
-      __pyx_v_polls = 1;
-
-      /* "ivshmem/channel/membership.pyx":377
- *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
- *                 continue
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
- *                 polls = True
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
-*/
-      goto __pyx_L10;
-    }
-
-    /* "ivshmem/channel/membership.pyx":379
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
- *                 polls = True
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
- *                 # Clients of one broker have one id: they cannot ring one another.
- *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
-*/
-    __pyx_t_1 = (((ivshmem_value(__pyx_v_peer) ^ __pyx_v_self->member.peer) & 0xffff) == 0);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/membership.pyx":381
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
@@ -10119,7 +10079,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":382
+      /* "ivshmem/channel/membership.pyx":379
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -10128,7 +10088,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":384
+      /* "ivshmem/channel/membership.pyx":381
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -10143,10 +10103,10 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
         __pyx_t_1 = __pyx_t_5;
 
-        goto __pyx_L11_bool_binop_done;
+        goto __pyx_L10_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":385
+      /* "ivshmem/channel/membership.pyx":382
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -10158,24 +10118,24 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
       __pyx_t_1 = __pyx_t_5;
 
-      __pyx_L11_bool_binop_done:;
+      __pyx_L10_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":379
- *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+      /* "ivshmem/channel/membership.pyx":376
+ *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
- *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
+ *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
 */
     }
-    __pyx_L10:;
+    __pyx_L9:;
     __pyx_L4_continue:;
   }
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":387
+  /* "ivshmem/channel/membership.pyx":384
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -10201,10 +10161,9 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 
 
-
 }
 
-/* "ivshmem/channel/membership.pyx":389
+/* "ivshmem/channel/membership.pyx":386
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10231,7 +10190,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":391
+  /* "ivshmem/channel/membership.pyx":388
  *     cdef list open_ends(self):
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]             # <<<<<<<<<<<<<<
@@ -10239,15 +10198,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  * 
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 388, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_self->ends == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-      __PYX_ERR(0, 391, __pyx_L5_error)
+      __PYX_ERR(0, 388, __pyx_L5_error)
     }
-    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L5_error)
+    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 391, __pyx_L5_error)
+    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 388, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_2 = __pyx_t_3; __Pyx_INCREF(__pyx_t_2);
@@ -10257,13 +10216,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 391, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 388, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 391, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 388, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
@@ -10287,11 +10246,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 391, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 388, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_GIVEREF(__pyx_t_3);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 391, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 388, __pyx_L5_error)
       __pyx_t_3 = 0;
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10305,7 +10264,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":392
+  /* "ivshmem/channel/membership.pyx":389
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]
  *         return [end for end in found if end is not None]             # <<<<<<<<<<<<<<
@@ -10313,7 +10272,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  *     cdef int look_for_quiet_ends(self) except -1:
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 392, __pyx_L12_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 389, __pyx_L12_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_2 = __pyx_v_found; __Pyx_INCREF(__pyx_t_2);
     __pyx_t_4 = 0;
@@ -10321,20 +10280,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 392, __pyx_L12_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 389, __pyx_L12_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 392, __pyx_L12_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 389, __pyx_L12_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
       __pyx_t_8 = (__pyx_8genexpr1__pyx_v_end != Py_None);
       if (__pyx_t_8) {
 
-        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 392, __pyx_L12_error)
+        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 389, __pyx_L12_error)
       }
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10356,7 +10315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":389
+  /* "ivshmem/channel/membership.pyx":386
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10382,7 +10341,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":394
+/* "ivshmem/channel/membership.pyx":391
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10408,7 +10367,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":393
  *     cdef int look_for_quiet_ends(self) except -1:
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]             # <<<<<<<<<<<<<<
@@ -10416,13 +10375,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
  *         return 0
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 396, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 393, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L5_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (unlikely(__pyx_t_2 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 396, __pyx_L5_error)
+      __PYX_ERR(0, 393, __pyx_L5_error)
     }
     __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = 0;
@@ -10431,20 +10390,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 396, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 393, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_end, __pyx_t_2);
       __pyx_t_2 = 0;
-      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 396, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 396, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 393, __pyx_L5_error)
       __pyx_t_2 = 0;
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10458,7 +10417,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_v_rung = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":397
+  /* "ivshmem/channel/membership.pyx":394
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)             # <<<<<<<<<<<<<<
@@ -10481,10 +10440,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rung};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 397, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_8 = (!__pyx_t_6);
 
@@ -10495,7 +10454,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_L10_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":398
+  /* "ivshmem/channel/membership.pyx":395
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10508,7 +10467,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":394
+  /* "ivshmem/channel/membership.pyx":391
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10531,7 +10490,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":400
+/* "ivshmem/channel/membership.pyx":397
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -10563,7 +10522,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":402
+  /* "ivshmem/channel/membership.pyx":399
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10575,20 +10534,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":403
+    /* "ivshmem/channel/membership.pyx":400
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 403, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":402
+    /* "ivshmem/channel/membership.pyx":399
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10597,34 +10556,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":404
+  /* "ivshmem/channel/membership.pyx":401
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":405
+    /* "ivshmem/channel/membership.pyx":402
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":404
+    /* "ivshmem/channel/membership.pyx":401
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10633,7 +10592,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":406
+  /* "ivshmem/channel/membership.pyx":403
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10649,7 +10608,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":407
+      /* "ivshmem/channel/membership.pyx":404
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10674,17 +10633,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":408
+        /* "ivshmem/channel/membership.pyx":405
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L5_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":407
+        /* "ivshmem/channel/membership.pyx":404
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10693,7 +10652,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":406
+      /* "ivshmem/channel/membership.pyx":403
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10708,7 +10667,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":409
+    /* "ivshmem/channel/membership.pyx":406
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10716,7 +10675,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 409, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 406, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -10728,7 +10687,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":406
+    /* "ivshmem/channel/membership.pyx":403
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10749,7 +10708,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":411
+  /* "ivshmem/channel/membership.pyx":408
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10761,7 +10720,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":412
+    /* "ivshmem/channel/membership.pyx":409
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
@@ -10770,7 +10729,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     ivshmem_ring_places((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":411
+    /* "ivshmem/channel/membership.pyx":408
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10779,7 +10738,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":413
+  /* "ivshmem/channel/membership.pyx":410
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10788,17 +10747,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   if (__pyx_v_self->mapping->fixed) {
 
-    /* "ivshmem/channel/membership.pyx":414
+    /* "ivshmem/channel/membership.pyx":411
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":413
+    /* "ivshmem/channel/membership.pyx":410
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10807,18 +10766,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":415
+  /* "ivshmem/channel/membership.pyx":412
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 415, __pyx_L1_error)
+  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   if (unlikely(__pyx_t_9 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 415, __pyx_L1_error)
+    __PYX_ERR(0, 412, __pyx_L1_error)
   }
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -10827,18 +10786,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 415, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 412, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 415, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":416
+    /* "ivshmem/channel/membership.pyx":413
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10847,12 +10806,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 416, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 416, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 416, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10872,13 +10831,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 416, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 413, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 416, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L20_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 413, __pyx_L20_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10897,7 +10856,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 416, __pyx_L20_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 413, __pyx_L20_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10912,17 +10871,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":417
+            /* "ivshmem/channel/membership.pyx":414
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L26_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L26_error)
 
 
-            /* "ivshmem/channel/membership.pyx":416
+            /* "ivshmem/channel/membership.pyx":413
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10941,23 +10900,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 416, __pyx_L28_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 413, __pyx_L28_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_3);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 416, __pyx_L28_except_error)
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 413, __pyx_L28_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
             __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 416, __pyx_L28_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 413, __pyx_L28_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 416, __pyx_L28_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 413, __pyx_L28_except_error)
             __pyx_t_7 = (!__pyx_t_1);
 
 
@@ -10968,7 +10927,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
               __Pyx_XGIVEREF(__pyx_t_3);
               __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
               __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 416, __pyx_L28_except_error)
+              __PYX_ERR(0, 413, __pyx_L28_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10994,7 +10953,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           if (__pyx_t_6) {
             __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 416, __pyx_L1_error)
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 413, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
@@ -11009,7 +10968,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       __pyx_L37:;
     }
 
-    /* "ivshmem/channel/membership.pyx":415
+    /* "ivshmem/channel/membership.pyx":412
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -11019,20 +10978,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":418
+  /* "ivshmem/channel/membership.pyx":415
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":400
+  /* "ivshmem/channel/membership.pyx":397
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -11056,7 +11015,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":420
+/* "ivshmem/channel/membership.pyx":417
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11142,7 +11101,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":422
+  /* "ivshmem/channel/membership.pyx":419
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11151,29 +11110,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":427
+  /* "ivshmem/channel/membership.pyx":424
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":428
+  /* "ivshmem/channel/membership.pyx":425
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":426
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11187,7 +11146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":430
+    /* "ivshmem/channel/membership.pyx":427
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11196,7 +11155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":431
+    /* "ivshmem/channel/membership.pyx":428
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11205,7 +11164,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":432
+    /* "ivshmem/channel/membership.pyx":429
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11231,7 +11190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":433
+      /* "ivshmem/channel/membership.pyx":430
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11240,7 +11199,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":432
+      /* "ivshmem/channel/membership.pyx":429
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11249,7 +11208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":431
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11258,7 +11217,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":435
+    /* "ivshmem/channel/membership.pyx":432
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11267,7 +11226,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":436
+    /* "ivshmem/channel/membership.pyx":433
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11276,7 +11235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":437
+    /* "ivshmem/channel/membership.pyx":434
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11285,7 +11244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":435
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11294,46 +11253,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":439
+    /* "ivshmem/channel/membership.pyx":436
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":438
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":442
+    /* "ivshmem/channel/membership.pyx":439
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 442, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 439, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":440
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 440, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11343,53 +11302,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":441
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 441, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":445
+    /* "ivshmem/channel/membership.pyx":442
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 442, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 445, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 442, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":443
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 443, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":447
+    /* "ivshmem/channel/membership.pyx":444
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11400,13 +11359,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 447, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 447, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 444, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11416,34 +11375,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 447, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 447, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 444, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":438
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 438, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 441, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 438, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11452,21 +11411,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":440
+    /* "ivshmem/channel/membership.pyx":437
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":449
+  /* "ivshmem/channel/membership.pyx":446
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11484,7 +11443,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":420
+  /* "ivshmem/channel/membership.pyx":417
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11521,7 +11480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":451
+/* "ivshmem/channel/membership.pyx":448
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11534,7 +11493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":452
+  /* "ivshmem/channel/membership.pyx":449
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -11562,7 +11521,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":451
+  /* "ivshmem/channel/membership.pyx":448
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11576,7 +11535,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":454
+/* "ivshmem/channel/membership.pyx":451
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11624,32 +11583,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 454, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 451, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 454, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 451, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11691,17 +11650,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":457
+  /* "ivshmem/channel/membership.pyx":454
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":458
+  /* "ivshmem/channel/membership.pyx":455
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11713,7 +11672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":459
+    /* "ivshmem/channel/membership.pyx":456
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -11721,9 +11680,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 459, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 459, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -11735,7 +11694,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 459, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 456, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11745,14 +11704,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 459, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 456, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 459, __pyx_L1_error)
+    __PYX_ERR(0, 456, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":458
+    /* "ivshmem/channel/membership.pyx":455
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11761,7 +11720,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":457
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11770,7 +11729,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":458
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -11778,7 +11737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 461, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11797,14 +11756,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 461, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 458, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 461, __pyx_L1_error)
+    __PYX_ERR(0, 458, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":460
+    /* "ivshmem/channel/membership.pyx":457
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11813,7 +11772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":462
+  /* "ivshmem/channel/membership.pyx":459
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11822,7 +11781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":462
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11840,7 +11799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":466
+  /* "ivshmem/channel/membership.pyx":463
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -11854,7 +11813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":462
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11864,7 +11823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":465
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -11882,7 +11841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":465
+    /* "ivshmem/channel/membership.pyx":462
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11891,7 +11850,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":469
+  /* "ivshmem/channel/membership.pyx":466
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -11900,17 +11859,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":470
+  /* "ivshmem/channel/membership.pyx":467
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 470, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":471
+  /* "ivshmem/channel/membership.pyx":468
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -11928,7 +11887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":451
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11952,7 +11911,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":475
+/* "ivshmem/channel/membership.pyx":472
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12027,7 +11986,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":481
+  /* "ivshmem/channel/membership.pyx":478
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12037,7 +11996,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":479
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12054,9 +12013,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12069,9 +12028,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 482, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 479, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12083,18 +12042,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":483
+    /* "ivshmem/channel/membership.pyx":480
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 483, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 480, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 483, __pyx_L1_error)
+      __PYX_ERR(0, 480, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12103,18 +12062,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 483, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 480, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 483, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 480, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":484
+      /* "ivshmem/channel/membership.pyx":481
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12130,7 +12089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":485
+          /* "ivshmem/channel/membership.pyx":482
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12144,12 +12103,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 482, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":484
+          /* "ivshmem/channel/membership.pyx":481
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12165,7 +12124,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":486
+        /* "ivshmem/channel/membership.pyx":483
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12175,7 +12134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 486, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 483, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12183,7 +12142,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":487
+            /* "ivshmem/channel/membership.pyx":484
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12194,7 +12153,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":486
+          /* "ivshmem/channel/membership.pyx":483
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12215,7 +12174,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":484
+        /* "ivshmem/channel/membership.pyx":481
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12236,7 +12195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":483
+      /* "ivshmem/channel/membership.pyx":480
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12246,7 +12205,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":482
+    /* "ivshmem/channel/membership.pyx":479
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12255,17 +12214,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":488
+  /* "ivshmem/channel/membership.pyx":485
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 485, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":486
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12276,7 +12235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":490
+    /* "ivshmem/channel/membership.pyx":487
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12284,9 +12243,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 490, __pyx_L1_error)
+    __PYX_ERR(0, 487, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":489
+    /* "ivshmem/channel/membership.pyx":486
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12295,7 +12254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":475
+  /* "ivshmem/channel/membership.pyx":472
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12322,7 +12281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":492
+/* "ivshmem/channel/membership.pyx":489
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12345,7 +12304,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":494
+  /* "ivshmem/channel/membership.pyx":491
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12357,7 +12316,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":492
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12369,7 +12328,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":496
+    /* "ivshmem/channel/membership.pyx":493
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12382,7 +12341,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":495
+    /* "ivshmem/channel/membership.pyx":492
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12391,7 +12350,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":497
+  /* "ivshmem/channel/membership.pyx":494
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12403,17 +12362,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":498
+    /* "ivshmem/channel/membership.pyx":495
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 495, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":499
+    /* "ivshmem/channel/membership.pyx":496
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12427,12 +12386,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 499, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 496, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":497
+    /* "ivshmem/channel/membership.pyx":494
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12441,7 +12400,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":497
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12467,17 +12426,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":501
+    /* "ivshmem/channel/membership.pyx":498
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 501, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":500
+    /* "ivshmem/channel/membership.pyx":497
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12486,7 +12445,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":502
+  /* "ivshmem/channel/membership.pyx":499
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -12499,7 +12458,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":492
+  /* "ivshmem/channel/membership.pyx":489
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12520,7 +12479,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":504
+/* "ivshmem/channel/membership.pyx":501
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12540,7 +12499,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":504
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -12552,7 +12511,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":508
+  /* "ivshmem/channel/membership.pyx":505
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12563,7 +12522,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":509
+    /* "ivshmem/channel/membership.pyx":506
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -12577,12 +12536,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 509, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 506, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":508
+    /* "ivshmem/channel/membership.pyx":505
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12591,7 +12550,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":510
+  /* "ivshmem/channel/membership.pyx":507
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -12603,7 +12562,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":511
+  /* "ivshmem/channel/membership.pyx":508
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -12615,21 +12574,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":509
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 509, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":513
+  /* "ivshmem/channel/membership.pyx":510
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12638,7 +12597,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":514
+    /* "ivshmem/channel/membership.pyx":511
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12647,7 +12606,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":515
+    /* "ivshmem/channel/membership.pyx":512
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -12656,7 +12615,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":516
+    /* "ivshmem/channel/membership.pyx":513
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12665,7 +12624,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":513
+    /* "ivshmem/channel/membership.pyx":510
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12674,7 +12633,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":517
+  /* "ivshmem/channel/membership.pyx":514
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12687,7 +12646,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":504
+  /* "ivshmem/channel/membership.pyx":501
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12707,7 +12666,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":519
+/* "ivshmem/channel/membership.pyx":516
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12719,7 +12678,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":520
+  /* "ivshmem/channel/membership.pyx":517
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12741,7 +12700,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":521
+    /* "ivshmem/channel/membership.pyx":518
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -12750,7 +12709,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":517
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12759,7 +12718,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":519
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -12768,7 +12727,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":516
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12780,7 +12739,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":524
+/* "ivshmem/channel/membership.pyx":521
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12803,7 +12762,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":522
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12812,7 +12771,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":526
+    /* "ivshmem/channel/membership.pyx":523
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12821,7 +12780,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":527
+    /* "ivshmem/channel/membership.pyx":524
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12830,7 +12789,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":525
+    /* "ivshmem/channel/membership.pyx":522
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12839,7 +12798,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":528
+  /* "ivshmem/channel/membership.pyx":525
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -12848,7 +12807,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":521
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12860,7 +12819,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":530
+/* "ivshmem/channel/membership.pyx":527
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -12896,7 +12855,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":529
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -12907,12 +12866,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 532, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 529, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 532, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 529, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -12926,7 +12885,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 532, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 529, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -12939,7 +12898,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":533
+  /* "ivshmem/channel/membership.pyx":530
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -12965,7 +12924,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":534
+    /* "ivshmem/channel/membership.pyx":531
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -12977,11 +12936,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 534, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 534, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 531, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 531, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 534, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 531, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12993,7 +12952,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":535
+    /* "ivshmem/channel/membership.pyx":532
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -13001,38 +12960,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 535, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 532, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":533
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 536, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 536, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 536, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 536, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":537
+    /* "ivshmem/channel/membership.pyx":534
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 537, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 534, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 537, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 534, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 537, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 534, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -13046,7 +13005,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":533
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -13065,7 +13024,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 536, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 533, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -13090,7 +13049,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 532, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13104,7 +13063,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":530
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -13113,7 +13072,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":540
+  /* "ivshmem/channel/membership.pyx":537
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13125,7 +13084,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":541
+    /* "ivshmem/channel/membership.pyx":538
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -13133,7 +13092,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 541, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 538, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13152,7 +13111,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 538, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13166,7 +13125,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":540
+    /* "ivshmem/channel/membership.pyx":537
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13175,7 +13134,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":542
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13187,7 +13146,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":546
+    /* "ivshmem/channel/membership.pyx":543
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -13195,7 +13154,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 546, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13214,7 +13173,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 546, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13228,7 +13187,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":545
+    /* "ivshmem/channel/membership.pyx":542
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13237,7 +13196,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":544
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13249,7 +13208,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":548
+    /* "ivshmem/channel/membership.pyx":545
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -13257,17 +13216,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 548, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":546
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 546, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_7;
@@ -13278,7 +13237,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 549, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 546, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -13299,7 +13258,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13313,7 +13272,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":547
+    /* "ivshmem/channel/membership.pyx":544
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13322,7 +13281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":552
+  /* "ivshmem/channel/membership.pyx":549
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13334,7 +13293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":553
+    /* "ivshmem/channel/membership.pyx":550
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -13342,11 +13301,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 550, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 550, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 553, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 550, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -13367,7 +13326,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 553, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 550, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13381,7 +13340,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":549
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13390,7 +13349,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":554
+  /* "ivshmem/channel/membership.pyx":551
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13402,7 +13361,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":552
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -13410,19 +13369,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 555, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 552, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":556
+    /* "ivshmem/channel/membership.pyx":553
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -13443,7 +13402,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 555, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 552, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13457,7 +13416,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":554
+    /* "ivshmem/channel/membership.pyx":551
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13466,7 +13425,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":558
+  /* "ivshmem/channel/membership.pyx":555
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13478,7 +13437,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":556
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -13486,19 +13445,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":557
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -13519,7 +13478,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 556, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13533,7 +13492,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":555
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13542,17 +13501,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":563
+  /* "ivshmem/channel/membership.pyx":560
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -13567,7 +13526,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 563, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -13589,7 +13548,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13603,7 +13562,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":530
+  /* "ivshmem/channel/membership.pyx":527
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -15690,49 +15649,49 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":420
+  /* "ivshmem/channel/membership.pyx":417
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":451
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":475
+  /* "ivshmem/channel/membership.pyx":472
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 475, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15830,7 +15789,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 394, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -16101,17 +16060,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 420};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 417};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 451};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 475};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 472};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }

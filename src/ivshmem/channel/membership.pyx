@@ -46,7 +46,7 @@ from . import identity
 
 
 cdef extern from "ivshmem_channel.h":
-    uint64_t IVSHMEM_PEER_MUTE
+    uint64_t IVSHMEM_PEER_MUTE, IVSHMEM_NO_PEER
 
 # Nanoseconds between two looks of the beat's thread, where no ring can come.
 cdef int64_t PAUSE = 1_000_000
@@ -357,7 +357,7 @@ cdef class Membership:
         A process that can only read polls, unless all its ends are rung always.
         """
         cdef ivshmem_memory *memory = &self.member.area.memory
-        cdef uint64_t at, number, peer, process, machine
+        cdef uint64_t at, peer, process, machine
         cdef bint polls = self.vector < 0
         cdef unsigned i
         if memory.readonly:
@@ -368,15 +368,12 @@ cdef class Membership:
             if i == self.member.place.index:
                 continue
             at = ivshmem_place_at(&self.member.area, i)
-            number = ivshmem_load(memory, at)
-            peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
-            if ivshmem_flags(number) != IVSHMEM_LIVE:
+            peer = ivshmem_peer_at(&self.member.area, i)
+            if peer == IVSHMEM_NO_PEER:
                 continue
-            if ivshmem_epoch(peer) != ivshmem_epoch(number):
-                continue
-            if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+            if peer & IVSHMEM_PEER_MUTE:
                 polls = True
-            elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
+            elif (peer ^ self.member.peer) & 0xffff == 0:
                 # Clients of one broker have one id: they cannot ring one another.
                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)

@@ -1666,7 +1666,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 
-/* "ivshmem/native/areas.pyx":62
+/* "ivshmem/native/areas.pyx":60
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1675,7 +1675,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 */
 enum  {
 
-  /* "ivshmem/native/areas.pyx":65
+  /* "ivshmem/native/areas.pyx":63
  *     # Bytes of an area for each place and each record, if the caller does not say how many.
  *     FOR_A_PLACE = 1 << 14
  *     FOR_A_RECORD = 1 << 16             # <<<<<<<<<<<<<<
@@ -2841,7 +2841,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/areas.pyx":67
+/* "ivshmem/native/areas.pyx":65
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2858,17 +2858,17 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/areas.pyx":69
+  /* "ivshmem/native/areas.pyx":67
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()             # <<<<<<<<<<<<<<
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":70
+  /* "ivshmem/native/areas.pyx":68
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start             # <<<<<<<<<<<<<<
@@ -2877,7 +2877,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->start = ((unsigned char *)__pyx_v_mapping->start);
 
-  /* "ivshmem/native/areas.pyx":71
+  /* "ivshmem/native/areas.pyx":69
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length             # <<<<<<<<<<<<<<
@@ -2888,7 +2888,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->size = __pyx_t_2;
 
-  /* "ivshmem/native/areas.pyx":72
+  /* "ivshmem/native/areas.pyx":70
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING             # <<<<<<<<<<<<<<
@@ -2897,7 +2897,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->mapping = IVSHMEM_WRITE_COMBINING;
 
-  /* "ivshmem/native/areas.pyx":73
+  /* "ivshmem/native/areas.pyx":71
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed             # <<<<<<<<<<<<<<
@@ -2908,7 +2908,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->readonly = __pyx_t_3;
 
-  /* "ivshmem/native/areas.pyx":74
+  /* "ivshmem/native/areas.pyx":72
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed
  *     return 0             # <<<<<<<<<<<<<<
@@ -2921,7 +2921,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":67
+  /* "ivshmem/native/areas.pyx":65
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2938,7 +2938,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":77
+/* "ivshmem/native/areas.pyx":75
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -2964,7 +2964,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("described", 0);
 
-  /* "ivshmem/native/areas.pyx":78
+  /* "ivshmem/native/areas.pyx":76
  * 
  * cdef object described(const ivshmem_area *area):
  *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)             # <<<<<<<<<<<<<<
@@ -2972,19 +2972,19 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_10 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -3009,7 +3009,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 78, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 76, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -3023,7 +3023,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":77
+  /* "ivshmem/native/areas.pyx":75
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -3050,7 +3050,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":81
+/* "ivshmem/native/areas.pyx":79
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3102,75 +3102,75 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_places,&__pyx_mstate_global->__pyx_n_u_records,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 81, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 79, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 81, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 79, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 81, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 79, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 79, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 79, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 79, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 79, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 79, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 79, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 81, __pyx_L3_error)
+      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 79, __pyx_L3_error)
     } else {
       __pyx_v_places = ((unsigned int)0);
     }
     if (values[4]) {
-      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 82, __pyx_L3_error)
+      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 80, __pyx_L3_error)
     } else {
       __pyx_v_records = ((unsigned int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 81, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 79, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3181,7 +3181,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 79, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_make_area(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
 
   /* function exit code */
@@ -3236,7 +3236,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 
 
 
-  /* "ivshmem/native/areas.pyx":95
+  /* "ivshmem/native/areas.pyx":93
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3248,7 +3248,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":96
+    /* "ivshmem/native/areas.pyx":94
  *     cdef int code
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)             # <<<<<<<<<<<<<<
@@ -3261,7 +3261,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 16;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 96, __pyx_L1_error)
+      __PYX_ERR(0, 94, __pyx_L1_error)
     }
 
     __pyx_t_4 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE);
@@ -3291,7 +3291,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_places = __pyx_t_5;
 
 
-    /* "ivshmem/native/areas.pyx":95
+    /* "ivshmem/native/areas.pyx":93
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3300,7 +3300,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":97
+  /* "ivshmem/native/areas.pyx":95
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3312,7 +3312,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":98
+    /* "ivshmem/native/areas.pyx":96
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)             # <<<<<<<<<<<<<<
@@ -3325,7 +3325,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 8;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 98, __pyx_L1_error)
+      __PYX_ERR(0, 96, __pyx_L1_error)
     }
 
     __pyx_t_5 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD);
@@ -3355,7 +3355,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_records = __pyx_t_4;
 
 
-    /* "ivshmem/native/areas.pyx":97
+    /* "ivshmem/native/areas.pyx":95
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3364,17 +3364,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":99
+  /* "ivshmem/native/areas.pyx":97
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         with nogil:
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":100
+  /* "ivshmem/native/areas.pyx":98
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3383,7 +3383,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":101
+    /* "ivshmem/native/areas.pyx":99
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3396,7 +3396,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/areas.pyx":102
+          /* "ivshmem/native/areas.pyx":100
  *     try:
  *         with nogil:
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)             # <<<<<<<<<<<<<<
@@ -3406,7 +3406,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
           __pyx_v_code = ivshmem_area_make((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
         }
 
-        /* "ivshmem/native/areas.pyx":101
+        /* "ivshmem/native/areas.pyx":99
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3424,7 +3424,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     }
   }
 
-  /* "ivshmem/native/areas.pyx":104
+  /* "ivshmem/native/areas.pyx":102
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3439,7 +3439,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/areas.pyx":105
+  /* "ivshmem/native/areas.pyx":103
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3451,14 +3451,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":106
+    /* "ivshmem/native/areas.pyx":104
  *         mapping.unpin()
  *     if code == 0:
  *         return described(&area)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -3471,7 +3471,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/native/areas.pyx":105
+    /* "ivshmem/native/areas.pyx":103
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3480,7 +3480,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":107
+  /* "ivshmem/native/areas.pyx":105
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3492,7 +3492,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/areas.pyx":108
+    /* "ivshmem/native/areas.pyx":106
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(             # <<<<<<<<<<<<<<
@@ -3500,36 +3500,36 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  *             f" {places} processes and {records} channels"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/native/areas.pyx":109
+    /* "ivshmem/native/areas.pyx":107
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
  *             f" {places} processes and {records} channels"
  *         )
 */
-    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 109, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/native/areas.pyx":110
+    /* "ivshmem/native/areas.pyx":108
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
  *             f" {places} processes and {records} channels"             # <<<<<<<<<<<<<<
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")
 */
-    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 110, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_no_area_of;
     __pyx_t_15[1] = __pyx_t_10;
@@ -3543,7 +3543,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_15[9] = __pyx_t_14;
     __pyx_t_15[10] = __pyx_mstate_global->__pyx_kp_u_channels;
 
-    /* "ivshmem/native/areas.pyx":109
+    /* "ivshmem/native/areas.pyx":107
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
@@ -3562,7 +3562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 11, __pyx_t_16, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 109, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -3587,14 +3587,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 106, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 108, __pyx_L1_error)
+    __PYX_ERR(0, 106, __pyx_L1_error)
 
-    /* "ivshmem/native/areas.pyx":107
+    /* "ivshmem/native/areas.pyx":105
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3603,7 +3603,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":112
+  /* "ivshmem/native/areas.pyx":110
  *             f" {places} processes and {records} channels"
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")             # <<<<<<<<<<<<<<
@@ -3611,7 +3611,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  * 
 */
   __pyx_t_9 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 112, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_18 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -3630,14 +3630,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 112, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
   }
   __Pyx_Raise(__pyx_t_7, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __PYX_ERR(0, 112, __pyx_L1_error)
+  __PYX_ERR(0, 110, __pyx_L1_error)
 
-  /* "ivshmem/native/areas.pyx":81
+  /* "ivshmem/native/areas.pyx":79
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3669,7 +3669,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":115
+/* "ivshmem/native/areas.pyx":113
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3718,39 +3718,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 115, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 113, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 113, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 113, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 115, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 113, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 115, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 113, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 115, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 113, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 115, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 113, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3761,7 +3761,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 115, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 113, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_2area_of(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -3804,17 +3804,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("area_of", 0);
 
-  /* "ivshmem/native/areas.pyx":119
+  /* "ivshmem/native/areas.pyx":117
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":120
+  /* "ivshmem/native/areas.pyx":118
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3823,7 +3823,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":121
+    /* "ivshmem/native/areas.pyx":119
  *     memory_of(mapping, &memory)
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -3833,7 +3833,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_3) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 119, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_2 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -3854,7 +3854,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":123
+  /* "ivshmem/native/areas.pyx":121
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3903,7 +3903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     }
   }
 
-  /* "ivshmem/native/areas.pyx":115
+  /* "ivshmem/native/areas.pyx":113
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3925,7 +3925,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":126
+/* "ivshmem/native/areas.pyx":124
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -3973,32 +3973,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 126, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 124, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4009,7 +4009,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 124, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_4find_area(__pyx_self, __pyx_v_mapping);
 
   /* function exit code */
@@ -4052,17 +4052,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_area", 0);
 
-  /* "ivshmem/native/areas.pyx":131
+  /* "ivshmem/native/areas.pyx":129
  *     cdef ivshmem_area area
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":132
+  /* "ivshmem/native/areas.pyx":130
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4071,7 +4071,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":133
+    /* "ivshmem/native/areas.pyx":131
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4083,7 +4083,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":134
+      /* "ivshmem/native/areas.pyx":132
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None             # <<<<<<<<<<<<<<
@@ -4100,7 +4100,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
       }
       goto __pyx_L3_return;
 
-      /* "ivshmem/native/areas.pyx":133
+      /* "ivshmem/native/areas.pyx":131
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4109,7 +4109,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/native/areas.pyx":135
+    /* "ivshmem/native/areas.pyx":133
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -4119,7 +4119,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_2) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 133, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_3 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -4140,7 +4140,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":137
+  /* "ivshmem/native/areas.pyx":135
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4189,7 +4189,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     }
   }
 
-  /* "ivshmem/native/areas.pyx":126
+  /* "ivshmem/native/areas.pyx":124
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -4212,7 +4212,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":140
+/* "ivshmem/native/areas.pyx":138
  * 
  * 
  * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -4260,32 +4260,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 140, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 138, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 140, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "peers_of", 0) < (0)) __PYX_ERR(0, 140, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "peers_of", 0) < (0)) __PYX_ERR(0, 138, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, i); __PYX_ERR(0, 140, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, i); __PYX_ERR(0, 138, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 140, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 138, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 140, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("peers_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 138, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4296,7 +4296,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 140, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 138, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6peers_of(__pyx_self, __pyx_v_mapping);
 
   /* function exit code */
@@ -4320,7 +4320,6 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
   struct ivshmem_memory __pyx_v_memory;
   struct ivshmem_area __pyx_v_area;
   uint64_t __pyx_v_offset;
-  uint64_t __pyx_v_number;
   uint64_t __pyx_v_peer;
   unsigned int __pyx_v_i;
   PyObject *__pyx_v_found = NULL;
@@ -4333,42 +4332,41 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
   uint32_t __pyx_t_5;
   unsigned int __pyx_t_6;
   int __pyx_t_7;
-  int __pyx_t_8;
-  char const *__pyx_t_9;
+  char const *__pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("peers_of", 0);
 
-  /* "ivshmem/native/areas.pyx":150
- *     cdef uint64_t offset, number, peer
+  /* "ivshmem/native/areas.pyx":148
+ *     cdef uint64_t offset, peer
  *     cdef unsigned i
  *     found = {}             # <<<<<<<<<<<<<<
  *     memory_of(mapping, &memory)
  *     try:
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/native/areas.pyx":151
+  /* "ivshmem/native/areas.pyx":149
  *     cdef unsigned i
  *     found = {}
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":152
+  /* "ivshmem/native/areas.pyx":150
  *     found = {}
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4377,7 +4375,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":153
+    /* "ivshmem/native/areas.pyx":151
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4389,12 +4387,53 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/native/areas.pyx":154
+      /* "ivshmem/native/areas.pyx":152
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return []             # <<<<<<<<<<<<<<
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             return []
+*/
+      __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_1;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_1 = 0;
+      goto __pyx_L3_return;
+
+      /* "ivshmem/native/areas.pyx":151
+ *     memory_of(mapping, &memory)
+ *     try:
+ *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":153
+ *         if ivshmem_find_area(&memory, &offset) != 0:
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         for i in range(area.places):
+*/
+    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) != 0);
+
+    if (__pyx_t_3) {
+
+
+      /* "ivshmem/native/areas.pyx":154
+ *             return []
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             return []             # <<<<<<<<<<<<<<
+ *         for i in range(area.places):
+ *             peer = ivshmem_peer_at(&area, i)
 */
       __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 154, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_1);
@@ -4410,61 +4449,20 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
       goto __pyx_L3_return;
 
       /* "ivshmem/native/areas.pyx":153
- *     memory_of(mapping, &memory)
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
+ *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return []
- *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             return []
+ *         for i in range(area.places):
 */
     }
 
     /* "ivshmem/native/areas.pyx":155
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return []
- *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
- *             return []
- *         for i in range(area.places):
-*/
-    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) != 0);
-
-    if (__pyx_t_3) {
-
-
-      /* "ivshmem/native/areas.pyx":156
- *             return []
- *         if ivshmem_area_open(&area, &memory, offset) != 0:
- *             return []             # <<<<<<<<<<<<<<
- *         for i in range(area.places):
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
-*/
-      __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 156, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_1);
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = __pyx_t_1;
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      __pyx_t_1 = 0;
-      goto __pyx_L3_return;
-
-      /* "ivshmem/native/areas.pyx":155
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return []
- *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
- *             return []
- *         for i in range(area.places):
-*/
-    }
-
-    /* "ivshmem/native/areas.pyx":157
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             return []
  *         for i in range(area.places):             # <<<<<<<<<<<<<<
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
+ *             peer = ivshmem_peer_at(&area, i)
+ *             if not peer & IVSHMEM_PEER_MUTE:
 */
 
     __pyx_t_4 = __pyx_v_area.places;
@@ -4473,110 +4471,53 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/native/areas.pyx":158
+      /* "ivshmem/native/areas.pyx":156
  *             return []
  *         for i in range(area.places):
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))             # <<<<<<<<<<<<<<
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
+ *             peer = ivshmem_peer_at(&area, i)             # <<<<<<<<<<<<<<
+ *             if not peer & IVSHMEM_PEER_MUTE:
+ *                 found[peer & 0xffff] = None
 */
-      __pyx_v_number = ivshmem_load((&__pyx_v_memory), ivshmem_place_at((&__pyx_v_area), __pyx_v_i));
+      __pyx_v_peer = ivshmem_peer_at((&__pyx_v_area), __pyx_v_i);
 
-      /* "ivshmem/native/areas.pyx":159
+      /* "ivshmem/native/areas.pyx":157
  *         for i in range(area.places):
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
-*/
-      __pyx_v_peer = ivshmem_load((&__pyx_v_memory), (ivshmem_place_at((&__pyx_v_area), __pyx_v_i) + IVSHMEM_PLACE_PEER));
-
-      /* "ivshmem/native/areas.pyx":160
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
-*/
-      __pyx_t_7 = (ivshmem_flags(__pyx_v_number) == IVSHMEM_LIVE);
-
-      if (__pyx_t_7) {
-
-      } else {
-
-        __pyx_t_3 = __pyx_t_7;
-
-        goto __pyx_L11_bool_binop_done;
-      }
-
-      /* "ivshmem/native/areas.pyx":161
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)             # <<<<<<<<<<<<<<
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
- *                 found[ivshmem_value(peer) & 0xffff] = None
-*/
-      __pyx_t_7 = (ivshmem_epoch(__pyx_v_peer) == ivshmem_epoch(__pyx_v_number));
-
-      if (__pyx_t_7) {
-
-      } else {
-
-        __pyx_t_3 = __pyx_t_7;
-
-        goto __pyx_L11_bool_binop_done;
-      }
-
-      /* "ivshmem/native/areas.pyx":162
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
- *                 found[ivshmem_value(peer) & 0xffff] = None
+ *             peer = ivshmem_peer_at(&area, i)
+ *             if not peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
+ *                 found[peer & 0xffff] = None
  *     finally:
 */
-      __pyx_t_7 = (!((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0));
+      __pyx_t_3 = (!((__pyx_v_peer & IVSHMEM_PEER_MUTE) != 0));
 
-
-      __pyx_t_3 = __pyx_t_7;
-
-      __pyx_L11_bool_binop_done:;
-
-      /* "ivshmem/native/areas.pyx":160
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
-*/
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/native/areas.pyx":163
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
- *                 found[ivshmem_value(peer) & 0xffff] = None             # <<<<<<<<<<<<<<
+        /* "ivshmem/native/areas.pyx":158
+ *             peer = ivshmem_peer_at(&area, i)
+ *             if not peer & IVSHMEM_PEER_MUTE:
+ *                 found[peer & 0xffff] = None             # <<<<<<<<<<<<<<
  *     finally:
  *         mapping.unpin()
 */
-        __pyx_t_1 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 163, __pyx_L4_error)
+        __pyx_t_1 = __Pyx_PyLong_From_uint64_t((__pyx_v_peer & 0xffff)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 158, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_1);
-        if (unlikely((PyDict_SetItem(__pyx_v_found, __pyx_t_1, Py_None) < 0))) __PYX_ERR(0, 163, __pyx_L4_error)
+        if (unlikely((PyDict_SetItem(__pyx_v_found, __pyx_t_1, Py_None) < 0))) __PYX_ERR(0, 158, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/native/areas.pyx":160
- *             number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
- *             peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
- *             if ivshmem_flags(number) == IVSHMEM_LIVE and (             # <<<<<<<<<<<<<<
- *                 ivshmem_epoch(peer) == ivshmem_epoch(number)
- *             ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
+        /* "ivshmem/native/areas.pyx":157
+ *         for i in range(area.places):
+ *             peer = ivshmem_peer_at(&area, i)
+ *             if not peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
+ *                 found[peer & 0xffff] = None
+ *     finally:
 */
       }
     }
 
   }
 
-  /* "ivshmem/native/areas.pyx":165
- *                 found[ivshmem_value(peer) & 0xffff] = None
+  /* "ivshmem/native/areas.pyx":160
+ *                 found[peer & 0xffff] = None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
  *     return list(found)
@@ -4591,51 +4532,51 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
     /*exception exit:*/{
       __Pyx_PyThreadState_declare
       __Pyx_PyThreadState_assign
-      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+      __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0;
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12) < 0)) __Pyx_ErrFetch(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+       __Pyx_ExceptionSwap(&__pyx_t_12, &__pyx_t_13, &__pyx_t_14);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11) < 0)) __Pyx_ErrFetch(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
+      __Pyx_XGOTREF(__pyx_t_9);
       __Pyx_XGOTREF(__pyx_t_10);
       __Pyx_XGOTREF(__pyx_t_11);
       __Pyx_XGOTREF(__pyx_t_12);
       __Pyx_XGOTREF(__pyx_t_13);
       __Pyx_XGOTREF(__pyx_t_14);
-      __Pyx_XGOTREF(__pyx_t_15);
-      __pyx_t_2 = __pyx_lineno; __pyx_t_8 = __pyx_clineno; __pyx_t_9 = __pyx_filename;
+      __pyx_t_2 = __pyx_lineno; __pyx_t_7 = __pyx_clineno; __pyx_t_8 = __pyx_filename;
       {
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
       }
+      __Pyx_XGIVEREF(__pyx_t_12);
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_XGIVEREF(__pyx_t_14);
-      __Pyx_XGIVEREF(__pyx_t_15);
-      __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __Pyx_ExceptionReset(__pyx_t_12, __pyx_t_13, __pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_9);
       __Pyx_XGIVEREF(__pyx_t_10);
       __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ErrRestore(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
-      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
+      __Pyx_ErrRestore(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+      __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0;
+      __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_7; __pyx_filename = __pyx_t_8;
       goto __pyx_L1_error;
     }
     __pyx_L3_return: {
-      __pyx_t_15 = __pyx_r;
+      __pyx_t_14 = __pyx_r;
       __pyx_r = 0;
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      __pyx_r = __pyx_t_15;
-      __pyx_t_15 = 0;
+      __pyx_r = __pyx_t_14;
+      __pyx_t_14 = 0;
       goto __pyx_L0;
     }
     __pyx_L5:;
   }
 
-  /* "ivshmem/native/areas.pyx":166
+  /* "ivshmem/native/areas.pyx":161
  *     finally:
  *         mapping.unpin()
  *     return list(found)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = PySequence_List(__pyx_v_found); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_1 = PySequence_List(__pyx_v_found); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -4648,7 +4589,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":140
+  /* "ivshmem/native/areas.pyx":138
  * 
  * 
  * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -4667,14 +4608,13 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6peers_of(CYTHON_UNUSED PyObje
 
 
 
-
   __Pyx_XDECREF(__pyx_v_found);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":169
+/* "ivshmem/native/areas.pyx":164
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4723,39 +4663,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 164, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 169, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4766,7 +4706,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 164, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_8sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -4802,7 +4742,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sweep", 0);
 
-  /* "ivshmem/native/areas.pyx":177
+  /* "ivshmem/native/areas.pyx":172
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0             # <<<<<<<<<<<<<<
@@ -4811,17 +4751,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
 */
   __pyx_v_freed = 0;
 
-  /* "ivshmem/native/areas.pyx":178
+  /* "ivshmem/native/areas.pyx":173
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 173, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":179
+  /* "ivshmem/native/areas.pyx":174
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4830,7 +4770,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":180
+    /* "ivshmem/native/areas.pyx":175
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4856,7 +4796,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":181
+      /* "ivshmem/native/areas.pyx":176
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4869,7 +4809,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/areas.pyx":182
+            /* "ivshmem/native/areas.pyx":177
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:
  *                 freed = ivshmem_area_sweep(&area)             # <<<<<<<<<<<<<<
@@ -4879,7 +4819,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
             __pyx_v_freed = ivshmem_area_sweep((&__pyx_v_area));
           }
 
-          /* "ivshmem/native/areas.pyx":181
+          /* "ivshmem/native/areas.pyx":176
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4896,7 +4836,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
           }
       }
 
-      /* "ivshmem/native/areas.pyx":180
+      /* "ivshmem/native/areas.pyx":175
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4906,7 +4846,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
     }
   }
 
-  /* "ivshmem/native/areas.pyx":184
+  /* "ivshmem/native/areas.pyx":179
  *                 freed = ivshmem_area_sweep(&area)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4921,14 +4861,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
     __pyx_L5:;
   }
 
-  /* "ivshmem/native/areas.pyx":185
+  /* "ivshmem/native/areas.pyx":180
  *     finally:
  *         mapping.unpin()
  *     return freed             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 180, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -4941,7 +4881,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":169
+  /* "ivshmem/native/areas.pyx":164
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4963,7 +4903,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_8sweep(CYTHON_UNUSED PyObject 
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":188
+/* "ivshmem/native/areas.pyx":183
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
@@ -5013,46 +4953,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 188, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 183, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 188, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 188, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 188, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 188, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 183, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, i); __PYX_ERR(0, 188, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, i); __PYX_ERR(0, 183, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 188, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 183, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 188, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 183, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 188, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 183, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 188, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 183, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5063,7 +5003,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 188, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 183, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_10free_place(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_index);
 
   /* function exit code */
@@ -5114,17 +5054,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/native/areas.pyx":200
+  /* "ivshmem/native/areas.pyx":195
  *     cdef ivshmem_area area
  *     cdef uint64_t number
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if memory.readonly:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":201
+  /* "ivshmem/native/areas.pyx":196
  *     cdef uint64_t number
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -5133,7 +5073,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":202
+    /* "ivshmem/native/areas.pyx":197
  *     memory_of(mapping, &memory)
  *     try:
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -5145,7 +5085,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":203
+      /* "ivshmem/native/areas.pyx":198
  *     try:
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -5153,7 +5093,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
  *             raise ValueError(f"there is no area at {offset:#x}")
 */
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 203, __pyx_L4_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 198, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -5172,14 +5112,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 203, __pyx_L4_error)
+      __PYX_ERR(0, 198, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":202
+      /* "ivshmem/native/areas.pyx":197
  *     memory_of(mapping, &memory)
  *     try:
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -5188,7 +5128,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
 */
     }
 
-    /* "ivshmem/native/areas.pyx":204
+    /* "ivshmem/native/areas.pyx":199
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
@@ -5200,7 +5140,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":205
+      /* "ivshmem/native/areas.pyx":200
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")             # <<<<<<<<<<<<<<
@@ -5208,12 +5148,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
  *             raise ValueError(f"place {index}: the area has {area.places}")
 */
       __pyx_t_5 = NULL;
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L4_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 205, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_there_is_no_area_at, __pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L4_error)
+      __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_there_is_no_area_at, __pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_6 = 1;
@@ -5222,14 +5162,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 205, __pyx_L4_error)
+      __PYX_ERR(0, 200, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":204
+      /* "ivshmem/native/areas.pyx":199
  *         if memory.readonly:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
@@ -5238,7 +5178,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
 */
     }
 
-    /* "ivshmem/native/areas.pyx":206
+    /* "ivshmem/native/areas.pyx":201
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:             # <<<<<<<<<<<<<<
@@ -5250,7 +5190,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/native/areas.pyx":207
+      /* "ivshmem/native/areas.pyx":202
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:
  *             raise ValueError(f"place {index}: the area has {area.places}")             # <<<<<<<<<<<<<<
@@ -5258,9 +5198,9 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
 */
       __pyx_t_4 = NULL;
-      __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 207, __pyx_L4_error)
+      __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 202, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 207, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 202, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_place;
       __pyx_t_8[1] = __pyx_t_5;
@@ -5272,7 +5212,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
       #endif
       __pyx_t_1 = 0;
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 207, __pyx_L4_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 202, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -5282,14 +5222,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 207, __pyx_L4_error)
+      __PYX_ERR(0, 202, __pyx_L4_error)
 
-      /* "ivshmem/native/areas.pyx":206
+      /* "ivshmem/native/areas.pyx":201
  *         if ivshmem_area_open(&area, &memory, offset) != 0:
  *             raise ValueError(f"there is no area at {offset:#x}")
  *         if index >= area.places:             # <<<<<<<<<<<<<<
@@ -5298,7 +5238,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
 */
     }
 
-    /* "ivshmem/native/areas.pyx":208
+    /* "ivshmem/native/areas.pyx":203
  *         if index >= area.places:
  *             raise ValueError(f"place {index}: the area has {area.places}")
  *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))             # <<<<<<<<<<<<<<
@@ -5307,7 +5247,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
 */
     __pyx_v_number = ivshmem_load((&__pyx_v_memory), ivshmem_place_at((&__pyx_v_area), __pyx_v_index));
 
-    /* "ivshmem/native/areas.pyx":209
+    /* "ivshmem/native/areas.pyx":204
  *             raise ValueError(f"place {index}: the area has {area.places}")
  *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))             # <<<<<<<<<<<<<<
@@ -5319,14 +5259,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     if (__pyx_t_2) {
 
     } else {
-      __pyx_t_10 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 204, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_3 = __pyx_t_10;
       __pyx_t_10 = 0;
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_10 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 209, __pyx_L4_error)
+    __pyx_t_10 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 204, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_INCREF(__pyx_t_10);
     __pyx_t_3 = __pyx_t_10;
@@ -5344,7 +5284,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":211
+  /* "ivshmem/native/areas.pyx":206
  *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -5394,7 +5334,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_10free_place(CYTHON_UNUSED PyO
     }
   }
 
-  /* "ivshmem/native/areas.pyx":188
+  /* "ivshmem/native/areas.pyx":183
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
@@ -5884,103 +5824,103 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":59
+  /* "ivshmem/native/areas.pyx":57
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 59, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 57, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 59, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 57, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 59, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 57, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":60
+  /* "ivshmem/native/areas.pyx":58
  * 
  * Area = namedtuple("Area", "offset size places records unit units")
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 60, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 60, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 58, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":81
+  /* "ivshmem/native/areas.pyx":79
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
  *               unsigned records=0):
  *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 81, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 79, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 79, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":115
+  /* "ivshmem/native/areas.pyx":113
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":126
+  /* "ivshmem/native/areas.pyx":124
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
  *     """Return the Area that the region's directory of names tells of; None: there is none."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":140
+  /* "ivshmem/native/areas.pyx":138
  * 
  * 
  * def peers_of(Mapping mapping not None):             # <<<<<<<<<<<<<<
  *     """Return the ids of those that use channels and can be rung, without repetition.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7peers_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7peers_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 138, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_peers_of, __pyx_t_4) < (0)) __PYX_ERR(0, 140, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_peers_of, __pyx_t_4) < (0)) __PYX_ERR(0, 138, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":169
+  /* "ivshmem/native/areas.pyx":164
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Free all places of an area, and return how many there were; 0 if there is no area.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_9sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_9sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":188
+  /* "ivshmem/native/areas.pyx":183
  * 
  * 
  * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
  *     """Free one place of an area, at a user's word, and say whether it had an owner.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_11free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_11free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_4) < (0)) __PYX_ERR(0, 188, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_4) < (0)) __PYX_ERR(0, 183, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/areas.pyx":1
@@ -6050,7 +5990,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/areas.pyx":59
+  /* "ivshmem/native/areas.pyx":57
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
@@ -6059,7 +5999,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_Area, __pyx_mstate_global->__pyx_kp_u_offset_size_places_records_unit};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 59, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 57, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);

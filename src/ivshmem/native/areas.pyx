@@ -30,7 +30,6 @@ cdef extern from "ivshmem_channel/places.h" nogil:
 
 cdef extern from "ivshmem_channel/records.h" nogil:
     enum: IVSHMEM_WRITE_COMBINING, IVSHMEM_NO_ROOM, IVSHMEM_MOST_PLACES, IVSHMEM_MOST_RECORDS
-    enum: IVSHMEM_LIVE, IVSHMEM_PLACE_PEER
     uint64_t IVSHMEM_PEER_MUTE
 
     struct ivshmem_memory:
@@ -48,10 +47,9 @@ cdef extern from "ivshmem_channel/records.h" nogil:
     int ivshmem_area_open(ivshmem_area *, const ivshmem_memory *, uint64_t)
     unsigned ivshmem_area_sweep(const ivshmem_area *)
     uint64_t ivshmem_place_at(const ivshmem_area *, unsigned)
+    uint64_t ivshmem_peer_at(const ivshmem_area *, unsigned)
     uint64_t ivshmem_load(const ivshmem_memory *, uint64_t)
     uint64_t ivshmem_value(uint64_t)
-    unsigned ivshmem_flags(uint64_t)
-    unsigned ivshmem_epoch(uint64_t)
     int ivshmem_place_free(const ivshmem_area *, unsigned, uint64_t)
     int ivshmem_find_area(const ivshmem_memory *, uint64_t *)
 
@@ -145,7 +143,7 @@ def peers_of(Mapping mapping not None):
     """
     cdef ivshmem_memory memory
     cdef ivshmem_area area
-    cdef uint64_t offset, number, peer
+    cdef uint64_t offset, peer
     cdef unsigned i
     found = {}
     memory_of(mapping, &memory)
@@ -155,12 +153,9 @@ def peers_of(Mapping mapping not None):
         if ivshmem_area_open(&area, &memory, offset) != 0:
             return []
         for i in range(area.places):
-            number = ivshmem_load(&memory, ivshmem_place_at(&area, i))
-            peer = ivshmem_load(&memory, ivshmem_place_at(&area, i) + IVSHMEM_PLACE_PEER)
-            if ivshmem_flags(number) == IVSHMEM_LIVE and (
-                ivshmem_epoch(peer) == ivshmem_epoch(number)
-            ) and not ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
-                found[ivshmem_value(peer) & 0xffff] = None
+            peer = ivshmem_peer_at(&area, i)
+            if not peer & IVSHMEM_PEER_MUTE:
+                found[peer & 0xffff] = None
     finally:
         mapping.unpin()
     return list(found)

@@ -99,7 +99,6 @@ static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
 static inline int ivshmem_connection_is_free(const struct ivshmem_channel *channel,
                                              unsigned connection)
 {
-    const struct ivshmem_memory *memory = &channel->area.memory;
     uint64_t at = ivshmem_end_owner_at(channel, connection, 0);
     uint64_t caller = ivshmem_get(channel, at), acceptor = ivshmem_get(channel, at + 8u);
     int has_acceptor = ivshmem_flags(acceptor) != IVSHMEM_SLOT_FREE;
@@ -111,12 +110,9 @@ static inline int ivshmem_connection_is_free(const struct ivshmem_channel *chann
         return 0;
     /* The caller's word first: while it is not free, a listener may accept. */
     if (ivshmem_flags(caller) != IVSHMEM_SLOT_FREE &&
-        !ivshmem_exchange(memory, channel->at + at, caller,
-                          ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(caller))))
+        !ivshmem_slot_free(channel, at, caller))
         return 0;
-    return !has_acceptor ||
-           ivshmem_exchange(memory, channel->at + at + 8u, acceptor,
-                            ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(acceptor)));
+    return !has_acceptor || ivshmem_slot_free(channel, at + 8u, acceptor);
 }
 
 /* Listen: the caller has set channel and member. */
@@ -146,11 +142,9 @@ static inline int ivshmem_is_listened_to(const struct ivshmem_member *member,
 static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
 {
     const struct ivshmem_channel *channel = listener->channel;
-    const struct ivshmem_memory *memory = &channel->area.memory;
-    ivshmem_exchange(memory, channel->at + channel->layout.reader_owners + 8u * listener->slot,
-                     ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN,
-                                        listener->epoch),
-                     ivshmem_word(0, IVSHMEM_SLOT_FREE, listener->epoch));
+    ivshmem_slot_free(
+        channel, channel->layout.reader_owners + 8u * listener->slot,
+        ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN, listener->epoch));
     if (ivshmem_is_listened_to(listener->member, channel))
         return;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
@@ -158,8 +152,7 @@ static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
         uint64_t caller = ivshmem_get(channel, at);
         if (ivshmem_flags(caller) == IVSHMEM_SLOT_CLOSING &&
             ivshmem_flags(ivshmem_get(channel, at + 8u)) == IVSHMEM_SLOT_FREE)
-            ivshmem_exchange(memory, channel->at + at, caller,
-                             ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(caller)));
+            ivshmem_slot_free(channel, at, caller);
     }
 }
 
@@ -169,7 +162,7 @@ static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
     const struct ivshmem_channel *channel = stream->channel;
     stream->end = 0;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
-        uint64_t at = ivshmem_end_owner_at(channel, i, 0), owner, acceptor, now;
+        uint64_t at = ivshmem_end_owner_at(channel, i, 0), owner, mine, acceptor, now;
         if (!ivshmem_connection_is_free(channel, i))
             continue;
         owner = ivshmem_get(channel, at);
@@ -179,18 +172,14 @@ static inline int ivshmem_stream_take(struct ivshmem_stream *stream)
             continue;
         stream->connection = i;
         stream->epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
-        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
-                              ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN,
-                                                 stream->epoch)))
+        mine = ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN, stream->epoch);
+        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner, mine))
             continue;
         if (!ivshmem_is_there(channel))
             return IVSHMEM_CLOSED;
         now = ivshmem_get(channel, at + 8u);
         if (now != acceptor && ivshmem_epoch(now) != stream->epoch) {
-            ivshmem_exchange(&channel->area.memory, channel->at + at,
-                             ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN,
-                                                stream->epoch),
-                             ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch));
+            ivshmem_slot_free(channel, at, mine);
             continue;
         }
         return 0;
@@ -269,8 +258,7 @@ static inline int ivshmem_accept(struct ivshmem_listener *listener, struct ivshm
         if (!ivshmem_exchange(&channel->area.memory, channel->at + at, acceptor, mine))
             continue;
         if (ivshmem_epoch(ivshmem_get(channel, at - 8u)) != stream->epoch) {
-            ivshmem_exchange(&channel->area.memory, channel->at + at, mine,
-                             ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch));
+            ivshmem_slot_free(channel, at, mine);
             continue;
         }
         ivshmem_stream_begin(stream);
@@ -398,28 +386,27 @@ static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
 static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
-    const struct ivshmem_memory *memory = &channel->area.memory;
     uint64_t at = ivshmem_end_owner_at(channel, stream->connection, stream->end);
     uint64_t peer_at = ivshmem_end_owner_at(channel, stream->connection, 1u - stream->end);
     struct ivshmem_place place = stream->member->place;
     uint64_t mine = ivshmem_place_word(place, IVSHMEM_SLOT_OPEN, stream->epoch);
-    uint64_t free = ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch), closing, peer;
+    uint64_t closing, peer;
     ivshmem_stream_shutdown(stream, 1, 1);
     if (stream->end == 1) {
         /* A caller that closed first left its end for the acceptor to free. */
         peer = ivshmem_get(channel, peer_at);
         if (ivshmem_flags(peer) == IVSHMEM_SLOT_CLOSING && ivshmem_epoch(peer) == stream->epoch)
-            ivshmem_exchange(memory, channel->at + peer_at, peer, free);
-        ivshmem_exchange(memory, channel->at + at, mine, free);
+            ivshmem_slot_free(channel, peer_at, peer);
+        ivshmem_slot_free(channel, at, mine);
         ivshmem_stream_wake(stream);
         return;
     }
     closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
-    if (!ivshmem_exchange(memory, channel->at + at, mine, closing))
+    if (!ivshmem_exchange(&channel->area.memory, channel->at + at, mine, closing))
         return;
     if (ivshmem_epoch(ivshmem_get(channel, peer_at)) == stream->epoch || /* it was accepted */
         !ivshmem_is_listened_to(stream->member, channel))
-        ivshmem_exchange(memory, channel->at + at, closing, free);
+        ivshmem_slot_free(channel, at, closing);
     ivshmem_stream_wake(stream);
 }
 

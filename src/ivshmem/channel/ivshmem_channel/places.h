@@ -43,6 +43,7 @@ struct ivshmem_user {
 #define IVSHMEM_NAME_WORDS 4u
 #define IVSHMEM_PEER_MUTE (UINT64_C(1) << 32)
 #define IVSHMEM_EVERY_PEER 0xffffffffu
+#define IVSHMEM_NO_PEER (~UINT64_C(0))
 #define IVSHMEM_LIVE 1u
 #define IVSHMEM_JOINING 2u /* it has stored nothing outside this entry, and must still confirm it */
 
@@ -92,22 +93,33 @@ static inline int ivshmem_place_free(const struct ivshmem_area *area, unsigned i
                             ivshmem_word(0, 0, ivshmem_epoch(number)));
 }
 
-/* Ring each process that is at work. Whoever freed a place does that: some of the others may wait
- * for what the former owner had. Each looks once a beat, too. */
+/* Whom to ring for the process in an entry of the table: id | vector << 16, with IVSHMEM_PEER_MUTE if
+ * it looks by itself. IVSHMEM_NO_PEER, which is mute, too: no process is there, or a late store of a
+ * former one spoiled the word. */
+static inline uint64_t ivshmem_peer_at(const struct ivshmem_area *area, unsigned index)
+{
+    uint64_t at = ivshmem_place_at(area, index);
+    uint64_t number = ivshmem_load(&area->memory, at);
+    uint64_t peer = ivshmem_load(&area->memory, at + IVSHMEM_PLACE_PEER);
+    return ivshmem_flags(number) == IVSHMEM_LIVE && ivshmem_epoch(peer) == ivshmem_epoch(number)
+               ? ivshmem_value(peer)
+               : IVSHMEM_NO_PEER;
+}
+
+static inline void ivshmem_ring_peer(const struct ivshmem_member *member, uint64_t peer)
+{
+    if (!(peer & IVSHMEM_PEER_MUTE))
+        member->user.ring(member->user.context, (unsigned)peer & 0xffffu,
+                          (unsigned)(peer >> 16) & 0xffffu);
+}
+
+/* Ring each other process that is at work. Whoever freed a place does that: some of them may wait for
+ * what the former owner had. Each looks once a beat, too. */
 static inline void ivshmem_ring_places(const struct ivshmem_member *member)
 {
-    const struct ivshmem_memory *memory = &member->area.memory;
-    for (unsigned index = 0; index < member->area.places; index++) {
-        uint64_t at = ivshmem_place_at(&member->area, index);
-        uint64_t number = ivshmem_load(memory, at), peer;
-        if (ivshmem_flags(number) != IVSHMEM_LIVE || number == member->number)
-            continue;
-        peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER);
-        if (ivshmem_epoch(peer) == ivshmem_epoch(number) &&
-            !(ivshmem_value(peer) & IVSHMEM_PEER_MUTE))
-            member->user.ring(member->user.context, (unsigned)ivshmem_value(peer) & 0xffffu,
-                              (unsigned)(ivshmem_value(peer) >> 16) & 0xffffu);
-    }
+    for (unsigned index = 0; index < member->area.places; index++)
+        if (index != member->place.index)
+            ivshmem_ring_peer(member, ivshmem_peer_at(&member->area, index));
 }
 
 /* Whether this process can prove that a place is gone; it frees the place then. */

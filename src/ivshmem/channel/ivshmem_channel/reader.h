@@ -409,12 +409,10 @@ static inline void ivshmem_reader_beat(struct ivshmem_reader *reader)
 static inline void ivshmem_reader_close(struct ivshmem_reader *reader)
 {
     const struct ivshmem_channel *channel = reader->channel;
-    const struct ivshmem_memory *memory = &channel->area.memory;
     if (reader->slot == IVSHMEM_NO_SLOT)
         return;
-    ivshmem_exchange(memory, channel->at + channel->layout.reader_owners + 8u * reader->slot,
-                     ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch),
-                     ivshmem_word(0, IVSHMEM_SLOT_FREE, reader->epoch));
+    ivshmem_slot_free(channel, channel->layout.reader_owners + 8u * reader->slot,
+                      ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch));
     ivshmem_wake_writers(reader->member, channel, &reader->rung);
     for (unsigned i = 0; i < channel->record.geometry.writers; i++)
         ivshmem_writer_reap(reader->member, channel, i);

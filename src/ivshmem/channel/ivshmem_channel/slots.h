@@ -29,6 +29,14 @@ static inline int ivshmem_is_owned(const struct ivshmem_channel *channel, uint64
            !ivshmem_is_gone(&channel->area, ivshmem_place_of(owner));
 }
 
+/* Free a slot whose owner word is this one; whether this process did it. */
+static inline int ivshmem_slot_free(const struct ivshmem_channel *channel, uint64_t at,
+                                    uint64_t owner)
+{
+    return ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
+                            ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(owner)));
+}
+
 /* Whether the channel is still the one that was opened. A process that takes a slot asks this
  * afterwards. A process that removes a channel changes the record first, and looks at the slots
  * afterwards. So one of the two sees the other. */
@@ -125,20 +133,15 @@ static inline int ivshmem_wake_one(const struct ivshmem_member *member,
         return 0;
     owner = ivshmem_get(channel, owner_at);
     place = ivshmem_place_of(owner);
-    if (ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN ||
-        ivshmem_epoch(owner) != ivshmem_epoch(sleeper) || place.index >= channel->area.places)
+    if (!ivshmem_is_owned(channel, owner) || ivshmem_epoch(owner) != ivshmem_epoch(sleeper))
         return 0;
-    peer = ivshmem_load(&channel->area.memory,
-                        ivshmem_place_at(&channel->area, place.index) + IVSHMEM_PLACE_PEER);
     *rung = sleeper;
-    if (ivshmem_epoch(peer) != place.epoch)
+    peer = ivshmem_peer_at(&channel->area, place.index);
+    if (peer == IVSHMEM_NO_PEER)
         return 0;
-    if (ivshmem_value(peer) & IVSHMEM_PEER_MUTE) /* it looks by itself */
-        return 1;
-    member->user.ring(member->user.context, (unsigned)ivshmem_value(peer) & 0xffffu,
-                      (unsigned)(ivshmem_value(peer) >> 16) & 0xffffu);
+    ivshmem_ring_peer(member, peer);
     /* A ring to a process that may have ended does not count: another one is rung as well. */
-    return !ivshmem_is_gone(&channel->area, place) && !ivshmem_is_silent(member, place);
+    return (peer & IVSHMEM_PEER_MUTE) != 0 || !ivshmem_is_silent(member, place);
 }
 
 /* Ring the owners of those slots that sleep, at most `most`. A full fence stands before. */
@@ -186,13 +189,14 @@ static inline int ivshmem_is_rung_always(const struct ivshmem_member *member,
         return 0;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * i);
-        uint64_t at, peer, machine;
+        unsigned index = ivshmem_place_of(owner).index;
+        uint64_t machine;
         if (!ivshmem_is_owned(channel, owner))
             continue;
-        at = ivshmem_place_at(&channel->area, ivshmem_place_of(owner).index);
-        peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER);
-        machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE);
-        if (ivshmem_value(peer) & IVSHMEM_PEER_MUTE || ivshmem_value(machine) != member->machine)
+        machine = ivshmem_load(memory, ivshmem_place_at(&channel->area, index) +
+                                           IVSHMEM_PLACE_MACHINE);
+        if (ivshmem_peer_at(&channel->area, index) & IVSHMEM_PEER_MUTE ||
+            ivshmem_value(machine) != member->machine)
             return 0;
     }
     return 1;

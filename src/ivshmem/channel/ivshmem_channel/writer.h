@@ -48,8 +48,7 @@ struct ivshmem_writer {
 static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
                                        const struct ivshmem_channel *channel, unsigned slot)
 {
-    const struct ivshmem_memory *memory = &channel->area.memory;
-    uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * slot);
+    uint64_t at = channel->layout.writer_owners + 8u * slot, owner = ivshmem_get(channel, at);
     if (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE || ivshmem_is_owned(channel, owner))
         return;
     if (ivshmem_has_claims(channel)) {
@@ -68,8 +67,7 @@ static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
                 ivshmem_value(tail) != ivshmem_value(ivshmem_head_for(channel, slot, i)))
                 return;
         }
-    ivshmem_exchange(memory, channel->at + channel->layout.writer_owners + 8u * slot, owner,
-                     ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(owner)));
+    ivshmem_slot_free(channel, at, owner);
 }
 
 /* A cell stands in one place less; in none: it is free. */
