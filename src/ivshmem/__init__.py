@@ -115,16 +115,14 @@ _HOMES = {
     "system.credentials": ("Credentials",),
     "system.listener": ("Listener",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What importlib.import_module does, without importlib.
-    module = __import__(f"{__name__}.{home}", fromlist=(name,))
-    value = globals()[name] = getattr(module, name)
+    # `ivshmem` has no names but its public ones.
+    from .system.late_names import late_name
+
+    value = late_name(__name__, name, _HOME_OF)
     if name == "Server":
         # The command line listens first, and imports the rest then. A program may have given up its
         # rights by then, and can read no more modules.

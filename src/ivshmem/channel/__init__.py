@@ -21,6 +21,7 @@ from ..errors import (
     Redelivered,
     ServerLost,
 )
+from ..system.late_names import late_name
 from .calls import Call, Caller, CallServer, PendingCall
 from .channels import Channels, open  # noqa: A004 - as guest.open
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
@@ -85,12 +86,7 @@ def get_include() -> str:
 
 def __getattr__(name: str) -> object:
     """Import what needs asyncio when it is first used: asyncio takes half of the time of it all."""
-    if name != "StreamServer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What importlib.import_module does, without importlib.
-    module = __import__(f"{__name__}.transport", fromlist=(name,))
-    value = globals()[name] = module.StreamServer
-    return value
+    return late_name(__name__, name, {"StreamServer": f"{__name__}.transport"})
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,8 @@ Knows: where the waits are (sleeping_tasks.py). Does not know: what they do.
 
 from __future__ import annotations
 
+from ..system.late_names import late_name
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .sleeping_tasks import until_in_time, until_no_wait, until_something
@@ -15,9 +17,4 @@ __all__ = ["until_in_time", "until_no_wait", "until_something"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What importlib.import_module does, without importlib.
-    module = __import__(f"{__package__}.sleeping_tasks", fromlist=(name,))
-    value = globals()[name] = getattr(module, name)
-    return value
+    return late_name(__name__, name, dict.fromkeys(__all__, f"{__package__}.sleeping_tasks"))

@@ -22,10 +22,10 @@ from ..peer.endpoint import Endpoint
 from ..system.uncopied import Uncopied
 from ..text import plain
 from . import records
-from .geometry import MOST, check_name, check_same, power, type_and_limit
+from .geometry import MOST, check_name, check_same, options_of, power, type_and_limit
 from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
 from .kinds import KINDS, Bytes, Calls, Channel, Messages, Queue, Value
-from .membership import Membership
+from .membership import NO_AREA, Membership
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -36,11 +36,6 @@ BEAT = 0.1  # seconds between two signs of life of a process
 LEASE = 1.0  # seconds without one after which a process counts as silent
 _SHORTEST_BEAT = 0.001
 _LONGEST_LEASE = 86400
-
-NO_ROOM = (
-    "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
-    " Directory.create(channels=SIZE)"
-)
 
 _MAPPINGS = {"write-back": 0, "write-combining": 1, "uncached": 2}
 _WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
@@ -172,7 +167,7 @@ class Channels(Uncopied):
             text,
             exist_ok,
             overflow=sum(records.OVERFLOW[way] for way in dict.fromkeys(allowed)),
-            options=int(times) | 2 * int(ring_always),
+            options=options_of(times, ring_always),
             writers=writers,
             readers=readers,
             slots=power(slots),
@@ -207,7 +202,7 @@ class Channels(Uncopied):
             text,
             exist_ok,
             overflow=0,
-            options=int(times),
+            options=options_of(times),
             writers=writers,
             readers=readers,
             slots=power(slots),
@@ -237,7 +232,7 @@ class Channels(Uncopied):
             text,
             exist_ok,
             overflow=records.OVERFLOW["overwrite"],
-            options=int(times) | 2 * int(ring_always),
+            options=options_of(times, ring_always),
             writers=1,
             readers=readers,
             slots=4,
@@ -504,7 +499,7 @@ def open(  # noqa: A001 - as guest.open
         name = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
     area = find_area(region)
     if area is None:
-        raise NoChannels(NO_ROOM)
+        raise NoChannels(NO_AREA)
     return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
 
 

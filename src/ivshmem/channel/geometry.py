@@ -26,6 +26,12 @@ def power(number: int) -> int:
     return 1 << max(operator.index(number) - 1, 0).bit_length()
 
 
+def options_of(times: bool, ring_always: bool = False) -> int:
+    """Return what a creator chose, as one number in the record."""
+    chosen = {"times": times, "ring_always": ring_always}
+    return sum(bit for name, bit in records.OPTIONS.items() if chosen[name])
+
+
 def check_same(
     found: dict[str, Any], kind: str, name: str, text: str, geometry: dict[str, int]
 ) -> None:

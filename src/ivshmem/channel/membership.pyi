@@ -6,6 +6,8 @@ from typing_extensions import Self, disjoint_base, final
 from .._core import Doorbells
 from ..native.mapping import Mapping
 
+NO_AREA: str
+
 @final
 class Membership:
     def __new__(

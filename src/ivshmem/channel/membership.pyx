@@ -48,6 +48,11 @@ from . import identity
 cdef extern from "ivshmem_channel.h":
     uint64_t IVSHMEM_PEER_MUTE, IVSHMEM_NO_PEER
 
+NO_AREA = (
+    "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
+    " Directory.create(channels=SIZE)"
+)
+
 # Nanoseconds between two looks of the beat's thread, where no ring can come.
 cdef int64_t PAUSE = 1_000_000
 
@@ -535,10 +540,7 @@ cdef class Membership:
                 " can write to the memory has spoiled it"
             )
         if code == IVSHMEM_NO_AREA:
-            return NoChannels(
-                "the region has no room for channels: make it by `ivshmem serve --channels SIZE`,"
-                " or by Directory.create(channels=SIZE)"
-            )
+            return NoChannels(NO_AREA)
         if code == IVSHMEM_VERSION:
             return NoChannels("the region's channels are of a version that is not known here")
         if code == IVSHMEM_TAKEN:

@@ -2199,7 +2199,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "ivshmem/channel/records.pyx":35
+/* "ivshmem/channel/records.pyx":36
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2484,7 +2484,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
 };
 
 
-/* "ivshmem/channel/records.pyx":116
+/* "ivshmem/channel/records.pyx":117
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -2497,12 +2497,12 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem
 };
 
 
-/* "ivshmem/channel/records.pyx":122
+/* "ivshmem/channel/records.pyx":123
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
- *         "times": bool(g.options & IVSHMEM_TIMES),
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
+ *         "writers": g.writers,
 */
 struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr {
   PyObject_HEAD
@@ -3593,6 +3593,15 @@ static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, c
 CYTHON_UNUSED
 static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
+/* RaiseErrorWithObjectType.proto (used by RaiseMappingExpected) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* RaiseMappingExpected.proto */
+static void __Pyx_RaiseMappingExpectedError(PyObject* arg);
+
 /* PyObjectCall2Args.proto (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2);
 
@@ -3634,12 +3643,6 @@ static CYTHON_INLINE PyObject *__Pyx_PyIter_Next_Plain(PyObject *iterator);
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
 static PyObject *__Pyx_GetBuiltinNext_LimitedAPI(void);
 #endif
-
-/* RaiseErrorWithObjectType.proto (used by IterNext) */
-#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
-#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
 
 /* IterNext.proto */
 #define __Pyx_PyIter_Next(obj) __Pyx_PyIter_Next2(obj, NULL)
@@ -4377,7 +4380,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[136];
+    PyObject *__pyx_string_tab[137];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4484,113 +4487,114 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_KINDS __pyx_string_tab[26]
 #define __pyx_n_u_NAME_BYTES __pyx_string_tab[27]
 #define __pyx_n_u_NoSuchChannel __pyx_string_tab[28]
-#define __pyx_n_u_OVERFLOW __pyx_string_tab[29]
-#define __pyx_n_u_RegionError __pyx_string_tab[30]
-#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[31]
-#define __pyx_n_u_NAMES __pyx_string_tab[32]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[33]
-#define __pyx_n_u_annotate __pyx_string_tab[34]
-#define __pyx_n_u_func __pyx_string_tab[35]
-#define __pyx_n_u_main __pyx_string_tab[36]
-#define __pyx_n_u_module __pyx_string_tab[37]
-#define __pyx_n_u_name_2 __pyx_string_tab[38]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[39]
-#define __pyx_n_u_qualname __pyx_string_tab[40]
-#define __pyx_n_u_test __pyx_string_tab[41]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[42]
-#define __pyx_n_u_append __pyx_string_tab[43]
-#define __pyx_n_u_area __pyx_string_tab[44]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[45]
-#define __pyx_n_u_bit __pyx_string_tab[46]
-#define __pyx_n_u_block __pyx_string_tab[47]
-#define __pyx_n_u_bytes __pyx_string_tab[48]
-#define __pyx_n_u_calls __pyx_string_tab[49]
-#define __pyx_n_u_channel_2 __pyx_string_tab[50]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[51]
-#define __pyx_n_u_close __pyx_string_tab[52]
-#define __pyx_n_u_closing __pyx_string_tab[53]
-#define __pyx_n_u_code __pyx_string_tab[54]
-#define __pyx_n_u_connections __pyx_string_tab[55]
-#define __pyx_n_u_create __pyx_string_tab[56]
-#define __pyx_n_u_created __pyx_string_tab[57]
-#define __pyx_n_u_decode __pyx_string_tab[58]
-#define __pyx_n_u_discard __pyx_string_tab[59]
-#define __pyx_n_u_encoded __pyx_string_tab[60]
-#define __pyx_n_u_errors __pyx_string_tab[61]
-#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[62]
-#define __pyx_n_u_find __pyx_string_tab[63]
-#define __pyx_n_u_force __pyx_string_tab[64]
-#define __pyx_n_u_format_size __pyx_string_tab[65]
-#define __pyx_n_u_found __pyx_string_tab[66]
-#define __pyx_n_u_free __pyx_string_tab[67]
-#define __pyx_n_u_g __pyx_string_tab[68]
-#define __pyx_n_u_genexpr __pyx_string_tab[69]
-#define __pyx_n_u_geometry __pyx_string_tab[70]
-#define __pyx_n_u_get __pyx_string_tab[71]
-#define __pyx_n_u_gone __pyx_string_tab[72]
-#define __pyx_n_u_i __pyx_string_tab[73]
-#define __pyx_n_u_index __pyx_string_tab[74]
-#define __pyx_n_u_items __pyx_string_tab[75]
-#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[76]
-#define __pyx_n_u_kind __pyx_string_tab[77]
-#define __pyx_n_u_layout __pyx_string_tab[78]
-#define __pyx_n_u_limit __pyx_string_tab[79]
-#define __pyx_n_u_listing __pyx_string_tab[80]
-#define __pyx_n_u_loans __pyx_string_tab[81]
-#define __pyx_n_u_membership __pyx_string_tab[82]
-#define __pyx_n_u_memory_sizes __pyx_string_tab[83]
-#define __pyx_n_u_messages __pyx_string_tab[84]
-#define __pyx_n_u_most __pyx_string_tab[85]
-#define __pyx_n_u_n __pyx_string_tab[86]
-#define __pyx_n_u_name __pyx_string_tab[87]
-#define __pyx_n_u_next __pyx_string_tab[88]
-#define __pyx_n_u_open __pyx_string_tab[89]
-#define __pyx_n_u_options __pyx_string_tab[90]
-#define __pyx_n_u_overflow __pyx_string_tab[91]
-#define __pyx_n_u_overwrite __pyx_string_tab[92]
-#define __pyx_n_u_padded __pyx_string_tab[93]
-#define __pyx_n_u_pop __pyx_string_tab[94]
-#define __pyx_n_u_queue __pyx_string_tab[95]
-#define __pyx_n_u_readers __pyx_string_tab[96]
-#define __pyx_n_u_reading __pyx_string_tab[97]
-#define __pyx_n_u_record __pyx_string_tab[98]
-#define __pyx_n_u_remove __pyx_string_tab[99]
-#define __pyx_n_u_replace __pyx_string_tab[100]
-#define __pyx_n_u_ring_always __pyx_string_tab[101]
-#define __pyx_n_u_room __pyx_string_tab[102]
-#define __pyx_n_u_send __pyx_string_tab[103]
-#define __pyx_n_u_setdefault __pyx_string_tab[104]
-#define __pyx_n_u_silent __pyx_string_tab[105]
-#define __pyx_n_u_size __pyx_string_tab[106]
-#define __pyx_n_u_size_of __pyx_string_tab[107]
-#define __pyx_n_u_sleep __pyx_string_tab[108]
-#define __pyx_n_u_slots __pyx_string_tab[109]
-#define __pyx_n_u_taken __pyx_string_tab[110]
-#define __pyx_n_u_text __pyx_string_tab[111]
-#define __pyx_n_u_throw __pyx_string_tab[112]
-#define __pyx_n_u_time __pyx_string_tab[113]
-#define __pyx_n_u_time_ns __pyx_string_tab[114]
-#define __pyx_n_u_times __pyx_string_tab[115]
-#define __pyx_n_u_tries __pyx_string_tab[116]
-#define __pyx_n_u_type __pyx_string_tab[117]
-#define __pyx_n_u_unfinished __pyx_string_tab[118]
-#define __pyx_n_u_unit __pyx_string_tab[119]
-#define __pyx_n_u_units __pyx_string_tab[120]
-#define __pyx_n_u_update __pyx_string_tab[121]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[122]
-#define __pyx_n_u_value __pyx_string_tab[123]
-#define __pyx_n_u_values __pyx_string_tab[124]
-#define __pyx_n_u_views __pyx_string_tab[125]
-#define __pyx_n_u_writers __pyx_string_tab[126]
-#define __pyx_n_u_writing __pyx_string_tab[127]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[128]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591__4 __pyx_string_tab[135]
+#define __pyx_n_u_OPTIONS __pyx_string_tab[29]
+#define __pyx_n_u_OVERFLOW __pyx_string_tab[30]
+#define __pyx_n_u_RegionError __pyx_string_tab[31]
+#define __pyx_n_u_TYPE_BYTES __pyx_string_tab[32]
+#define __pyx_n_u_NAMES __pyx_string_tab[33]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[34]
+#define __pyx_n_u_annotate __pyx_string_tab[35]
+#define __pyx_n_u_func __pyx_string_tab[36]
+#define __pyx_n_u_main __pyx_string_tab[37]
+#define __pyx_n_u_module __pyx_string_tab[38]
+#define __pyx_n_u_name_2 __pyx_string_tab[39]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[40]
+#define __pyx_n_u_qualname __pyx_string_tab[41]
+#define __pyx_n_u_test __pyx_string_tab[42]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[43]
+#define __pyx_n_u_append __pyx_string_tab[44]
+#define __pyx_n_u_area __pyx_string_tab[45]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[46]
+#define __pyx_n_u_bit __pyx_string_tab[47]
+#define __pyx_n_u_block __pyx_string_tab[48]
+#define __pyx_n_u_bytes __pyx_string_tab[49]
+#define __pyx_n_u_calls __pyx_string_tab[50]
+#define __pyx_n_u_channel_2 __pyx_string_tab[51]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[52]
+#define __pyx_n_u_close __pyx_string_tab[53]
+#define __pyx_n_u_closing __pyx_string_tab[54]
+#define __pyx_n_u_code __pyx_string_tab[55]
+#define __pyx_n_u_connections __pyx_string_tab[56]
+#define __pyx_n_u_create __pyx_string_tab[57]
+#define __pyx_n_u_created __pyx_string_tab[58]
+#define __pyx_n_u_decode __pyx_string_tab[59]
+#define __pyx_n_u_discard __pyx_string_tab[60]
+#define __pyx_n_u_encoded __pyx_string_tab[61]
+#define __pyx_n_u_errors __pyx_string_tab[62]
+#define __pyx_n_u_facts_locals_genexpr __pyx_string_tab[63]
+#define __pyx_n_u_find __pyx_string_tab[64]
+#define __pyx_n_u_force __pyx_string_tab[65]
+#define __pyx_n_u_format_size __pyx_string_tab[66]
+#define __pyx_n_u_found __pyx_string_tab[67]
+#define __pyx_n_u_free __pyx_string_tab[68]
+#define __pyx_n_u_g __pyx_string_tab[69]
+#define __pyx_n_u_genexpr __pyx_string_tab[70]
+#define __pyx_n_u_geometry __pyx_string_tab[71]
+#define __pyx_n_u_get __pyx_string_tab[72]
+#define __pyx_n_u_gone __pyx_string_tab[73]
+#define __pyx_n_u_i __pyx_string_tab[74]
+#define __pyx_n_u_index __pyx_string_tab[75]
+#define __pyx_n_u_items __pyx_string_tab[76]
+#define __pyx_n_u_ivshmem_channel_records __pyx_string_tab[77]
+#define __pyx_n_u_kind __pyx_string_tab[78]
+#define __pyx_n_u_layout __pyx_string_tab[79]
+#define __pyx_n_u_limit __pyx_string_tab[80]
+#define __pyx_n_u_listing __pyx_string_tab[81]
+#define __pyx_n_u_loans __pyx_string_tab[82]
+#define __pyx_n_u_membership __pyx_string_tab[83]
+#define __pyx_n_u_memory_sizes __pyx_string_tab[84]
+#define __pyx_n_u_messages __pyx_string_tab[85]
+#define __pyx_n_u_most __pyx_string_tab[86]
+#define __pyx_n_u_n __pyx_string_tab[87]
+#define __pyx_n_u_name __pyx_string_tab[88]
+#define __pyx_n_u_next __pyx_string_tab[89]
+#define __pyx_n_u_open __pyx_string_tab[90]
+#define __pyx_n_u_options __pyx_string_tab[91]
+#define __pyx_n_u_overflow __pyx_string_tab[92]
+#define __pyx_n_u_overwrite __pyx_string_tab[93]
+#define __pyx_n_u_padded __pyx_string_tab[94]
+#define __pyx_n_u_pop __pyx_string_tab[95]
+#define __pyx_n_u_queue __pyx_string_tab[96]
+#define __pyx_n_u_readers __pyx_string_tab[97]
+#define __pyx_n_u_reading __pyx_string_tab[98]
+#define __pyx_n_u_record __pyx_string_tab[99]
+#define __pyx_n_u_remove __pyx_string_tab[100]
+#define __pyx_n_u_replace __pyx_string_tab[101]
+#define __pyx_n_u_ring_always __pyx_string_tab[102]
+#define __pyx_n_u_room __pyx_string_tab[103]
+#define __pyx_n_u_send __pyx_string_tab[104]
+#define __pyx_n_u_setdefault __pyx_string_tab[105]
+#define __pyx_n_u_silent __pyx_string_tab[106]
+#define __pyx_n_u_size __pyx_string_tab[107]
+#define __pyx_n_u_size_of __pyx_string_tab[108]
+#define __pyx_n_u_sleep __pyx_string_tab[109]
+#define __pyx_n_u_slots __pyx_string_tab[110]
+#define __pyx_n_u_taken __pyx_string_tab[111]
+#define __pyx_n_u_text __pyx_string_tab[112]
+#define __pyx_n_u_throw __pyx_string_tab[113]
+#define __pyx_n_u_time __pyx_string_tab[114]
+#define __pyx_n_u_time_ns __pyx_string_tab[115]
+#define __pyx_n_u_times __pyx_string_tab[116]
+#define __pyx_n_u_tries __pyx_string_tab[117]
+#define __pyx_n_u_type __pyx_string_tab[118]
+#define __pyx_n_u_unfinished __pyx_string_tab[119]
+#define __pyx_n_u_unit __pyx_string_tab[120]
+#define __pyx_n_u_units __pyx_string_tab[121]
+#define __pyx_n_u_update __pyx_string_tab[122]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[123]
+#define __pyx_n_u_value __pyx_string_tab[124]
+#define __pyx_n_u_values __pyx_string_tab[125]
+#define __pyx_n_u_views __pyx_string_tab[126]
+#define __pyx_n_u_writers __pyx_string_tab[127]
+#define __pyx_n_u_writing __pyx_string_tab[128]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[129]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[130]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[131]
+#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591__4 __pyx_string_tab[136]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4639,7 +4643,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<136; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<137; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4696,7 +4700,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<136; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<137; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5447,7 +5451,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/records.pyx":39
+/* "ivshmem/channel/records.pyx":40
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5467,7 +5471,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("geometry_of", 0);
 
-  /* "ivshmem/channel/records.pyx":41
+  /* "ivshmem/channel/records.pyx":42
  * cdef ivshmem_geometry geometry_of(dict wanted):
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]             # <<<<<<<<<<<<<<
@@ -5476,15 +5480,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 41, __pyx_L1_error)
+    __PYX_ERR(0, 42, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_kind); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.kind = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":42
+  /* "ivshmem/channel/records.pyx":43
  *     cdef ivshmem_geometry g
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]             # <<<<<<<<<<<<<<
@@ -5493,15 +5497,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 42, __pyx_L1_error)
+    __PYX_ERR(0, 43, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_overflow); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.overflow = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":43
+  /* "ivshmem/channel/records.pyx":44
  *     g.kind = wanted["kind"]
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]             # <<<<<<<<<<<<<<
@@ -5510,15 +5514,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 43, __pyx_L1_error)
+    __PYX_ERR(0, 44, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.options = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":44
+  /* "ivshmem/channel/records.pyx":45
  *     g.overflow = wanted["overflow"]
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]             # <<<<<<<<<<<<<<
@@ -5527,15 +5531,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 44, __pyx_L1_error)
+    __PYX_ERR(0, 45, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_writers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.writers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":45
+  /* "ivshmem/channel/records.pyx":46
  *     g.options = wanted["options"]
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]             # <<<<<<<<<<<<<<
@@ -5544,15 +5548,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 45, __pyx_L1_error)
+    __PYX_ERR(0, 46, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_readers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.readers = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":46
+  /* "ivshmem/channel/records.pyx":47
  *     g.writers = wanted["writers"]
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]             # <<<<<<<<<<<<<<
@@ -5561,15 +5565,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 46, __pyx_L1_error)
+    __PYX_ERR(0, 47, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_slots); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.slots = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":47
+  /* "ivshmem/channel/records.pyx":48
  *     g.readers = wanted["readers"]
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]             # <<<<<<<<<<<<<<
@@ -5578,15 +5582,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 47, __pyx_L1_error)
+    __PYX_ERR(0, 48, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_loans); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.loans = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":48
+  /* "ivshmem/channel/records.pyx":49
  *     g.slots = wanted["slots"]
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]             # <<<<<<<<<<<<<<
@@ -5595,15 +5599,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 49, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_views); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 48, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_t_1); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.views = __pyx_t_2;
 
-  /* "ivshmem/channel/records.pyx":49
+  /* "ivshmem/channel/records.pyx":50
  *     g.loans = wanted["loans"]
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]             # <<<<<<<<<<<<<<
@@ -5612,15 +5616,15 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
 */
   if (unlikely(__pyx_v_wanted == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __PYX_ERR(0, 50, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_wanted, __pyx_mstate_global->__pyx_n_u_limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_3 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 50, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_g.limit = __pyx_t_3;
 
-  /* "ivshmem/channel/records.pyx":50
+  /* "ivshmem/channel/records.pyx":51
  *     g.views = wanted["views"]
  *     g.limit = wanted["limit"]
  *     return g             # <<<<<<<<<<<<<<
@@ -5633,7 +5637,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":39
+  /* "ivshmem/channel/records.pyx":40
  * 
  * 
  * cdef ivshmem_geometry geometry_of(dict wanted):             # <<<<<<<<<<<<<<
@@ -5653,7 +5657,7 @@ static struct ivshmem_geometry __pyx_f_7ivshmem_7channel_7records_geometry_of(Py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":53
+/* "ivshmem/channel/records.pyx":54
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -5701,32 +5705,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_geometry,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 53, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 54, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 53, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 53, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "size_of", 0) < (0)) __PYX_ERR(0, 54, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 53, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, i); __PYX_ERR(0, 54, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 53, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 54, __pyx_L3_error)
     }
     __pyx_v_geometry = ((PyObject*)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 53, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("size_of", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 54, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5737,7 +5741,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 54, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_size_of(__pyx_self, __pyx_v_geometry);
 
   /* function exit code */
@@ -5771,17 +5775,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("size_of", 0);
 
-  /* "ivshmem/channel/records.pyx":55
+  /* "ivshmem/channel/records.pyx":56
  * def size_of(dict geometry):
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L1_error)
   __pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":57
+  /* "ivshmem/channel/records.pyx":58
  *     cdef ivshmem_geometry g = geometry_of(geometry)
  *     cdef ivshmem_layout layout
  *     return None if ivshmem_lay_out(&g, &layout) else layout.size             # <<<<<<<<<<<<<<
@@ -5794,7 +5798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
     __Pyx_INCREF(Py_None);
     __pyx_t_2 = Py_None;
   } else {
-    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 57, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_layout.size); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 58, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_2 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -5811,7 +5815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":53
+  /* "ivshmem/channel/records.pyx":54
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
@@ -5833,7 +5837,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_size_of(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":60
+/* "ivshmem/channel/records.pyx":61
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5881,32 +5885,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 60, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 61, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 61, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 60, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "room", 0) < (0)) __PYX_ERR(0, 61, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 60, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, i); __PYX_ERR(0, 61, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 60, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 61, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 60, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("room", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 61, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5917,7 +5921,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 60, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 61, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_2room(__pyx_self, __pyx_v_membership);
 
   /* function exit code */
@@ -5961,7 +5965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("room", 0);
 
-  /* "ivshmem/channel/records.pyx":62
+  /* "ivshmem/channel/records.pyx":63
  * def room(Membership membership not None):
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area             # <<<<<<<<<<<<<<
@@ -5970,7 +5974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
   __pyx_v_area = (&__pyx_v_membership->member.area);
 
-  /* "ivshmem/channel/records.pyx":63
+  /* "ivshmem/channel/records.pyx":64
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0             # <<<<<<<<<<<<<<
@@ -5980,17 +5984,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_v_free = 0;
   __pyx_v_most = 0;
 
-  /* "ivshmem/channel/records.pyx":64
+  /* "ivshmem/channel/records.pyx":65
  *     cdef ivshmem_area *area = &membership.member.area
  *     cdef uint32_t unit, free = 0, most = 0
  *     membership.check()             # <<<<<<<<<<<<<<
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":65
+  /* "ivshmem/channel/records.pyx":66
  *     cdef uint32_t unit, free = 0, most = 0
  *     membership.check()
  *     for unit in range(area.units):             # <<<<<<<<<<<<<<
@@ -6004,7 +6008,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_unit = __pyx_t_4;
 
-    /* "ivshmem/channel/records.pyx":66
+    /* "ivshmem/channel/records.pyx":67
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6016,7 +6020,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/records.pyx":67
+      /* "ivshmem/channel/records.pyx":68
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1             # <<<<<<<<<<<<<<
@@ -6025,7 +6029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
 */
       __pyx_v_free = (__pyx_v_free + 1);
 
-      /* "ivshmem/channel/records.pyx":68
+      /* "ivshmem/channel/records.pyx":69
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
  *             free += 1
  *             most = max(most, free)             # <<<<<<<<<<<<<<
@@ -6049,7 +6053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       __pyx_v_most = __pyx_t_8;
 
 
-      /* "ivshmem/channel/records.pyx":66
+      /* "ivshmem/channel/records.pyx":67
  *     membership.check()
  *     for unit in range(area.units):
  *         if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):             # <<<<<<<<<<<<<<
@@ -6059,7 +6063,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/records.pyx":70
+    /* "ivshmem/channel/records.pyx":71
  *             most = max(most, free)
  *         else:
  *             free = 0             # <<<<<<<<<<<<<<
@@ -6073,27 +6077,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   }
 
 
-  /* "ivshmem/channel/records.pyx":71
+  /* "ivshmem/channel/records.pyx":72
  *         else:
  *             free = 0
  *     return area.unit, area.units, most             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
-  __pyx_t_12 = PyTuple_New(3); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_12 = PyTuple_New(3); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_GIVEREF(__pyx_t_9);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 71, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 71, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_11);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 71, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_12, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 72, __pyx_L1_error);
   __pyx_t_9 = 0;
   __pyx_t_10 = 0;
   __pyx_t_11 = 0;
@@ -6108,7 +6112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   __pyx_t_12 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":60
+  /* "ivshmem/channel/records.pyx":61
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
@@ -6134,7 +6138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_2room(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":74
+/* "ivshmem/channel/records.pyx":75
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -6185,44 +6189,44 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_geometry,&__pyx_mstate_global->__pyx_n_u_text,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 74, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 75, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 74, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 75, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 74, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 75, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 74, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 75, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 74, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 74, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "create", 0) < (0)) __PYX_ERR(0, 75, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 74, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, i); __PYX_ERR(0, 75, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 74, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 74, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 75, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 74, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 75, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 74, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 75, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
     __pyx_v_name = ((PyObject*)values[1]);
@@ -6231,7 +6235,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 74, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("create", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 75, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6242,10 +6246,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 74, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 74, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 74, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 74, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_geometry), (&PyDict_Type), 1, "geometry", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_text), (&PyBytes_Type), 1, "text", 1))) __PYX_ERR(0, 75, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_4create(__pyx_self, __pyx_v_membership, __pyx_v_name, __pyx_v_geometry, __pyx_v_text);
 
   /* function exit code */
@@ -6305,7 +6309,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("create", 0);
 
-  /* "ivshmem/channel/records.pyx":84
+  /* "ivshmem/channel/records.pyx":85
  *     """
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6314,7 +6318,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = IVSHMEM_AGAIN;
 
-  /* "ivshmem/channel/records.pyx":85
+  /* "ivshmem/channel/records.pyx":86
  *     cdef ivshmem_record record
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()             # <<<<<<<<<<<<<<
@@ -6323,24 +6327,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_name == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-    __PYX_ERR(0, 85, __pyx_L1_error)
+    __PYX_ERR(0, 86, __pyx_L1_error)
   }
-  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_encoded = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":86
+  /* "ivshmem/channel/records.pyx":87
  *     cdef int code = IVSHMEM_AGAIN
  *     cdef bytes encoded = name.encode()
  *     membership.check()             # <<<<<<<<<<<<<<
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 86, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":87
+  /* "ivshmem/channel/records.pyx":88
  *     cdef bytes encoded = name.encode()
  *     membership.check()
  *     memset(&record, 0, sizeof(record))             # <<<<<<<<<<<<<<
@@ -6349,20 +6353,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   (void)(memset((&__pyx_v_record), 0, (sizeof(__pyx_v_record))));
 
-  /* "ivshmem/channel/records.pyx":88
+  /* "ivshmem/channel/records.pyx":89
  *     membership.check()
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))             # <<<<<<<<<<<<<<
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
 */
-  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_3) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_encoded); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.name, ((char const *)__pyx_t_3), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":89
+  /* "ivshmem/channel/records.pyx":90
  *     memset(&record, 0, sizeof(record))
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))             # <<<<<<<<<<<<<<
@@ -6371,29 +6375,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "expected bytes, NoneType found");
-    __PYX_ERR(0, 89, __pyx_L1_error)
+    __PYX_ERR(0, 90, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyBytes_AsString(__pyx_v_text); if (unlikely((!__pyx_t_5) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
   if (unlikely(__pyx_v_text == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 89, __pyx_L1_error)
+    __PYX_ERR(0, 90, __pyx_L1_error)
   }
-  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBytes_GET_SIZE(__pyx_v_text); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
   (void)(memcpy(__pyx_v_record.type, ((char const *)__pyx_t_5), __pyx_t_4));
 
 
 
-  /* "ivshmem/channel/records.pyx":90
+  /* "ivshmem/channel/records.pyx":91
  *     memcpy(record.name, <const char *>encoded, len(encoded))
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)             # <<<<<<<<<<<<<<
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_7records_geometry_of(__pyx_v_geometry); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 91, __pyx_L1_error)
   __pyx_v_record.geometry = __pyx_t_6;
 
-  /* "ivshmem/channel/records.pyx":91
+  /* "ivshmem/channel/records.pyx":92
  *     memcpy(record.type, <const char *>text, len(text))
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()             # <<<<<<<<<<<<<<
@@ -6401,9 +6405,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         code = ivshmem_create(&membership.member, &record)
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 91, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time_ns); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __pyx_t_10 = 1;
@@ -6423,14 +6427,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 91, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 92, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 91, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_record.created = __pyx_t_11;
 
-  /* "ivshmem/channel/records.pyx":92
+  /* "ivshmem/channel/records.pyx":93
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6438,7 +6442,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         if code != IVSHMEM_AGAIN:
 */
   __pyx_t_9 = NULL;
-  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7records_TRIES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_10 = 1;
   {
@@ -6446,12 +6450,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyRange_Type), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 92, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_7 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_12 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   for (;;) {
     {
@@ -6459,18 +6463,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(!__pyx_t_1)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 92, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 93, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
       }
     }
     __Pyx_GOTREF(__pyx_t_1);
-    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
+    if (__Pyx_PyInt_FromNumber(&__pyx_t_1, NULL, 1) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_tries, ((PyObject*)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":93
+    /* "ivshmem/channel/records.pyx":94
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)             # <<<<<<<<<<<<<<
@@ -6479,7 +6483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     __pyx_v_code = ivshmem_create((&__pyx_v_membership->member), (&__pyx_v_record));
 
-    /* "ivshmem/channel/records.pyx":94
+    /* "ivshmem/channel/records.pyx":95
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6491,7 +6495,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     if (__pyx_t_13) {
 
 
-      /* "ivshmem/channel/records.pyx":95
+      /* "ivshmem/channel/records.pyx":96
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:
  *             break             # <<<<<<<<<<<<<<
@@ -6500,7 +6504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/records.pyx":94
+      /* "ivshmem/channel/records.pyx":95
  *     for tries in range(TRIES):
  *         code = ivshmem_create(&membership.member, &record)
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6509,7 +6513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/channel/records.pyx":96
+    /* "ivshmem/channel/records.pyx":97
  *         if code != IVSHMEM_AGAIN:
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))             # <<<<<<<<<<<<<<
@@ -6517,28 +6521,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         return record.index
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_time); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_sleep); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_membership->member.process); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Add_int_int(__pyx_t_8, __pyx_v_tries); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_RemainderObjC(__pyx_t_15, __pyx_mstate_global->__pyx_int_7, 7, 0, 0); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyLong_AddCObj(__pyx_mstate_global->__pyx_int_1, __pyx_t_8, 1, 0, 0); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyNumber_Multiply_float_int(__pyx_mstate_global->__pyx_float_0_0005, __pyx_t_15); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyFloat_AsDouble(__pyx_t_8); if (unlikely((__pyx_t_16 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_8 = PyFloat_FromDouble(__pyx_t_16); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
     __pyx_t_10 = 1;
@@ -6559,12 +6563,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":92
+    /* "ivshmem/channel/records.pyx":93
  *     record.geometry = geometry_of(geometry)
  *     record.created = time.time_ns()
  *     for tries in range(TRIES):             # <<<<<<<<<<<<<<
@@ -6579,7 +6583,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   goto __pyx_L6_for_end;
   __pyx_L6_for_end:;
 
-  /* "ivshmem/channel/records.pyx":97
+  /* "ivshmem/channel/records.pyx":98
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6591,14 +6595,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (__pyx_t_13) {
 
 
-    /* "ivshmem/channel/records.pyx":98
+    /* "ivshmem/channel/records.pyx":99
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:
  *         return record.index             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already")
 */
-    __pyx_t_7 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record.index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 99, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -6611,7 +6615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":97
+    /* "ivshmem/channel/records.pyx":98
  *             break
  *         time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -6620,7 +6624,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":99
+  /* "ivshmem/channel/records.pyx":100
  *     if code == 0:
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6631,7 +6635,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     case IVSHMEM_TAKEN:
     case IVSHMEM_AGAIN:
 
-    /* "ivshmem/channel/records.pyx":100
+    /* "ivshmem/channel/records.pyx":101
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already")             # <<<<<<<<<<<<<<
@@ -6639,9 +6643,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         unit, units, most = room(membership)
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelExists); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 100, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_there_is_a_channel;
     __pyx_t_17[1] = __pyx_t_8;
@@ -6655,7 +6659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_17, 3, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 100, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10 = 1;
@@ -6676,14 +6680,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 100, __pyx_L1_error)
+    __PYX_ERR(0, 101, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":99
+    /* "ivshmem/channel/records.pyx":100
  *     if code == 0:
  *         return record.index
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6694,7 +6698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     default: break;
   }
 
-  /* "ivshmem/channel/records.pyx":101
+  /* "ivshmem/channel/records.pyx":102
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already")
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -6706,7 +6710,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":102
+    /* "ivshmem/channel/records.pyx":103
  *         raise ChannelExists(f"there is a channel {name!r} already")
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, most = room(membership)             # <<<<<<<<<<<<<<
@@ -6714,7 +6718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         taken = (size + unit - 1) // unit * unit
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_room); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6733,7 +6737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_7))) || (PyList_CheckExact(__pyx_t_7))) {
@@ -6742,7 +6746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       if (unlikely(size != 3)) {
         if (size > 3) __Pyx_RaiseTooManyValuesError(3);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 102, __pyx_L1_error)
+        __PYX_ERR(0, 103, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -6754,27 +6758,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
         __Pyx_INCREF(__pyx_t_1);
       } else {
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_14 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 103, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_14);
         __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_1);
       }
       #else
-      __pyx_t_9 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
-      __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PySequence_ITEM(sequence, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       #endif
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_8 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 102, __pyx_L1_error)
+      __pyx_t_8 = PyObject_GetIter(__pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 103, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_8);
@@ -6784,7 +6788,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_GOTREF(__pyx_t_14);
       index = 2; __pyx_t_1 = __pyx_t_18(__pyx_t_8); if (unlikely(!__pyx_t_1)) goto __pyx_L9_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_1);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_8), 3) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_8), 3) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
       __pyx_t_18 = NULL;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       goto __pyx_L10_unpacking_done;
@@ -6792,7 +6796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __pyx_t_18 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 102, __pyx_L1_error)
+      __PYX_ERR(0, 103, __pyx_L1_error)
       __pyx_L10_unpacking_done:;
     }
     __pyx_v_unit = __pyx_t_9;
@@ -6802,7 +6806,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_v_most = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/records.pyx":103
+    /* "ivshmem/channel/records.pyx":104
  *     if code == IVSHMEM_NO_ROOM:
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)             # <<<<<<<<<<<<<<
@@ -6810,7 +6814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *         raise ChannelError(
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_size_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6829,34 +6833,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 103, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_v_size = __pyx_t_7;
     __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/records.pyx":104
+    /* "ivshmem/channel/records.pyx":105
  *         unit, units, most = room(membership)
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit             # <<<<<<<<<<<<<<
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
 */
-    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_v_size, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_14 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_SubtractObjC(__pyx_t_7, __pyx_mstate_global->__pyx_int_1, 1, 0, 0); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_14, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_7 = PyNumber_FloorDivide(__pyx_t_14, __pyx_v_unit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_14 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyNumber_Multiply_object_object(__pyx_t_7, __pyx_v_unit); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_v_taken = __pyx_t_14;
     __pyx_t_14 = 0;
 
-    /* "ivshmem/channel/records.pyx":105
+    /* "ivshmem/channel/records.pyx":106
  *         size = size_of(geometry)
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -6864,65 +6868,65 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 105, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
-    /* "ivshmem/channel/records.pyx":106
+    /* "ivshmem/channel/records.pyx":107
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
 */
-    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_8, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_CallOneArg(__pyx_t_8, __pyx_v_taken); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 106, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_15, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
-    /* "ivshmem/channel/records.pyx":107
+    /* "ivshmem/channel/records.pyx":108
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"             # <<<<<<<<<<<<<<
  *             f" (or all {membership.member.area.records} channels exist that it can have);"
  *             " `ivshmem channel ls` lists what is there"
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_19 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_unit, __pyx_v_units); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
-    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_19); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyObject_CallOneArg(__pyx_t_15, __pyx_t_19); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-    __pyx_t_19 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_19 = __Pyx_PyObject_FormatSimple(__pyx_t_20, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_19);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_20, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_20, __pyx_mstate_global->__pyx_n_u_format_size); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyNumber_Multiply_object_object(__pyx_v_most, __pyx_v_unit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_21 = __Pyx_PyObject_CallOneArg(__pyx_t_20, __pyx_t_15); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_21 = __Pyx_PyObject_CallOneArg(__pyx_t_20, __pyx_t_15); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_21, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_FormatSimple(__pyx_t_21, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
 
-    /* "ivshmem/channel/records.pyx":108
+    /* "ivshmem/channel/records.pyx":109
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
  *             f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
  *             f" (or all {membership.member.area.records} channels exist that it can have);"             # <<<<<<<<<<<<<<
  *             " `ivshmem channel ls` lists what is there"
  *         )
 */
-    __pyx_t_21 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 108, __pyx_L1_error)
+    __pyx_t_21 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_membership->member.area.records, 0, ' ', 'd'); if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 109, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __pyx_t_22[0] = __pyx_mstate_global->__pyx_kp_u_no_room_for_channel;
     __pyx_t_22[1] = __pyx_t_9;
@@ -6936,7 +6940,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_22[9] = __pyx_t_21;
     __pyx_t_22[10] = __pyx_mstate_global->__pyx_kp_u_channels_exist_that_it_can_have;
 
-    /* "ivshmem/channel/records.pyx":106
+    /* "ivshmem/channel/records.pyx":107
  *         taken = (size + unit - 1) // unit * unit
  *         raise ChannelError(
  *             f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"             # <<<<<<<<<<<<<<
@@ -6958,7 +6962,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     }
     #endif
     __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_22, 11, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 106, __pyx_L1_error)
+    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 107, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6983,14 +6987,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 105, __pyx_L1_error)
+      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
     }
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 105, __pyx_L1_error)
+    __PYX_ERR(0, 106, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":101
+    /* "ivshmem/channel/records.pyx":102
  *     if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
  *         raise ChannelExists(f"there is a channel {name!r} already")
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -6999,7 +7003,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":111
+  /* "ivshmem/channel/records.pyx":112
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7011,7 +7015,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_13)) {
 
 
-    /* "ivshmem/channel/records.pyx":112
+    /* "ivshmem/channel/records.pyx":113
  *         )
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")             # <<<<<<<<<<<<<<
@@ -7019,9 +7023,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
  * 
 */
     __pyx_t_1 = NULL;
-    __pyx_t_20 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __pyx_t_20 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 113, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_20);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 112, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_geometry, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 113, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_23[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_23[1] = __pyx_t_20;
@@ -7036,7 +7040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_23[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_23[3]);
     #endif
     __pyx_t_21 = __Pyx_PyUnicode_Join(__pyx_t_23, 4, __pyx_t_4, __pyx_t_2);
-    if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 112, __pyx_L1_error)
+    if (unlikely(!__pyx_t_21)) __PYX_ERR(0, 113, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_21);
     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -7046,14 +7050,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
       __pyx_t_14 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_21); __pyx_t_21 = 0;
-      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 112, __pyx_L1_error)
+      if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 113, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
     }
     __Pyx_Raise(__pyx_t_14, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __PYX_ERR(0, 112, __pyx_L1_error)
+    __PYX_ERR(0, 113, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":111
+    /* "ivshmem/channel/records.pyx":112
  *             " `ivshmem channel ls` lists what is there"
  *         )
  *     if code == IVSHMEM_BAD:             # <<<<<<<<<<<<<<
@@ -7062,20 +7066,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/records.pyx":113
+  /* "ivshmem/channel/records.pyx":114
  *     if code == IVSHMEM_BAD:
  *         raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
  *     raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_Raise(__pyx_t_14, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-  __PYX_ERR(0, 113, __pyx_L1_error)
+  __PYX_ERR(0, 114, __pyx_L1_error)
 
-  /* "ivshmem/channel/records.pyx":74
+  /* "ivshmem/channel/records.pyx":75
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
@@ -7112,12 +7116,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_4create(CYTHON_UNUSED PyObj
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":122
+/* "ivshmem/channel/records.pyx":123
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
- *         "times": bool(g.options & IVSHMEM_TIMES),
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
+ *         "writers": g.writers,
 */
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__pyx_self, PyObject *__pyx_genexpr_arg_0) {
@@ -7132,7 +7136,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 122, __pyx_L1_error)
+    __PYX_ERR(0, 123, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -7143,7 +7147,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5facts_2generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_facts_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -7186,15 +7190,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 122, __pyx_L1_error)
+    __PYX_ERR(0, 123, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 122, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 123, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 122, __pyx_L1_error)
+    __PYX_ERR(0, 123, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -7202,7 +7206,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 122, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_name);
@@ -7213,12 +7217,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_g.overflow); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_And_int_object(__pyx_t_6, __pyx_cur_scope->__pyx_v_bit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 122, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
@@ -7245,7 +7249,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 122, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 123, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7273,7 +7277,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":116
+/* "ivshmem/channel/records.pyx":117
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -7284,6 +7288,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator(__pyx_Cor
 static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record *__pyx_v_record) {
   struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *__pyx_cur_scope;
   PyObject *__pyx_gb_7ivshmem_7channel_7records_5facts_2generator = 0;
+  PyObject *__pyx_8genexpr2__pyx_v_name = NULL;
+  PyObject *__pyx_8genexpr2__pyx_v_bit = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   struct ivshmem_geometry __pyx_t_1;
@@ -7291,8 +7297,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  Py_ssize_t __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
+  int __pyx_t_12;
+  int __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7301,12 +7313,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 116, __pyx_L1_error)
+    __PYX_ERR(0, 117, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
 
-  /* "ivshmem/channel/records.pyx":117
+  /* "ivshmem/channel/records.pyx":118
  * 
  * cdef dict facts(ivshmem_record *record):
  *     g = record.geometry             # <<<<<<<<<<<<<<
@@ -7317,156 +7329,196 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 
   __pyx_cur_scope->__pyx_v_g = __pyx_t_1;
 
-  /* "ivshmem/channel/records.pyx":119
+  /* "ivshmem/channel/records.pyx":120
  *     g = record.geometry
  *     return {
  *         "index": record.index,             # <<<<<<<<<<<<<<
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(14); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_record->index); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_index, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":120
+  /* "ivshmem/channel/records.pyx":121
  *     return {
  *         "index": record.index,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
 */
-  __pyx_t_5 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 120, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_4 = __pyx_t_5;
-  __Pyx_INCREF(__pyx_t_4);
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record->name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_5 = __pyx_t_6;
+  __Pyx_INCREF(__pyx_t_5);
   #if CYTHON_VECTORCALL
   #endif
-  __pyx_t_6 = 0;
+  __pyx_t_7 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
-    __pyx_t_7 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 120, __pyx_L1_error)
-    __Pyx_INCREF(__pyx_t_7);
+    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 121, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-      __pyx_t_7 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 120, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 121, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
-    __pyx_t_3 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_7);
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_8);
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     #if CYTHON_VECTORCALL
     #endif
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 120, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_name, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":121
+  /* "ivshmem/channel/records.pyx":122
  *         "index": record.index,
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),             # <<<<<<<<<<<<<<
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
- *         "times": bool(g.options & IVSHMEM_TIMES),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
 */
-  __pyx_t_5 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 121, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 121, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_6 = 1;
+  __pyx_t_6 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NAMES); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.kind); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_5);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_5);
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_6);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_6);
     __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_6 = 0;
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_7 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_mstate_global->__pyx_kp_u_};
-    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 121, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_8, __pyx_mstate_global->__pyx_kp_u_};
+    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
   }
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_kind, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":122
+  /* "ivshmem/channel/records.pyx":123
  *         "name": (<bytes>record.name).decode(errors="replace"),
  *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),             # <<<<<<<<<<<<<<
- *         "times": bool(g.options & IVSHMEM_TIMES),
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
-*/
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 122, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PySequence_Tuple(__pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 122, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-
-  /* "ivshmem/channel/records.pyx":123
- *         "kind": _NAMES.get(g.kind, "?"),
- *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
- *         "times": bool(g.options & IVSHMEM_TIMES),             # <<<<<<<<<<<<<<
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
 */
-  __pyx_t_3 = __Pyx_PyBool_FromLong((!(!((__pyx_cur_scope->__pyx_v_g.options & IVSHMEM_TIMES) != 0)))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 123, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_times, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = __pyx_pf_7ivshmem_7channel_7records_5facts_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_overflow, __pyx_t_4) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __pyx_t_3;
+  __pyx_t_3 = 0;
+  { /* enter inner scope */
 
-  /* "ivshmem/channel/records.pyx":124
+    /* "ivshmem/channel/records.pyx":124
+ *         "kind": _NAMES.get(g.kind, "?"),
  *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
- *         "times": bool(g.options & IVSHMEM_TIMES),
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),             # <<<<<<<<<<<<<<
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},             # <<<<<<<<<<<<<<
  *         "writers": g.writers,
  *         "readers": g.readers,
 */
-  __pyx_t_3 = __Pyx_PyBool_FromLong((!(!((__pyx_cur_scope->__pyx_v_g.options & IVSHMEM_RING_ALWAYS) != 0)))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ring_always, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+    __pyx_t_3 = PyDict_New(); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_9 = 0;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_OPTIONS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    if (unlikely(__pyx_t_5 == Py_None)) {
+      PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
+      __PYX_ERR(0, 124, __pyx_L5_error)
+    }
+    __pyx_t_8 = __Pyx_dict_iterator(__pyx_t_5, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_10), (&__pyx_t_11)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_XDECREF(__pyx_t_4);
+    __pyx_t_4 = __pyx_t_8;
+    __pyx_t_8 = 0;
+    while (1) {
+      __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_4, __pyx_t_10, &__pyx_t_9, &__pyx_t_8, &__pyx_t_5, NULL, __pyx_t_11);
+      if (unlikely(__pyx_t_12 == 0)) break;
+      if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __Pyx_GOTREF(__pyx_t_5);
+      __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_name, __pyx_t_8);
+      __pyx_t_8 = 0;
+      __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_bit, __pyx_t_5);
+      __pyx_t_5 = 0;
+      __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.options); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_8 = __Pyx_PyNumber_And_int_object(__pyx_t_5, __pyx_8genexpr2__pyx_v_bit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __pyx_t_13 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_13 < 0))) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __pyx_t_8 = __Pyx_PyBool_FromLong((!(!__pyx_t_13))); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_GOTREF(__pyx_t_8);
+
+      if (unlikely(PyDict_SetItem(__pyx_t_3, __pyx_8genexpr2__pyx_v_name, __pyx_t_8))) __PYX_ERR(0, 124, __pyx_L5_error)
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    }
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit); __pyx_8genexpr2__pyx_v_bit = 0;
+    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name); __pyx_8genexpr2__pyx_v_name = 0;
+    goto __pyx_L8_exit_scope;
+    __pyx_L5_error:;
+    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit); __pyx_8genexpr2__pyx_v_bit = 0;
+    __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name); __pyx_8genexpr2__pyx_v_name = 0;
+    goto __pyx_L1_error;
+    __pyx_L8_exit_scope:;
+  } /* exit inner scope */
+  if (unlikely(PyDict_Update(__pyx_t_2, __pyx_t_3) < 0)) {
+    if (PyErr_ExceptionMatches(PyExc_AttributeError)) __Pyx_RaiseMappingExpectedError(__pyx_t_3);
+    __PYX_ERR(0, 124, __pyx_L1_error)
+  }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":125
- *         "times": bool(g.options & IVSHMEM_TIMES),
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+ *         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,             # <<<<<<<<<<<<<<
  *         "readers": g.readers,
  *         "slots": g.slots,
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.writers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_writers, __pyx_t_3) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":126
- *         "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+ *         **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
  *         "writers": g.writers,
  *         "readers": g.readers,             # <<<<<<<<<<<<<<
  *         "slots": g.slots,
@@ -7474,7 +7526,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.readers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_readers, __pyx_t_3) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":127
@@ -7486,7 +7538,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.slots); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_slots, __pyx_t_3) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":128
@@ -7498,7 +7550,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.loans); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_loans, __pyx_t_3) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":129
@@ -7510,7 +7562,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_cur_scope->__pyx_v_g.views); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_views, __pyx_t_3) < (0)) __PYX_ERR(0, 129, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":130
@@ -7522,7 +7574,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_cur_scope->__pyx_v_g.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 130, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_limit, __pyx_t_3) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":131
@@ -7534,7 +7586,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
 */
   __pyx_t_3 = PyFloat_FromDouble((((double)__pyx_v_record->created) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_created, __pyx_t_3) < (0)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/records.pyx":132
@@ -7544,13 +7596,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
  *     }
  * 
 */
-  __pyx_t_7 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 132, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_4 = __pyx_t_7;
+  __pyx_t_8 = __Pyx_PyBytes_FromString(__pyx_v_record->type); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_4 = __pyx_t_8;
   __Pyx_INCREF(__pyx_t_4);
   #if CYTHON_VECTORCALL
   #endif
-  __pyx_t_6 = 0;
+  __pyx_t_7 = 0;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
@@ -7565,17 +7617,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
-    __pyx_t_3 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_5);
+    __pyx_t_3 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_5);
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   if (!(likely(PyUnicode_CheckExact(__pyx_t_3))||((__pyx_t_3) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_3))) __PYX_ERR(0, 132, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_type, __pyx_t_3) < (0)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -7588,7 +7640,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":116
+  /* "ivshmem/channel/records.pyx":117
  * 
  * 
  * cdef dict facts(ivshmem_record *record):             # <<<<<<<<<<<<<<
@@ -7602,11 +7654,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_facts(struct ivshmem_record 
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.records.facts", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_gb_7ivshmem_7channel_7records_5facts_2generator);
+  __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_name);
+  __Pyx_XDECREF(__pyx_8genexpr2__pyx_v_bit);
   __Pyx_DECREF((PyObject *)__pyx_cur_scope);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
@@ -10810,14 +10865,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts)) __PYX_ERR(0, 117, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) < (0)) __PYX_ERR(0, 116, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct____pyx_f_7ivshmem_7channel_7records_facts);
@@ -10843,14 +10898,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr)) __PYX_ERR(0, 123, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_1_genexpr);
@@ -11567,8 +11622,8 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
  *     "bytes": IVSHMEM_BYTES,
  * }
  * _NAMES = {number: name for name, number in KINDS.items()}             # <<<<<<<<<<<<<<
+ * OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}
  * OVERFLOW = {
- *     "overwrite": IVSHMEM_OVERWRITE,
 */
   { /* enter inner scope */
     __pyx_t_2 = PyDict_New(); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 26, __pyx_L4_error)
@@ -11619,113 +11674,133 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAMES, __pyx_t_2) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":28
+  /* "ivshmem/channel/records.pyx":27
+ * }
  * _NAMES = {number: name for name, number in KINDS.items()}
+ * OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}             # <<<<<<<<<<<<<<
+ * OVERFLOW = {
+ *     "overwrite": IVSHMEM_OVERWRITE,
+*/
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_TIMES); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_times, __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_RING_ALWAYS); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_ring_always, __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OPTIONS, __pyx_t_2) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/records.pyx":29
+ * OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}
  * OVERFLOW = {
  *     "overwrite": IVSHMEM_OVERWRITE,             # <<<<<<<<<<<<<<
  *     "block": IVSHMEM_BLOCK,
  *     "discard": IVSHMEM_DISCARD,
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 28, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_OVERWRITE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_OVERWRITE); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_overwrite, __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_overwrite, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":29
+  /* "ivshmem/channel/records.pyx":30
  * OVERFLOW = {
  *     "overwrite": IVSHMEM_OVERWRITE,
  *     "block": IVSHMEM_BLOCK,             # <<<<<<<<<<<<<<
  *     "discard": IVSHMEM_DISCARD,
  * }
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BLOCK); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_BLOCK); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_block, __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_block, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/records.pyx":30
+  /* "ivshmem/channel/records.pyx":31
  *     "overwrite": IVSHMEM_OVERWRITE,
  *     "block": IVSHMEM_BLOCK,
  *     "discard": IVSHMEM_DISCARD,             # <<<<<<<<<<<<<<
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
 */
-  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_DISCARD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_DISCARD); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_discard, __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_discard, __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OVERFLOW, __pyx_t_2) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_OVERFLOW, __pyx_t_2) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":32
+  /* "ivshmem/channel/records.pyx":33
  *     "discard": IVSHMEM_DISCARD,
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1             # <<<<<<<<<<<<<<
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
  * 
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_NAME - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NAME_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":33
+  /* "ivshmem/channel/records.pyx":34
  * }
  * NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
  * TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_long((IVSHMEM_CHANNEL_TYPE - 1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TYPE_BYTES, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":53
+  /* "ivshmem/channel/records.pyx":54
  * 
  * 
  * def size_of(dict geometry):             # <<<<<<<<<<<<<<
  *     """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
  *     cdef ivshmem_geometry g = geometry_of(geometry)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_1size_of, 0, __pyx_mstate_global->__pyx_n_u_size_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_size_of, __pyx_t_2) < (0)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":60
+  /* "ivshmem/channel/records.pyx":61
  * 
  * 
  * def room(Membership membership not None):             # <<<<<<<<<<<<<<
  *     """Return (bytes of a unit, units, the most free units in a row) of the area."""
  *     cdef ivshmem_area *area = &membership.member.area
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 60, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_3room, 0, __pyx_mstate_global->__pyx_n_u_room, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 60, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_room, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":74
+  /* "ivshmem/channel/records.pyx":75
  * 
  * 
  * def create(Membership membership not None, str name, dict geometry, bytes text):             # <<<<<<<<<<<<<<
  *     """Create a channel; return the number of its record.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_5create, 0, __pyx_mstate_global->__pyx_n_u_create, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 74, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_create, __pyx_t_2) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":136
@@ -11844,7 +11919,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/records.pyx":120
+  /* "ivshmem/channel/records.pyx":121
  *     return {
  *         "index": record.index,
  *         "name": (<bytes>record.name).decode(errors="replace"),             # <<<<<<<<<<<<<<
@@ -11853,7 +11928,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 120, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -11894,38 +11969,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{7},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{106},{192},{376},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1505 bytes) */
-static const char cstring[] = "x\332eT\317s\323F\024&CLLb\240nC\023\030\246\254I\247\t\024\314xJ\n\244\014LH\314\317\022\342\230\220\241\027\261\226\236\355\305\362\256\255]\331q\016L\216:\352\250\243\216:\372\350\243\217\034}\364\221?\201?\241o%\307\315\024\317X\253]\275\267\337\367\276\367\355\022j;@\255\036\241\016\220\252\003@\030\047\202\003i10\201\254\t\207P\333&\204*\322\024R\021b\326)\347`K\002\207\014\347\252\216_\230\"&\345\244N;p\363/\362\221ud\275\t\315\223Pb\313\217\304\306`I\272q\264\304,@8|A0W\302\306\3679\214W\305G\"iO\222J\017\363\230Y\047-G\230 %H\262V\025\216\211i\202\333=\302\252\244\047\\\322\340\242\233\320\341\232\277\250j\224&\221J8\240\201\224@\236\222 \210p\260\\\336\303\202\034\270y\033_\255I\264\026\201\256J\222\337 \224\324@4Aa\250\232\220\346Bi-D\027\254\r\262\241\213V\264\201[?\331\021\n\222\250\255\236\252\013\256\203-\260Y\005\034\252\000\031J\3450S\201\243\2038\331-\356\336\271\367\340^\214\353\300\0470\221\225t+\246M\343\332\220J\305e\266BiT\257\0052O^&\005r\000\213`\025-\214;\235\200\3049\221\240\342\nVQ>\241\250b\202\033\230\316xm\225X\314A\020\326\001\235\375\214\332\022\362\324\262\014\214\203\023\271-&i\305\006\340\372Y3\231L\336\254I[\362\3408\302\221\047\263D\303\274dGp\262vw\262\323]\204\022\216%\363\255\336!\027\304\021\242I\260Y\323\276j\216\016\324X\242R\223\266ZX\224\016\320.D\266qK7P\353i\206vVE\0475E\007\254\251s\3504`+\031\213\232\342\311\273\366\246|\375rg\273\274\263\371\246h<\375\360\256X\336\021e\327\254O\"\336\276/\356=\373\373\355\301^\314%\316}\367aw\022i\350\244\262a\354\366\016\361\277\215\2753v\340P\355A\3250&\372\202\201\277\252\313M=6)\343\361(,\327\216\277p\332\214GT\301\350(-\245\236\265]j\237|Q \025\016L\032\250\227p\261\335\240\305\340\226\366 \225=n2\221\237~\222\025\246*\2660\033\225\036&\232hC9)\337\264\361\263\201\370\312\241&T\250\3310m!A?PNSX\330\017\2143\265#\244\211{c\323\343\247\245\277X\330b\334\316\261\200\307\223\244\317U\212\236\314?B<4\313\343|\r8\034\266\234*\343V|\356\360\321\244\312\320\355\257\n\027\027\361\332""\250M\202NNM\rT\r\217!\303\034\274(\0244\247\346\231\360\316O\214\322\300\010\233\242\277\225\315\232L\351{\002y\333\202r\211\321x\204d\235\265N\033\256\211W\000\255\341\210\327\021\327j\"\256\022\250\234h\3055\242K\234*\236R=v\035\204n\241\331\301j\211V\333\005\027\264\317p\323\211\335\022\022\211\267\034h\331(\241\203\313\006\265\273x\365h\367\342I\260\360pYP\245\256\255$\263\201\253\304\370G`\210\252\304C\323\222\266PR_\006\\!\027UwDW1\224\001\377\006\227z\3207\000>\360<\273\034ud\262\016\226\313\231\322\177\351\266,\354\207\253\253\372N\364\016\265]\210\037\262\303\240+\343\212\234x@\236\3073_g\177\thp\024-\365g\306\263\327\361%;\236\275\350U\375\315\361l\332K\373)\277\344[An\234^\030-\\\017\332\341\271\320\356\347\372\205\376\366\340\374pq\370\317\027gT*\217\312\373\243\375\367\343\314\"&e~\366\251\337\tJ_3?\371\205\361\354\202w\317\353\342\006ka.\201jD\331(\367\025\327\037\370O\302\\X\010\267\302vt\241\377~P8\236\371\226>\223\272\224@g\274\030?\345\355\3739\177#8\010\213\310Ks\320d\333\341|\264\332_\032\234\035\024\006/\206[\303\266F\205\240\020l\006\2451\342\336\017r\301z8\023^\213J\021\035g\262\376R0\023d5\031\r\362\303\231\324\325`\021\267\334\234\026:w,\275\234\367\320\177\352\323q\372\242G\275C_\352\232\223\327\317\341\207\310\354g\373Z\004\357\221\337\306\315\256\206\367\221\301\362 ;X\033\256\014c\320u\215\201I\263\363\336\035\035\203H\213\323r\346\216\217\374e\244\200;6\222\250\271\321\334U\244Y\010^\205\265\350\240\377<.es\234\276\344u\374\3228\205\365{\007\376\353@\2061\215\246.n<\273\034c\334D\325^E\265\376\301`sP\322U=\326[\006\033H\223F\275\301\214\206s\275-\257}*\363\324\212\215\360q\227\332\337\316\235I\245\217\343\305OA*(\005\325\360Y\224\323\2520\277\235\360\277\254\331_\371\237\\\363(V\301{\341o\371\335\200&\323?Q\343\213!\213\2446\307\351\245j\264\025\265\265\265\346\275\333~#\314\206\261B\277\373\357\202\3450\253[|\336\277\254\271\350\312?#\005m\305+\361&(\366\272\177\026M\224\2710Ng\274gh\204\373\301J\260\207\232\334\212\236\367\037\016""\236\016j\303=l\376\177\305%\342M\346\237\203r\230\n\313\321\314D\206\321\265B\334\304\323Z\324\374\203`\033\235\222\325\271\335\204G\026\tUP\016\r\264\022\356G7\242\315\251l7\302\334he\275_\3527\206\331!\316/ym\177\001\025.\206?\216V\376\300c\361z\320\036\246bV\231%t\301|\270\032]\216h\"\364\024\365S\354\240\302\350\3277_J_b\001o\371E\354\341ox\272\250\217\275\374\0271\331\236e";
-    PyObject *data = __Pyx_DecompressString(cstring, 1505, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1513 bytes) */
+static const char cstring[] = "x\332eT\317s\323F\024&CLLb\240nC\023\030\246\254I\247\t\024\314xJ\n\244\014LH\302\317\222\304qB\206^\304Zz\266\027\313\273\266ve\307909\352\250\243\216:\352\350\243\217>r\364\321G\376\004\376\204\276\225\0347S<c\255v\365\336~\337\373\336\267K\250\355\000\265\272\204:@*\016\000a\234\010\016\244\311\300\004\262\"\034Bm\233\020\252HCHE\210Y\243\234\203-\t\0341\234\253\032~a\212\230\224\223\032m\303\355\277\310G\326\226\265\0064NC\211-?\022\033\203%\351\304\321\022\263\000\341\360\005\301\\\tk\337\3470^\021\037\211\244]I\312]\314cf\2154\035a\202\224 \311JE8&\246\tnw\t\253\220\256pI\235\213NB\207k\376\242\242Q\032D*\341\200\006R\002yJ\202 \302\301ry\027\013r\340\366]|\265\306\321Z\004\272,I~\215PR\005\321\000\205\241jL\232\013\245\265\020\035\260\326\310\232.Z\321:n\375l[(H\2426\272\252&\270\016\266\300fep\250\002d(\225\303L\005\216\016\342dwk\367\336\203G\017b\\\007>\201\211\254\244[6m\032\327\206T\312.\263\025J\243\272M\220y\362:)\220\003X\004\253hb\334\331\004$\316\211\004\025W\260\214\362\tE\025\023\334\300t\306\253\313\304b\016\202\2606\350\354\027\324\226\220\247\226e`\034\234\312m1I\3136\000\327\317\252\311d\362f\215\333\222\007\307\021\216<\235%\032\346%;\206\323\265\373\343\235\356#\224p,\231ov\217\270 \216\020\r\202\315\232\364Ust\240\312\022\225\032\264\331\304\242t\200v!\262\215[\272\206ZO2\264\263\312:\251!\332`M\234C\047\001\033\311\270\245)\236\276ko\312\267\257\2677K\333\353\357\266\214\347\037\366\267J\333\242\344\232\265q\304\316\356\376\353\235\355\322\316\373\255\275\027\177\357\034\356\305\224\342-\366?\354\216\023\014\235[2\214\335\356\021\3767\261\205\3066\034\251=\250\030\306Xf0\360Wq\271\251\307\006e<\036\205\345\332\361\027N\033\361\210b\030m\245\025\325\263\226K\355\323/\n\244\302\201I\003e\023.v\035\264&\334\322V\244\262\313M&\362\223O\262\314T\331\026f\275\334\305D\023\335(\307*\2306~6\020_9\324\20425\353\246-$\350\007\252j\n\013\333\202q\2466\2064qo\354}\374\264\364\027\013;\215\3339\026\360x\222\264\273B\321\232\371\047\210\207\236y\232""\257\002\207\243\246Sa\334\212\217\037>\032T\031\332\005\025\341\342\"\336\036\325q\320\351\341\251\202\252\342id\230\203\367\205\202\306\304Cc\336\371\261_\352\030aS\264\271\262Y\203)}] o[P.1\032O\222\254\261\346Y\3375\360&\240U\034\361V\342ZM\304U\002\225\023\315\270F4\213S\301\303\252\307\216\203\320M\364<XM\321l\271\340\202\266\033n:v]B\"\261\230\003M\033%tp\331\240v\007o mb<\020\026\2361\013*\324\265\225d6p\225\370\377\030\014Q\221xv\232\322\026J\352;\201+\344\242j\216\350(\2062\340\337\340R\017\372\"\300\007\036k\227\243\216L\326\300r9S\372/\335\246\205\375puU\337\211\336\246\266\013\361C\266\031td\\\221\023\017\310\363d\352\353\364/\001\r\216\243\205\336\324h\372&\276dG\323\227\275\212\277>\232N{i?\345\027}+\310\215\322s\303\271\233A+\274\020\332\275\\\257\320\333\354_\034\314\017\376\371\342\014\213\245a\351`x\360~\224\231\307\244\314\317>\365\333A\361k\346\047\2770\232\236\363\036x\035\334`%\314%P\365(\033\345\276\342\372#\377Y\230\013\013\341F\330\212.\365\336\367\013\047S\337\322\347RW\022\350\214\027\343\247\274\003?\347\257\005\207\341\026\362\322\0344\331V8\033-\367\026\372\347\373\205\376\253\301\306\240\245Q!(\004\353Aq\204\270\017\203\\\260\032N\2057\242bDG\231\254\277\020L\005YMF\203\374p.u=\230\307-\327\047\205\316\234H/\347=\366\237\373t\224\276\354Q\357\310\227\272\346\344\365s\370!2{\331\236\026\301{\342\267p\263\353\341Cd\260\330\317\366W\006K\203\030tUc`\322\364\254wO\307 \322\374\244\234\231\223c\177\021)\340\216\365$jf8s\035i\026\2027a5:\354\275\214KY\037\245\257xm\2778Ja\375\336\241\3776\220aL\243\241\213\033M/\306\030\267Q\2657Q\265w\330_\357\027uUO\365\226\301\032\322\244Q\267?\245\341\\o\303k\235\311<\263b#|\334\245\326\267\013\347R\351\223x\361S\220\n\212A%|\021\345\264*\314o%\374\257j\366\327\376\047\327,\212U\360^\371\033~\047\240\311\364O\324\370r\310\"\251\315qv\251\022mD-m\255Y\357\256_\017\263a\254\320\357\376~\260\030fu\213/\372W5\027]\371g\244\240\255x-\336\004\305^\365\317\243\2112\227F\351\214\367\002\215\3600X\n\366P\223;""\321\313\336\343\376\363~u\260\207\315\377\257\270D\274\361\374sP\nSa)\232\032\3130\274Q\210\233xV\213\252\177\030l\242S\262:\267\223\360\310\"\2412\312\241\201\226\302\203\350V\264>\221\355V\230\033.\255\366\212\275\372 ;\300\371\025\257\345\317\241\302[\341\217\303\245?\360X\274\355\267\006\251\230Uf\001]0\033.GW#\232\010=A\375\024;\2500\374\365\335\227\342\227X\300;\376\026\366\3607<]\324\307^\376\013\231Q\240\221";
+    PyObject *data = __Pyx_DecompressString(cstring, 1513, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1965 bytes) */
-static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OVERFL\347OWR\207\0027\002TYP\372#\004_1\001S__Py\365x\001\000D\271@_Nex\277tRef__\331$e\377____func\336\004\001main\003\002od;ul\025\002nam\035\002\203 \347_vt\327!,\001qua\275l\022\005testA\000i\177s_corou\354@\375e\211!ndarea\377asyncio.\376\022\006sbitblo\357ckby6\000cal\373ls\202\206\004cline\375_}\000traceb\377ackclose\374\001\001\372@codeco\373nn\374Aonscr\257eate\000\003d\026\001d\377ediscard\353en\047\001d\342Cfac\317ts.<m\000\252`>.\377genexprf\367ind\363\205\002formwat_\373Afou\022\000\317reeg\036\004\256\205\005ge\277tgonei1\000e\237xitem\264f\272\207\004.\272\242dkS\000lay\377\000l\357imit\244\207\001ing\377loansmem\177bership\345i\377messages\362\213\210\001n\344!\232\000tope\327nop\362\204\001s\243`rf\267low\004\001wrx\000p\375a\350\000dpopqu\207eue\352\210\001R\000\350d\250\204\003r\275e\330arepl\300 r\377ing_alwa\373ys\272\204\001sends\377etdefaul\177tsile""nt\363\204\003\377ze_ofsle\177epslots\211\207\001\373nt\244`throw\357time\000\001_ns\370\007\001\376\206\001\356@ypeun\376\305 ishedun\373it\000\001supda\347teu\322\001\344.val\373ue\000\002sview\365s\315\002r\002\002ing\200\377\001\340\004\036\230a\230z\177\250\027\260\001\330\004\037\006\000\377\021\330\004\016\210f\220A\377\330\004\010\210\010\220\005\220\377Q\220d\230!\330\010\013\377\320\013\037\230q\240\006\240\377l\260!\2601\260D\270\377\t\300\024\300Z\310r\320\377QS\320SU\320UV\367\330\014\0242\000\014\026\220a\377\220v\230Q\340\014\023\220\3771\330\004\013\2104\210w\356>\000(\240!e\003k\250\021\367\250!\340\025\0008\220?\240\377!\2401\240C\240q\250\377\r\260V\2701\200\001\360o\010\000\005\017u\003\014\210{\002\377\005\210U\220!\220:\230\237W\240E\250\021\177\002\251\001q\377\240\n\250\047\260\027\270\003\377\2701\270H\300C\300q\375\330s\000e\2301\230A\230\373Q\330u\0007\230!\2305\377\240\001\240\034\250Q\250a\377\330\014\021\220\027\230\001\230\366\324\000\013\210a\001\020\000\005\032\353\230\024P\000A\340\006\007\200s\377\210!\2109\220B\220a\377\330\010\016\210a\210x\220\371s\360\001\005\003~\240Y\250c\367\260\021\260\201!\210<\220q\356J\000\032\2407\177\000\030\270\021_\270(\300#\300p\0025`\001\236\246 \004\n\210- \001\314\000\024>\306\006\007\200z\220\030\200\000Z\000\367k\230\021\"\001\007\320\007\032\376\244\0001\230J\240g\250W\373\260G\306\002A\330\010\017\210\337v\220Q\330\005\375\000\210W\337\220K\230s\240\370 \016\210]m\331\001\330\004\030_\002)\263 \377J\250g\260W\270A\270\265Q\337!>O\001\230:\244\000a\367\250y\270\304@\007\200u\210GC\210q\310\0013\004\007\010l\313@\376\241Bq\360\006\000\005\010\200\376\"\002j\230\005\230Q\230f\357\240F\250!\373Ai\220q\252\272\003\025\204a\031\240,\n\252 1\377\210H\220C\220w\230a\335\330\356\000!\2106\341 \016\240\347i\250s\231a\007\tf\250C\373\250q\327a\n\210,\220k\363\240\021\315\000\237 +\220T\230\373\030\240\347`\010\210\t\220\025\234\257`\251\000\017\210~\200\000\207\204\001\031~@\002\010\013\2105\220\003""\302`\177\014\r\330\010\014\210F\206`\3377\230#\230R\221 *\250\377G\2609\270B\270g\300\305R\372@\004\346\006\267#\t\004~\230\177S\240\005\240S\250\001\200$\347\320\0341\300B%\007\016\210g\317\220W\230D\247`\331`\017\210\225w\202\003\021\216\000b\214 e\001#\337\240U\250\"\250\224@\016\210\376\262\"\"\240!\320#5\260\377Q\260k\300\021\300!\330\277\014\017\210q\220\013\366`E\377\240\022\320#3\2601\260\337K\270q\300\005\221\002\014\027\376\247`\n\240\047\250\025\250a\364\343#\213Fj\275b1\320$Mw\310Q\310\274\"*\220E\224`?&\240\006\240a\220\234`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1965, 2388);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1973 bytes) */
+static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OPTION\377SOVERFLOsWR\216\002>\002TYP*\004\375_8\001S__Pyx\372\001\000D\300@_Next\337Ref__\340$e_\177___func\004\001\357main\003\002odu\235l\025\002nam\035\002\212 _\363vt\336!,\001qual\336\022\005testA\000is\277_corou\363@e\376\220!ndareaa\177syncio.\022\006\377sbitbloc\367kby6\000call\375s\211\206\004cline_\376}\000traceba\177ckclose\001\001\376\201`codecon\375n\203aonscre\327ate\000\003d\026\001de\377discarde\365n\047\001d\351Cfact\347s.<m\000\261`>.g\377enexprfi\373nd\372\205\002forma\273t_\202afou\022\000r\347eeg\036\004\265\205\005get\337gonei1\000exOitem\273f\301\207\004.\251d\335kS\000lay\377\000li\367mit\253\207\001ingl\377oansmemb\277ership\354im\177essages\222\210\001\371n\344!\232\000topen\353op\371\204\001s\252`rfl\333ow\004\001wrx\000pa\376\350\000dpopque\303ue\361\210\001R\000\357d\257\204\003re\336\337arepl\300 ri\377ng_alway\375s\301\204\001sendse\377tdefa""ult\277silent\372\204\003z\377e_ofslee\277pslots\220\207\001n\375t\244`throwtwime\000\001_ns\007\001|\205\207\001\356@ypeun\305 \377isheduni\375t\000\001supdat\363eu\322\001\344.valu\375e\000\002sviews\372\315\002r\002\002ing\200\001\377\340\004\036\230a\230z\250\277\027\260\001\330\004\037\006\000\021\377\330\004\016\210f\220A\330\377\004\010\210\010\220\005\220Q\377\220d\230!\330\010\013\320\377\013\037\230q\240\006\240l\377\260!\2601\260D\270\t\377\300\024\300Z\310r\320Q\377S\320SU\320UV\330\373\014\0242\000\014\026\220a\220\377v\230Q\340\014\023\2201\177\330\004\013\2104\210w>\000\367(\240!e\003k\250\021\250\373!\340\025\0008\220?\240!\377\2401\240C\240q\250\r\377\260V\2701\200\001\360\010\267\000\005\017u\003\014\210{\002\005\377\210U\220!\220:\230W\317\240E\250\021\177\002\251\001q\240\377\n\250\047\260\027\270\003\270\3771\270H\300C\300q\330\376s\000e\2301\230A\230Q\375\330u\0007\230!\2305\240\377\001\240\034\250Q\250a\330\177\014\021\220\027\230\001\230\324\000\373\013\210a\001\020\000\005\032\230\365\024P\000A\340\006\007\200s\210\377!\2109\220B\220a\330\377\010\016\210a\210x\220s\374\360\001\005\003~\240Y\250c\260{\021\260\201!\210<\220qJ\000\367\032\2407\177\000\030\270\021\270/(\300#\300p\0025`\001\246 O\004\n\210- \001\314\000\024\306\006\237\007\200z\220\030\200\000Z\000k{\230\021\"\001\007\320\007\032\244\000\3771\230J\240g\250W\260\375G\306\002A\330\010\017\210v\357\220Q\330\005\375\000\210W\220\357K\230s\240\370 \016\210m\256\331\001\330\004\030_\002)\263 J\377\250g\260W\270A\270Q\332\337!>O\001\230:\244\000a\250\373y\270\304@\007\200u\210C#\210q\310\0013\004\007\010l\313@\241B\177q\360\006\000\005\010\200\"\002\377j\230\005\230Q\230f\240wF\250!\373Ai\220q\272\003\325\025\204a\031\240,\n\252 1\210\377H\220C\220w\230a\330\356\356\000!\2106\341 \016\240i\363\250s\231a\007\tf\250C\250\375q\327a\n\210,\220k\240\371\021\315\000\237 +\220T\230\030}\240\347`\010\210\t\220\025\257`N\251\000\017\210~\200\000\207\204\001\031@\002\277\010\013\2105\220\003\302`""\014\277\r\330\010\014\210F\206`7\357\230#\230R\221 *\250G\377\2609\270B\270g\300R\342\372@\004\346\006\267#\t\004~\230S\277\240\005\240S\250\001\200$\320\363\0341\300B%\007\016\210g\220\347W\230D\247`\331`\017\210w\312\202\003\021\216\000b\214 e\001#\240oU\250\"\250\224@\016\210\262\"\377\"\240!\320#5\260Q\377\260k\300\021\300!\330\014\337\017\210q\220\013\366`E\240\377\022\320#3\2601\260Ko\270q\300\005\221\002\014\027\247`\177\n\240\047\250\025\250a\343#\372\213Fj\275b1\320$M\310\273Q\310\274\"*\220E\224`&\037\240\006\240a\220\234`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1973, 2395);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2388 bytes) */
-static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpopqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotstakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:""\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010""\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2395 bytes) */
+static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOPTIONSOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpopqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotstakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!""\220:\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330""\010\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 128; i++) {
+    for (int i = 0; i < 129; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
@@ -11936,8 +12011,8 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 128; i < 136; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-128].length;
+    for (int i = 129; i < 137; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-129].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -11947,14 +12022,14 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 136; i++) {
+    for (Py_ssize_t i = 0; i < 137; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 128;
+      PyObject **table = stringtab + 129;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12049,7 +12124,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 122};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 123};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -12059,17 +12134,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 53};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 54};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_g, __pyx_mstate->__pyx_n_u_layout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_size_of, __pyx_mstate->__pyx_kp_b_iso88591_k_8_1Cq_V1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 60};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 61};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_area, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_free, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_room, __pyx_mstate->__pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 13, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 74};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 13, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 75};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_geometry, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_encoded, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_unit, __pyx_mstate->__pyx_n_u_units, __pyx_mstate->__pyx_n_u_most, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_taken};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_create, __pyx_mstate->__pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
@@ -15367,6 +15442,22 @@ static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
     return 0;
 }
 
+/* RaiseErrorWithObjectType (used by RaiseMappingExpected) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseMappingExpected */
+static void __Pyx_RaiseMappingExpectedError(PyObject* arg) {
+    __Pyx_RaiseTypeErrorWithObjectType(
+        "'" __Pyx_FMT_TYPENAME "' object is not a mapping", arg);
+}
+
 /* PyObjectCall2Args (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
     PyObject *args[3] = {NULL, arg1, arg2};
@@ -15725,16 +15816,6 @@ static CYTHON_INLINE PyObject *__Pyx_PyIter_Next_Plain(PyObject *iterator) {
     assert(iternext);
     return iternext(iterator);
 #endif
-}
-
-/* RaiseErrorWithObjectType (used by IterNext) */
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, type_name);
-    __Pyx_DECREF_TypeName(type_name);
 }
 
 /* IterNext */

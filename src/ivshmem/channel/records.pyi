@@ -3,6 +3,7 @@ from typing import Any
 from .membership import Membership
 
 KINDS: dict[str, int]
+OPTIONS: dict[str, int]
 OVERFLOW: dict[str, int]
 NAME_BYTES: int
 TYPE_BYTES: int

@@ -24,6 +24,7 @@ KINDS = {
     "bytes": IVSHMEM_BYTES,
 }
 _NAMES = {number: name for name, number in KINDS.items()}
+OPTIONS = {"times": IVSHMEM_TIMES, "ring_always": IVSHMEM_RING_ALWAYS}
 OVERFLOW = {
     "overwrite": IVSHMEM_OVERWRITE,
     "block": IVSHMEM_BLOCK,
@@ -120,8 +121,7 @@ cdef dict facts(ivshmem_record *record):
         "name": (<bytes>record.name).decode(errors="replace"),
         "kind": _NAMES.get(g.kind, "?"),
         "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
-        "times": bool(g.options & IVSHMEM_TIMES),
-        "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+        **{name: bool(g.options & bit) for name, bit in OPTIONS.items()},
         "writers": g.writers,
         "readers": g.readers,
         "slots": g.slots,

@@ -13,8 +13,9 @@ from dataclasses import asdict
 
 from .. import channel
 from ..channel import records
-from ..channel.channels import BEAT, LEASE, NO_ROOM
+from ..channel.channels import BEAT, LEASE
 from ..channel.kinds import Channel, Messages, Queue, Value
+from ..channel.membership import NO_AREA
 from ..errors import (
     ChannelError,
     ChannelTypeError,
@@ -366,7 +367,7 @@ def _freed_at_once(options: argparse.Namespace) -> bool:
     with _endpoint(options) as endpoint:
         area = areas.find_area(endpoint.region)
         if area is None:
-            raise NoChannels(NO_ROOM)
+            raise NoChannels(NO_AREA)
         return areas.free_place(endpoint.region, area.offset, options.place)
 
 

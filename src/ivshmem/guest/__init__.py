@@ -11,6 +11,7 @@
 `Broker` is imported when it is first used, as the names of `ivshmem` are.
 """
 
+from ..system.late_names import late_name
 from .choice import open_device
 from .device import Access, GuestDevice, Memory
 from .measure import Speed, measure
@@ -25,11 +26,7 @@ open = open_device  # noqa: A001 - `guest.open()` reads as it should
 
 def __getattr__(name: str) -> object:
     """Import what is in a server for the few programs that share the device: a third of it all."""
-    if name != "Broker":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What importlib.import_module does, without importlib.
-    value = globals()[name] = __import__(f"{__name__}.broker", fromlist=(name,)).Broker
-    return value
+    return late_name(__name__, name, {"Broker": f"{__name__}.broker"})
 
 
 def __dir__() -> list[str]:
