@@ -25,8 +25,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#ifndef IVSHMEM_STEP
 static void step(void);
 #define IVSHMEM_STEP(what) step()
+#endif
 #include "ivshmem_channel.h"
 
 enum { SIZE = 1 << 20, SLOTS = 4, LOANS = 2, LONG = 192, WORDS = LONG / 8, LEASE = 1000 };
@@ -71,7 +73,7 @@ static _Thread_local long steps;
 static long fatal;
 static int signal_at_fatal; /* in the child */
 
-static void step(void)
+static inline void step(void)
 {
     if (steps++ == fatal && signal_at_fatal != 0)
         raise(signal_at_fatal);
