@@ -214,8 +214,8 @@ class ServerLost(CallFailed):
 
 
 class ChannelCorrupt(ChannelError):
-    """A shared word is impossible; the message names it. Any process that can write may have
-    spoiled it. The channel's other slots are not affected.
+    """A shared word is impossible; the message names it, and whose place it belongs to. Any process
+    that can write may have spoiled it. The channel's other slots are not affected.
     """
 
 

@@ -161,6 +161,31 @@ def test_history_that_is_not_there_is_not_lost(channels: Channels) -> None:
         assert (reader.get(0), reader.lost, late.lost) == (b"1", 0, 0)
 
 
+def test_a_spoiled_word_is_named_and_whose_it_is(region: Region, channels: Channels) -> None:
+    """The other writers' messages are read as before."""
+    messages = channels.create_messages("a", limit=8, slots=8, writers=2)
+    with (
+        channel.open(region, name="bad\n") as other,
+        other.open("a").writer() as bad,  # type: ignore[attr-defined]
+        messages.writer() as good,
+        messages.reader() as reader,
+    ):
+        for _ in range(5):
+            bad.put(b"bad")
+        (place,) = (each.place for each in channels.places() if "bad" in each.name)
+        words = memoryview(region.read(0, len(region))).cast("Q")
+        heads = [8 * i for i, word in enumerate(words) if word == 5 << 24 | 1]
+        assert len(heads) == 1
+        region.write(heads[0], ((1 << 39) + 9 << 24 | 1).to_bytes(8, "little"))
+        owner = rf"belongs to place {place} \(process {os.getpid()}, 'bad\\\\n'\)"
+        with pytest.raises(
+            channel.ChannelCorrupt, match=rf"'a': the head at {heads[0]:#x}, .*{owner}"
+        ):
+            reader.get(0)
+        good.put(b"good")
+        assert reader.get(0) == b"good"
+
+
 def test_loans_and_views_copy_nothing(region: Region, channels: Channels) -> None:
     messages = channels.create_messages("a", limit=100)
     with messages.writer() as writer, messages.reader() as reader:

@@ -75,7 +75,7 @@ cdef extern from "ivshmem_channel.h" nogil:
         const char *word
         uint64_t offset
         uint64_t seen
-        unsigned slot
+        uint64_t owner
 
     struct ivshmem_user:
         void *context

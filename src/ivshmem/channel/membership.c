@@ -2761,7 +2761,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":70
+/* "ivshmem/channel/membership.pyx":71
  * 
  * 
  * cdef class Dependent:             # <<<<<<<<<<<<<<
@@ -2776,7 +2776,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
 
 
-/* "ivshmem/channel/membership.pyx":109
+/* "ivshmem/channel/membership.pyx":110
  * 
  * 
  * @cython.final  # so that the compiler inlines its checks             # <<<<<<<<<<<<<<
@@ -2807,6 +2807,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*whose)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
@@ -2832,6 +2833,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t);
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
 /* #### Code section: utility_code_proto ### */
 
@@ -3490,6 +3492,38 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
 
+/* RaiseTooManyValuesToUnpack.proto */
+static CYTHON_INLINE void __Pyx_RaiseTooManyValuesError(Py_ssize_t expected);
+
+/* RaiseNeedMoreValuesToUnpack.proto */
+static CYTHON_INLINE void __Pyx_RaiseNeedMoreValuesError(Py_ssize_t index);
+
+/* IterFinish.proto */
+static CYTHON_INLINE int __Pyx_IterFinish(void);
+
+/* UnpackItemEndCheck.proto */
+static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected);
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop);
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
 /* PyObjectFormatAndDecref.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
@@ -3516,23 +3550,6 @@ static CYTHON_INLINE PyObject* __Pyx_decode_c_string(
 
 /* PyUnicode_Unicode.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
-
-/* PyObjectFormatSimple.proto */
-#if CYTHON_COMPILING_IN_PYPY
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#elif CYTHON_USE_TYPE_SLOTS
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
-        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
-        PyObject_Format(s, f))
-#else
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#endif
 
 /* PyObjectFormat.proto */
 #if CYTHON_USE_UNICODE_WRITER
@@ -4055,6 +4072,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, uint64_t __pyx_v_owner); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code, struct ivshmem_channel *__pyx_v_channel, PyObject *__pyx_v_name); /* proto*/
 
 /* Module declarations from "libc.stdint" */
@@ -4229,7 +4247,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[10];
-    PyObject *__pyx_string_tab[166];
+    PyObject *__pyx_string_tab[173];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4275,171 +4293,178 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #endif
 /* #### Code section: constant_name_defines ### */
 #define __pyx_kp_u__2 __pyx_string_tab[0]
-#define __pyx_kp_u_at __pyx_string_tab[1]
-#define __pyx_kp_u_of_ivshmem_channel_h __pyx_string_tab[2]
-#define __pyx_kp_u_places_of_the_area_are_taken_iv __pyx_string_tab[3]
-#define __pyx_kp_u_x __pyx_string_tab[4]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
-#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[6]
-#define __pyx_kp_u_is_impossible __pyx_string_tab[7]
-#define __pyx_kp_u_which_belongs_to_slot __pyx_string_tab[8]
-#define __pyx_kp_u__4 __pyx_string_tab[9]
-#define __pyx_kp_u__3 __pyx_string_tab[10]
-#define __pyx_kp_u_the_area_has __pyx_string_tab[11]
-#define __pyx_kp_u_ __pyx_string_tab[12]
-#define __pyx_kp_u_None __pyx_string_tab[13]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[14]
-#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[15]
-#define __pyx_kp_u_a_word __pyx_string_tab[16]
-#define __pyx_kp_u_add_note __pyx_string_tab[17]
-#define __pyx_kp_u_all_2 __pyx_string_tab[18]
-#define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[19]
-#define __pyx_kp_u_at_work __pyx_string_tab[20]
-#define __pyx_kp_u_channel __pyx_string_tab[21]
-#define __pyx_kp_u_disable __pyx_string_tab[22]
-#define __pyx_kp_u_enable __pyx_string_tab[23]
-#define __pyx_kp_u_error __pyx_string_tab[24]
-#define __pyx_kp_u_gc __pyx_string_tab[25]
-#define __pyx_kp_u_isenabled __pyx_string_tab[26]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[27]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[28]
-#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[29]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[30]
-#define __pyx_kp_u_place __pyx_string_tab[31]
-#define __pyx_kp_u_the __pyx_string_tab[32]
-#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[33]
-#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[34]
-#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[35]
-#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[36]
-#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[37]
-#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[38]
-#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[39]
-#define __pyx_kp_u_this_processor_may_refuse_a_comp __pyx_string_tab[40]
-#define __pyx_n_u__2 __pyx_string_tab[41]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[42]
-#define __pyx_n_u_ChannelError __pyx_string_tab[43]
-#define __pyx_n_u_ClosedError __pyx_string_tab[44]
-#define __pyx_n_u_Dependent __pyx_string_tab[45]
-#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[46]
-#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[47]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[48]
-#define __pyx_n_u_Membership __pyx_string_tab[49]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_Membership_close __pyx_string_tab[52]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[53]
-#define __pyx_n_u_Membership_places __pyx_string_tab[54]
-#define __pyx_n_u_Membership_run __pyx_string_tab[55]
-#define __pyx_n_u_NO_AREA __pyx_string_tab[56]
-#define __pyx_n_u_NoChannels __pyx_string_tab[57]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[58]
-#define __pyx_n_u_RegionError __pyx_string_tab[59]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[60]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[61]
-#define __pyx_n_u_annotate __pyx_string_tab[62]
-#define __pyx_n_u_dict __pyx_string_tab[63]
-#define __pyx_n_u_enter __pyx_string_tab[64]
-#define __pyx_n_u_exit __pyx_string_tab[65]
-#define __pyx_n_u_func __pyx_string_tab[66]
-#define __pyx_n_u_getstate __pyx_string_tab[67]
-#define __pyx_n_u_main __pyx_string_tab[68]
-#define __pyx_n_u_module __pyx_string_tab[69]
-#define __pyx_n_u_name_2 __pyx_string_tab[70]
-#define __pyx_n_u_new __pyx_string_tab[71]
-#define __pyx_n_u_pyx_checksum __pyx_string_tab[72]
-#define __pyx_n_u_pyx_result __pyx_string_tab[73]
-#define __pyx_n_u_pyx_state __pyx_string_tab[74]
-#define __pyx_n_u_pyx_type __pyx_string_tab[75]
-#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[76]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[77]
-#define __pyx_n_u_qualname __pyx_string_tab[78]
-#define __pyx_n_u_reduce __pyx_string_tab[79]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[80]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[81]
-#define __pyx_n_u_set_name __pyx_string_tab[82]
-#define __pyx_n_u_setstate __pyx_string_tab[83]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[84]
-#define __pyx_n_u_test __pyx_string_tab[85]
-#define __pyx_n_u_after_fork __pyx_string_tab[86]
-#define __pyx_n_u_dict_2 __pyx_string_tab[87]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[88]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[89]
-#define __pyx_n_u_after_in_child __pyx_string_tab[90]
-#define __pyx_n_u_all __pyx_string_tab[91]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[92]
-#define __pyx_n_u_at_2 __pyx_string_tab[93]
-#define __pyx_n_u_beat __pyx_string_tab[94]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[95]
-#define __pyx_n_u_close __pyx_string_tab[96]
-#define __pyx_n_u_closed __pyx_string_tab[97]
-#define __pyx_n_u_code __pyx_string_tab[98]
-#define __pyx_n_u_contextlib __pyx_string_tab[99]
-#define __pyx_n_u_count __pyx_string_tab[100]
-#define __pyx_n_u_current_id __pyx_string_tab[101]
-#define __pyx_n_u_decode __pyx_string_tab[102]
-#define __pyx_n_u_encode __pyx_string_tab[103]
-#define __pyx_n_u_end __pyx_string_tab[104]
-#define __pyx_n_u_endpoint __pyx_string_tab[105]
-#define __pyx_n_u_error_2 __pyx_string_tab[106]
-#define __pyx_n_u_errors __pyx_string_tab[107]
-#define __pyx_n_u_eventfds __pyx_string_tab[108]
-#define __pyx_n_u_found __pyx_string_tab[109]
-#define __pyx_n_u_free_place __pyx_string_tab[110]
-#define __pyx_n_u_get __pyx_string_tab[111]
-#define __pyx_n_u_getpid __pyx_string_tab[112]
-#define __pyx_n_u_i __pyx_string_tab[113]
-#define __pyx_n_u_identity __pyx_string_tab[114]
-#define __pyx_n_u_index __pyx_string_tab[115]
-#define __pyx_n_u_items __pyx_string_tab[116]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[117]
-#define __pyx_n_u_lease __pyx_string_tab[118]
-#define __pyx_n_u_left __pyx_string_tab[119]
-#define __pyx_n_u_limit __pyx_string_tab[120]
-#define __pyx_n_u_local __pyx_string_tab[121]
-#define __pyx_n_u_machine __pyx_string_tab[122]
-#define __pyx_n_u_mapping __pyx_string_tab[123]
-#define __pyx_n_u_memory __pyx_string_tab[124]
-#define __pyx_n_u_mute __pyx_string_tab[125]
-#define __pyx_n_u_name __pyx_string_tab[126]
-#define __pyx_n_u_next_beat __pyx_string_tab[127]
-#define __pyx_n_u_number __pyx_string_tab[128]
-#define __pyx_n_u_offset __pyx_string_tab[129]
-#define __pyx_n_u_one __pyx_string_tab[130]
-#define __pyx_n_u_os __pyx_string_tab[131]
-#define __pyx_n_u_peer __pyx_string_tab[132]
-#define __pyx_n_u_place_2 __pyx_string_tab[133]
-#define __pyx_n_u_places __pyx_string_tab[134]
-#define __pyx_n_u_pop __pyx_string_tab[135]
-#define __pyx_n_u_randbits __pyx_string_tab[136]
-#define __pyx_n_u_region __pyx_string_tab[137]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[138]
-#define __pyx_n_u_replace __pyx_string_tab[139]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[140]
-#define __pyx_n_u_run __pyx_string_tab[141]
-#define __pyx_n_u_secrets __pyx_string_tab[142]
-#define __pyx_n_u_self __pyx_string_tab[143]
-#define __pyx_n_u_setdefault __pyx_string_tab[144]
-#define __pyx_n_u_signal __pyx_string_tab[145]
-#define __pyx_n_u_silent __pyx_string_tab[146]
-#define __pyx_n_u_state __pyx_string_tab[147]
-#define __pyx_n_u_suppress __pyx_string_tab[148]
-#define __pyx_n_u_text __pyx_string_tab[149]
-#define __pyx_n_u_threading __pyx_string_tab[150]
-#define __pyx_n_u_update __pyx_string_tab[151]
-#define __pyx_n_u_use_setstate __pyx_string_tab[152]
-#define __pyx_n_u_values __pyx_string_tab[153]
-#define __pyx_n_u_vector __pyx_string_tab[154]
-#define __pyx_n_u_weakref __pyx_string_tab[155]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[165]
+#define __pyx_kp_u_process __pyx_string_tab[1]
+#define __pyx_kp_u_at __pyx_string_tab[2]
+#define __pyx_kp_u_of_ivshmem_channel_h __pyx_string_tab[3]
+#define __pyx_kp_u_places_of_the_area_are_taken_iv __pyx_string_tab[4]
+#define __pyx_kp_u_x __pyx_string_tab[5]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[6]
+#define __pyx_kp_u__4 __pyx_string_tab[7]
+#define __pyx_kp_u_some_process_that_can_write_to __pyx_string_tab[8]
+#define __pyx_kp_u__3 __pyx_string_tab[9]
+#define __pyx_kp_u_is_impossible __pyx_string_tab[10]
+#define __pyx_kp_u__6 __pyx_string_tab[11]
+#define __pyx_kp_u__5 __pyx_string_tab[12]
+#define __pyx_kp_u_the_area_has __pyx_string_tab[13]
+#define __pyx_kp_u_ __pyx_string_tab[14]
+#define __pyx_kp_u_None __pyx_string_tab[15]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
+#define __pyx_kp_u_a_forked_child_may_only_close_wh __pyx_string_tab[17]
+#define __pyx_kp_u_a_word __pyx_string_tab[18]
+#define __pyx_kp_u_add_note __pyx_string_tab[19]
+#define __pyx_kp_u_all_2 __pyx_string_tab[20]
+#define __pyx_kp_u_another_process_removed_the_chan __pyx_string_tab[21]
+#define __pyx_kp_u_at_work __pyx_string_tab[22]
+#define __pyx_kp_u_channel __pyx_string_tab[23]
+#define __pyx_kp_u_disable __pyx_string_tab[24]
+#define __pyx_kp_u_enable __pyx_string_tab[25]
+#define __pyx_kp_u_error __pyx_string_tab[26]
+#define __pyx_kp_u_gc __pyx_string_tab[27]
+#define __pyx_kp_u_isenabled __pyx_string_tab[28]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[29]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[30]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[31]
+#define __pyx_kp_u_ivshmem_channel_membership_pyx __pyx_string_tab[32]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[33]
+#define __pyx_kp_u_place __pyx_string_tab[34]
+#define __pyx_kp_u_the __pyx_string_tab[35]
+#define __pyx_kp_u_the_channels_are_closed __pyx_string_tab[36]
+#define __pyx_kp_u_the_region_has_no_room_for_chann __pyx_string_tab[37]
+#define __pyx_kp_u_the_region_is_closed __pyx_string_tab[38]
+#define __pyx_kp_u_the_region_is_mapped_for_reading_2 __pyx_string_tab[39]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[40]
+#define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[41]
+#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[42]
+#define __pyx_kp_u_this_processor_may_refuse_a_comp __pyx_string_tab[43]
+#define __pyx_kp_u_which_belonged_to_place __pyx_string_tab[44]
+#define __pyx_kp_u_which_belongs_to_place __pyx_string_tab[45]
+#define __pyx_kp_u_which_is_no_place_s_own __pyx_string_tab[46]
+#define __pyx_n_u__2 __pyx_string_tab[47]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[48]
+#define __pyx_n_u_ChannelError __pyx_string_tab[49]
+#define __pyx_n_u_ClosedError __pyx_string_tab[50]
+#define __pyx_n_u_Dependent __pyx_string_tab[51]
+#define __pyx_n_u_Dependent___reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_Dependent___setstate_cython __pyx_string_tab[53]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[54]
+#define __pyx_n_u_Membership __pyx_string_tab[55]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[56]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[57]
+#define __pyx_n_u_Membership_close __pyx_string_tab[58]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[59]
+#define __pyx_n_u_Membership_places __pyx_string_tab[60]
+#define __pyx_n_u_Membership_run __pyx_string_tab[61]
+#define __pyx_n_u_NO_AREA __pyx_string_tab[62]
+#define __pyx_n_u_NoChannels __pyx_string_tab[63]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[64]
+#define __pyx_n_u_RegionError __pyx_string_tab[65]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[66]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[67]
+#define __pyx_n_u_annotate __pyx_string_tab[68]
+#define __pyx_n_u_dict __pyx_string_tab[69]
+#define __pyx_n_u_enter __pyx_string_tab[70]
+#define __pyx_n_u_exit __pyx_string_tab[71]
+#define __pyx_n_u_func __pyx_string_tab[72]
+#define __pyx_n_u_getstate __pyx_string_tab[73]
+#define __pyx_n_u_main __pyx_string_tab[74]
+#define __pyx_n_u_module __pyx_string_tab[75]
+#define __pyx_n_u_name_2 __pyx_string_tab[76]
+#define __pyx_n_u_new __pyx_string_tab[77]
+#define __pyx_n_u_pyx_checksum __pyx_string_tab[78]
+#define __pyx_n_u_pyx_result __pyx_string_tab[79]
+#define __pyx_n_u_pyx_state __pyx_string_tab[80]
+#define __pyx_n_u_pyx_type __pyx_string_tab[81]
+#define __pyx_n_u_pyx_unpickle_Dependent __pyx_string_tab[82]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[83]
+#define __pyx_n_u_qualname __pyx_string_tab[84]
+#define __pyx_n_u_reduce __pyx_string_tab[85]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[86]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[87]
+#define __pyx_n_u_set_name __pyx_string_tab[88]
+#define __pyx_n_u_setstate __pyx_string_tab[89]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[90]
+#define __pyx_n_u_test __pyx_string_tab[91]
+#define __pyx_n_u_after_fork __pyx_string_tab[92]
+#define __pyx_n_u_dict_2 __pyx_string_tab[93]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[94]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[95]
+#define __pyx_n_u_after_in_child __pyx_string_tab[96]
+#define __pyx_n_u_all __pyx_string_tab[97]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[98]
+#define __pyx_n_u_at_2 __pyx_string_tab[99]
+#define __pyx_n_u_beat __pyx_string_tab[100]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[101]
+#define __pyx_n_u_close __pyx_string_tab[102]
+#define __pyx_n_u_closed __pyx_string_tab[103]
+#define __pyx_n_u_code __pyx_string_tab[104]
+#define __pyx_n_u_contextlib __pyx_string_tab[105]
+#define __pyx_n_u_count __pyx_string_tab[106]
+#define __pyx_n_u_current_id __pyx_string_tab[107]
+#define __pyx_n_u_decode __pyx_string_tab[108]
+#define __pyx_n_u_encode __pyx_string_tab[109]
+#define __pyx_n_u_end __pyx_string_tab[110]
+#define __pyx_n_u_endpoint __pyx_string_tab[111]
+#define __pyx_n_u_error_2 __pyx_string_tab[112]
+#define __pyx_n_u_errors __pyx_string_tab[113]
+#define __pyx_n_u_eventfds __pyx_string_tab[114]
+#define __pyx_n_u_found __pyx_string_tab[115]
+#define __pyx_n_u_free_place __pyx_string_tab[116]
+#define __pyx_n_u_get __pyx_string_tab[117]
+#define __pyx_n_u_getpid __pyx_string_tab[118]
+#define __pyx_n_u_i __pyx_string_tab[119]
+#define __pyx_n_u_identity __pyx_string_tab[120]
+#define __pyx_n_u_index __pyx_string_tab[121]
+#define __pyx_n_u_items __pyx_string_tab[122]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[123]
+#define __pyx_n_u_lease __pyx_string_tab[124]
+#define __pyx_n_u_left __pyx_string_tab[125]
+#define __pyx_n_u_limit __pyx_string_tab[126]
+#define __pyx_n_u_local __pyx_string_tab[127]
+#define __pyx_n_u_machine __pyx_string_tab[128]
+#define __pyx_n_u_mapping __pyx_string_tab[129]
+#define __pyx_n_u_memory __pyx_string_tab[130]
+#define __pyx_n_u_mute __pyx_string_tab[131]
+#define __pyx_n_u_name __pyx_string_tab[132]
+#define __pyx_n_u_next_beat __pyx_string_tab[133]
+#define __pyx_n_u_number __pyx_string_tab[134]
+#define __pyx_n_u_offset __pyx_string_tab[135]
+#define __pyx_n_u_one __pyx_string_tab[136]
+#define __pyx_n_u_os __pyx_string_tab[137]
+#define __pyx_n_u_peer __pyx_string_tab[138]
+#define __pyx_n_u_place_2 __pyx_string_tab[139]
+#define __pyx_n_u_places __pyx_string_tab[140]
+#define __pyx_n_u_plain __pyx_string_tab[141]
+#define __pyx_n_u_pop __pyx_string_tab[142]
+#define __pyx_n_u_randbits __pyx_string_tab[143]
+#define __pyx_n_u_region __pyx_string_tab[144]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[145]
+#define __pyx_n_u_replace __pyx_string_tab[146]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[147]
+#define __pyx_n_u_run __pyx_string_tab[148]
+#define __pyx_n_u_secrets __pyx_string_tab[149]
+#define __pyx_n_u_self __pyx_string_tab[150]
+#define __pyx_n_u_setdefault __pyx_string_tab[151]
+#define __pyx_n_u_signal __pyx_string_tab[152]
+#define __pyx_n_u_silent __pyx_string_tab[153]
+#define __pyx_n_u_state __pyx_string_tab[154]
+#define __pyx_n_u_suppress __pyx_string_tab[155]
+#define __pyx_n_u_text __pyx_string_tab[156]
+#define __pyx_n_u_threading __pyx_string_tab[157]
+#define __pyx_n_u_update __pyx_string_tab[158]
+#define __pyx_n_u_use_setstate __pyx_string_tab[159]
+#define __pyx_n_u_values __pyx_string_tab[160]
+#define __pyx_n_u_vector __pyx_string_tab[161]
+#define __pyx_n_u_weakref __pyx_string_tab[162]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[172]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4482,7 +4507,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<166; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<173; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4530,7 +4555,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<166; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<173; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5278,7 +5303,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/membership.pyx":62
+/* "ivshmem/channel/membership.pyx":63
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5308,7 +5333,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_after_fork", 0);
 
-  /* "ivshmem/channel/membership.pyx":64
+  /* "ivshmem/channel/membership.pyx":65
  * def _after_fork():
  *     global generation
  *     generation += 1             # <<<<<<<<<<<<<<
@@ -5317,7 +5342,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = (__pyx_v_7ivshmem_7channel_10membership_generation + 1);
 
-  /* "ivshmem/channel/membership.pyx":62
+  /* "ivshmem/channel/membership.pyx":63
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5332,7 +5357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":73
+/* "ivshmem/channel/membership.pyx":74
  *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -5343,7 +5368,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":75
+  /* "ivshmem/channel/membership.pyx":76
  *     cdef int beat(self) except -1:
  *         """Do what an end does once a beat."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -5356,7 +5381,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":73
+  /* "ivshmem/channel/membership.pyx":74
  *     """What a membership looks after at each beat, and closes at its end: an end of a channel."""
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -5370,7 +5395,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":77
+/* "ivshmem/channel/membership.pyx":78
  *         return 0
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5381,7 +5406,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_beat(CYTHON_UNUSED 
 static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":79
+  /* "ivshmem/channel/membership.pyx":80
  *     cdef bint is_rung(self) noexcept:
  *         """Whether peers ring this process for the end, although it can only read."""
  *         return False             # <<<<<<<<<<<<<<
@@ -5394,7 +5419,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung(CYTHON_UNUS
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":77
+  /* "ivshmem/channel/membership.pyx":78
  *         return 0
  * 
  *     cdef bint is_rung(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5868,7 +5893,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_9Dependent_2__setstate_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":82
+/* "ivshmem/channel/membership.pyx":83
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5881,7 +5906,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   int __pyx_t_1;
   long __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":83
+  /* "ivshmem/channel/membership.pyx":84
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context             # <<<<<<<<<<<<<<
@@ -5890,7 +5915,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   __pyx_v_rings = ((struct __pyx_t_7ivshmem_7channel_10membership_Rings *)__pyx_v_context);
 
-  /* "ivshmem/channel/membership.pyx":84
+  /* "ivshmem/channel/membership.pyx":85
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):             # <<<<<<<<<<<<<<
@@ -5903,7 +5928,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":85
+    /* "ivshmem/channel/membership.pyx":86
  *     cdef Rings *rings = <Rings *>context
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -5913,7 +5938,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
     ivshmem_pause();
   }
 
-  /* "ivshmem/channel/membership.pyx":86
+  /* "ivshmem/channel/membership.pyx":87
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5925,7 +5950,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":87
+    /* "ivshmem/channel/membership.pyx":88
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector             # <<<<<<<<<<<<<<
@@ -5945,7 +5970,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
     (__pyx_v_rings->targets[__pyx_v_rings->count]) = __pyx_t_2;
 
 
-    /* "ivshmem/channel/membership.pyx":88
+    /* "ivshmem/channel/membership.pyx":89
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1             # <<<<<<<<<<<<<<
@@ -5954,7 +5979,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     __pyx_v_rings->count = (__pyx_v_rings->count + 1);
 
-    /* "ivshmem/channel/membership.pyx":86
+    /* "ivshmem/channel/membership.pyx":87
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5963,7 +5988,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":89
+  /* "ivshmem/channel/membership.pyx":90
  *         rings.targets[rings.count] = EVERY_PEER if peer == EVERY_PEER else peer << 16 | vector
  *         rings.count += 1
  *     word_store(&rings.lock, False, 0, RELEASE)             # <<<<<<<<<<<<<<
@@ -5972,7 +5997,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   word_store((&__pyx_v_rings->lock), 0, 0, __ATOMIC_RELEASE);
 
-  /* "ivshmem/channel/membership.pyx":82
+  /* "ivshmem/channel/membership.pyx":83
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5984,7 +6009,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
 }
 
-/* "ivshmem/channel/membership.pyx":92
+/* "ivshmem/channel/membership.pyx":93
  * 
  * 
  * cdef bint next_ring(Rings *rings, uint32_t *target) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5997,7 +6022,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":95
+  /* "ivshmem/channel/membership.pyx":96
  *     """Take a ring that was noted, by whichever thread; whether there was one."""
  *     cdef bint found
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):             # <<<<<<<<<<<<<<
@@ -6010,7 +6035,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":96
+    /* "ivshmem/channel/membership.pyx":97
  *     cdef bint found
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -6020,7 +6045,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
     ivshmem_pause();
   }
 
-  /* "ivshmem/channel/membership.pyx":97
+  /* "ivshmem/channel/membership.pyx":98
  *     while word_exchange(&rings.lock, False, 1, ACQUIRE):
  *         ivshmem_pause()
  *     found = rings.count > 0             # <<<<<<<<<<<<<<
@@ -6029,7 +6054,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   __pyx_v_found = (__pyx_v_rings->count > 0);
 
-  /* "ivshmem/channel/membership.pyx":98
+  /* "ivshmem/channel/membership.pyx":99
  *         ivshmem_pause()
  *     found = rings.count > 0
  *     if found:             # <<<<<<<<<<<<<<
@@ -6038,7 +6063,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   if (__pyx_v_found) {
 
-    /* "ivshmem/channel/membership.pyx":99
+    /* "ivshmem/channel/membership.pyx":100
  *     found = rings.count > 0
  *     if found:
  *         rings.count -= 1             # <<<<<<<<<<<<<<
@@ -6047,7 +6072,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
     __pyx_v_rings->count = (__pyx_v_rings->count - 1);
 
-    /* "ivshmem/channel/membership.pyx":100
+    /* "ivshmem/channel/membership.pyx":101
  *     if found:
  *         rings.count -= 1
  *         target[0] = rings.targets[rings.count]             # <<<<<<<<<<<<<<
@@ -6056,7 +6081,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
     (__pyx_v_target[0]) = (__pyx_v_rings->targets[__pyx_v_rings->count]);
 
-    /* "ivshmem/channel/membership.pyx":98
+    /* "ivshmem/channel/membership.pyx":99
  *         ivshmem_pause()
  *     found = rings.count > 0
  *     if found:             # <<<<<<<<<<<<<<
@@ -6065,7 +6090,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":101
+  /* "ivshmem/channel/membership.pyx":102
  *         rings.count -= 1
  *         target[0] = rings.targets[rings.count]
  *     word_store(&rings.lock, False, 0, RELEASE)             # <<<<<<<<<<<<<<
@@ -6074,7 +6099,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 */
   word_store((&__pyx_v_rings->lock), 0, 0, __ATOMIC_RELEASE);
 
-  /* "ivshmem/channel/membership.pyx":102
+  /* "ivshmem/channel/membership.pyx":103
  *         target[0] = rings.targets[rings.count]
  *     word_store(&rings.lock, False, 0, RELEASE)
  *     return found             # <<<<<<<<<<<<<<
@@ -6087,7 +6112,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":92
+  /* "ivshmem/channel/membership.pyx":93
  * 
  * 
  * cdef bint next_ring(Rings *rings, uint32_t *target) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6101,7 +6126,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":105
+/* "ivshmem/channel/membership.pyx":106
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6112,7 +6137,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_next_ring(struct __pyx_t_7ivsh
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED void *__pyx_v_context) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":106
+  /* "ivshmem/channel/membership.pyx":107
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:
  *     return now()             # <<<<<<<<<<<<<<
@@ -6125,7 +6150,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":105
+  /* "ivshmem/channel/membership.pyx":106
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6138,7 +6163,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":129
+/* "ivshmem/channel/membership.pyx":130
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6191,81 +6216,81 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_endpoint,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_beat,&__pyx_mstate_global->__pyx_n_u_lease,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 129, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 130, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 130, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 129, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 130, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 130, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 129, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 130, __pyx_L3_error)
     }
     __pyx_v_region = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 132, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L3_error)
     __pyx_v_endpoint = values[2];
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 134, __pyx_L3_error)
-    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L3_error)
-    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
-    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L3_error)
+    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
+    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 137, __pyx_L3_error)
+    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 138, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[7]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 129, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 130, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6276,8 +6301,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 131, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 138, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 132, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 139, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_region, __pyx_v_offset, __pyx_v_endpoint, __pyx_v_vector, __pyx_v_mapping, __pyx_v_beat, __pyx_v_lease, __pyx_v_name);
 
   /* function exit code */
@@ -6326,7 +6351,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":143
+  /* "ivshmem/channel/membership.pyx":144
  *         cdef char text[64]
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -6335,7 +6360,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/channel/membership.pyx":144
+  /* "ivshmem/channel/membership.pyx":145
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation             # <<<<<<<<<<<<<<
@@ -6344,7 +6369,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->generation = __pyx_v_7ivshmem_7channel_10membership_generation;
 
-  /* "ivshmem/channel/membership.pyx":145
+  /* "ivshmem/channel/membership.pyx":146
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation
  *         self.mapping = region             # <<<<<<<<<<<<<<
@@ -6356,7 +6381,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_region);
 
-  /* "ivshmem/channel/membership.pyx":146
+  /* "ivshmem/channel/membership.pyx":147
  *         self.generation = generation
  *         self.mapping = region
  *         self.endpoint = endpoint             # <<<<<<<<<<<<<<
@@ -6368,7 +6393,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->endpoint);
   __Pyx_DECREF_SET(__pyx_v_self->endpoint, __pyx_v_endpoint);
 
-  /* "ivshmem/channel/membership.pyx":147
+  /* "ivshmem/channel/membership.pyx":148
  *         self.mapping = region
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint             # <<<<<<<<<<<<<<
@@ -6377,13 +6402,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_t_1 = __pyx_v_endpoint;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
   __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":148
+  /* "ivshmem/channel/membership.pyx":149
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint
  *         self.vector = vector             # <<<<<<<<<<<<<<
@@ -6392,35 +6417,35 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->vector = __pyx_v_vector;
 
-  /* "ivshmem/channel/membership.pyx":149
+  /* "ivshmem/channel/membership.pyx":150
  *         self.doorbells = endpoint
  *         self.vector = vector
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.ends = {}
  *         self.threads = threading.local()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":150
+  /* "ivshmem/channel/membership.pyx":151
  *         self.vector = vector
  *         self.bells = {}
  *         self.ends = {}             # <<<<<<<<<<<<<<
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->ends);
   __Pyx_DECREF_SET(__pyx_v_self->ends, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":151
+  /* "ivshmem/channel/membership.pyx":152
  *         self.bells = {}
  *         self.ends = {}
  *         self.threads = threading.local()             # <<<<<<<<<<<<<<
@@ -6428,9 +6453,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         region.borrow()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -6450,7 +6475,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6458,7 +6483,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->threads, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":152
+  /* "ivshmem/channel/membership.pyx":153
  *         self.ends = {}
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()             # <<<<<<<<<<<<<<
@@ -6466,9 +6491,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.pinned = True
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -6488,7 +6513,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -6496,17 +6521,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->loops, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":153
+  /* "ivshmem/channel/membership.pyx":154
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()             # <<<<<<<<<<<<<<
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_region->__pyx_vtab)->borrow(__pyx_v_region); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":154
+  /* "ivshmem/channel/membership.pyx":155
  *         self.loops = weakref.WeakKeyDictionary()
  *         region.borrow()
  *         self.pinned = True             # <<<<<<<<<<<<<<
@@ -6515,7 +6540,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pinned = 1;
 
-  /* "ivshmem/channel/membership.pyx":155
+  /* "ivshmem/channel/membership.pyx":156
  *         region.borrow()
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start             # <<<<<<<<<<<<<<
@@ -6524,7 +6549,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.start = ((unsigned char *)__pyx_v_region->start);
 
-  /* "ivshmem/channel/membership.pyx":156
+  /* "ivshmem/channel/membership.pyx":157
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length             # <<<<<<<<<<<<<<
@@ -6535,7 +6560,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.size = __pyx_t_7;
 
-  /* "ivshmem/channel/membership.pyx":157
+  /* "ivshmem/channel/membership.pyx":158
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping             # <<<<<<<<<<<<<<
@@ -6544,7 +6569,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.mapping = ((enum ivshmem_mapping)__pyx_v_mapping);
 
-  /* "ivshmem/channel/membership.pyx":158
+  /* "ivshmem/channel/membership.pyx":159
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed             # <<<<<<<<<<<<<<
@@ -6555,7 +6580,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.readonly = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":159
+  /* "ivshmem/channel/membership.pyx":160
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)             # <<<<<<<<<<<<<<
@@ -6564,7 +6589,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_code = ivshmem_area_open((&__pyx_v_self->member.area), (&__pyx_v_memory), __pyx_v_offset);
 
-  /* "ivshmem/channel/membership.pyx":160
+  /* "ivshmem/channel/membership.pyx":161
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6576,20 +6601,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":161
+    /* "ivshmem/channel/membership.pyx":162
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
  *             raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 161, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 161, __pyx_L1_error)
+    __PYX_ERR(0, 162, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":160
+    /* "ivshmem/channel/membership.pyx":161
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6598,7 +6623,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":162
+  /* "ivshmem/channel/membership.pyx":163
  *         if code:
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)             # <<<<<<<<<<<<<<
@@ -6607,7 +6632,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->beat = ((int64_t)(__pyx_v_beat * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":163
+  /* "ivshmem/channel/membership.pyx":164
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)             # <<<<<<<<<<<<<<
@@ -6616,7 +6641,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.lease = ((int64_t)(__pyx_v_lease * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":164
+  /* "ivshmem/channel/membership.pyx":165
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings             # <<<<<<<<<<<<<<
@@ -6625,7 +6650,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.context = (&__pyx_v_self->rings);
 
-  /* "ivshmem/channel/membership.pyx":165
+  /* "ivshmem/channel/membership.pyx":166
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring             # <<<<<<<<<<<<<<
@@ -6634,7 +6659,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ring = __pyx_f_7ivshmem_7channel_10membership_note_ring;
 
-  /* "ivshmem/channel/membership.pyx":166
+  /* "ivshmem/channel/membership.pyx":167
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time             # <<<<<<<<<<<<<<
@@ -6643,7 +6668,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.now = __pyx_f_7ivshmem_7channel_10membership_tell_time;
 
-  /* "ivshmem/channel/membership.pyx":167
+  /* "ivshmem/channel/membership.pyx":168
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended             # <<<<<<<<<<<<<<
@@ -6652,7 +6677,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ended = ivshmem_process_ended;
 
-  /* "ivshmem/channel/membership.pyx":168
+  /* "ivshmem/channel/membership.pyx":169
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6666,16 +6691,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":169
+  /* "ivshmem/channel/membership.pyx":170
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6689,16 +6714,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->ending);
   __Pyx_DECREF_SET(__pyx_v_self->ending, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":170
+  /* "ivshmem/channel/membership.pyx":171
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))             # <<<<<<<<<<<<<<
@@ -6707,7 +6732,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pulses = ((struct ivshmem_pulse *)calloc(__pyx_v_self->member.area.places, (sizeof(struct ivshmem_pulse))));
 
-  /* "ivshmem/channel/membership.pyx":171
+  /* "ivshmem/channel/membership.pyx":172
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6719,16 +6744,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_8)) {
 
 
-    /* "ivshmem/channel/membership.pyx":172
+    /* "ivshmem/channel/membership.pyx":173
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 172, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 173, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":171
+    /* "ivshmem/channel/membership.pyx":172
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6737,7 +6762,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":173
+  /* "ivshmem/channel/membership.pyx":174
  *         if self.pulses == NULL:
  *             raise MemoryError
  *         self.member.pulses = self.pulses             # <<<<<<<<<<<<<<
@@ -6748,7 +6773,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_self->member.pulses = __pyx_t_9;
 
-  /* "ivshmem/channel/membership.pyx":174
+  /* "ivshmem/channel/membership.pyx":175
  *             raise MemoryError
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()             # <<<<<<<<<<<<<<
@@ -6757,7 +6782,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.looked = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":175
+  /* "ivshmem/channel/membership.pyx":176
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads             # <<<<<<<<<<<<<<
@@ -6779,7 +6804,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __pyx_L5_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":176
+  /* "ivshmem/channel/membership.pyx":177
  *         self.member.looked = now()
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
@@ -6787,9 +6812,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.member.process = os.getpid()
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_5 = 1;
@@ -6809,14 +6834,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_self->member.machine = __pyx_t_11;
 
-  /* "ivshmem/channel/membership.pyx":177
+  /* "ivshmem/channel/membership.pyx":178
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
@@ -6828,7 +6853,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (__pyx_t_8) {
 
 
-    /* "ivshmem/channel/membership.pyx":178
+    /* "ivshmem/channel/membership.pyx":179
  *         self.member.machine = identity.machine()
  *         if not region.fixed:
  *             self.member.process = os.getpid()             # <<<<<<<<<<<<<<
@@ -6836,9 +6861,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.name_peer()
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 179, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 178, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -6858,14 +6883,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 178, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 179, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 178, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 179, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_self->member.process = __pyx_t_11;
 
-    /* "ivshmem/channel/membership.pyx":179
+    /* "ivshmem/channel/membership.pyx":180
  *         if not region.fixed:
  *             self.member.process = os.getpid()
  *             self.member.started = ivshmem_process_start(self.member.process)             # <<<<<<<<<<<<<<
@@ -6874,17 +6899,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->member.started = ivshmem_process_start(__pyx_v_self->member.process);
 
-    /* "ivshmem/channel/membership.pyx":180
+    /* "ivshmem/channel/membership.pyx":181
  *             self.member.process = os.getpid()
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 181, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":181
+    /* "ivshmem/channel/membership.pyx":182
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -6893,7 +6918,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":182
+    /* "ivshmem/channel/membership.pyx":183
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -6909,13 +6934,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_2 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_2);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_2 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       #endif
@@ -6924,28 +6949,28 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 183, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 182, __pyx_L1_error)
-    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 183, __pyx_L1_error)
+    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_encoded = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":183
+    /* "ivshmem/channel/membership.pyx":184
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
 */
-    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 183, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L1_error)
     (void)(strncpy(__pyx_v_text, __pyx_t_12, (8 * IVSHMEM_NAME_WORDS)));
 
 
-    /* "ivshmem/channel/membership.pyx":184
+    /* "ivshmem/channel/membership.pyx":185
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
@@ -6953,9 +6978,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *                 raise self.fail(code, NULL, "")
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 184, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 185, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 184, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_5 = 1;
@@ -6975,15 +7000,15 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
-    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_11, __pyx_v_text);
 
 
-    /* "ivshmem/channel/membership.pyx":185
+    /* "ivshmem/channel/membership.pyx":186
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
@@ -6995,20 +7020,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     if (unlikely(__pyx_t_8)) {
 
 
-      /* "ivshmem/channel/membership.pyx":186
+      /* "ivshmem/channel/membership.pyx":187
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
  *                 raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *             self.joined = True
  *         self.state = 0
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 186, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 186, __pyx_L1_error)
+      __PYX_ERR(0, 187, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":185
+      /* "ivshmem/channel/membership.pyx":186
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
@@ -7017,7 +7042,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":187
+    /* "ivshmem/channel/membership.pyx":188
  *             if code:
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True             # <<<<<<<<<<<<<<
@@ -7026,7 +7051,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->joined = 1;
 
-    /* "ivshmem/channel/membership.pyx":177
+    /* "ivshmem/channel/membership.pyx":178
  *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         self.member.machine = identity.machine()
  *         if not region.fixed:             # <<<<<<<<<<<<<<
@@ -7035,7 +7060,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":188
+  /* "ivshmem/channel/membership.pyx":189
  *                 raise self.fail(code, NULL, "")
  *             self.joined = True
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -7044,17 +7069,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/channel/membership.pyx":189
+  /* "ivshmem/channel/membership.pyx":190
  *             self.joined = True
  *         self.state = 0
  *         self.flush()             # <<<<<<<<<<<<<<
  * 
  *     cdef int name_peer(self) except -1:
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":129
+  /* "ivshmem/channel/membership.pyx":130
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -7082,7 +7107,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":191
+/* "ivshmem/channel/membership.pyx":192
  *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -7105,7 +7130,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("name_peer", 0);
 
-  /* "ivshmem/channel/membership.pyx":192
+  /* "ivshmem/channel/membership.pyx":193
  * 
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()             # <<<<<<<<<<<<<<
@@ -7124,17 +7149,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_current_id, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 192, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_6;
   }
 
   __pyx_v_peer = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":193
+  /* "ivshmem/channel/membership.pyx":194
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -7146,7 +7171,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":194
+    /* "ivshmem/channel/membership.pyx":195
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:
  *             peer |= IVSHMEM_PEER_MUTE             # <<<<<<<<<<<<<<
@@ -7155,7 +7180,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
     __pyx_v_peer = (__pyx_v_peer | IVSHMEM_PEER_MUTE);
 
-    /* "ivshmem/channel/membership.pyx":193
+    /* "ivshmem/channel/membership.pyx":194
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -7165,7 +7190,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":196
+  /* "ivshmem/channel/membership.pyx":197
  *             peer |= IVSHMEM_PEER_MUTE
  *         else:
  *             peer |= <uint64_t>self.vector << 16             # <<<<<<<<<<<<<<
@@ -7177,7 +7202,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":197
+  /* "ivshmem/channel/membership.pyx":198
  *         else:
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer             # <<<<<<<<<<<<<<
@@ -7186,7 +7211,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
   __pyx_v_self->member.peer = __pyx_v_peer;
 
-  /* "ivshmem/channel/membership.pyx":198
+  /* "ivshmem/channel/membership.pyx":199
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer
  *         return 0             # <<<<<<<<<<<<<<
@@ -7199,7 +7224,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":191
+  /* "ivshmem/channel/membership.pyx":192
  *         self.flush()
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -7220,7 +7245,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":200
+/* "ivshmem/channel/membership.pyx":201
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7253,7 +7278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":202
+  /* "ivshmem/channel/membership.pyx":203
  *     @property
  *     def readonly(self):
  *         return bool(self.mapping.fixed)             # <<<<<<<<<<<<<<
@@ -7262,7 +7287,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 */
   __pyx_t_1 = __pyx_v_self->mapping->fixed;
 
-  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -7276,7 +7301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":200
+  /* "ivshmem/channel/membership.pyx":201
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7295,7 +7320,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":204
+/* "ivshmem/channel/membership.pyx":205
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7327,14 +7352,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":206
+  /* "ivshmem/channel/membership.pyx":207
  *     @property
  *     def closed(self):
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef bint is_own(self) noexcept:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -7347,7 +7372,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":204
+  /* "ivshmem/channel/membership.pyx":205
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7366,7 +7391,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":208
+/* "ivshmem/channel/membership.pyx":209
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7377,7 +7402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":210
+  /* "ivshmem/channel/membership.pyx":211
  *     cdef bint is_own(self) noexcept:
  *         """Whether this process made it: it is not a forked child's copy."""
  *         return self.generation == generation             # <<<<<<<<<<<<<<
@@ -7390,7 +7415,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":208
+  /* "ivshmem/channel/membership.pyx":209
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef bint is_own(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7404,7 +7429,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_own(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":212
+/* "ivshmem/channel/membership.pyx":213
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7417,7 +7442,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":215
+  /* "ivshmem/channel/membership.pyx":216
  *         """Whether this process may store into the memory: neither closed nor a forked child's."""
  *         return (
  *             self.is_own()             # <<<<<<<<<<<<<<
@@ -7435,7 +7460,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":216
+  /* "ivshmem/channel/membership.pyx":217
  *         return (
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7453,7 +7478,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":217
+  /* "ivshmem/channel/membership.pyx":218
  *             self.is_own()
  *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
  *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -7471,7 +7496,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":212
+  /* "ivshmem/channel/membership.pyx":213
  *         return self.generation == generation
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7485,7 +7510,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":220
+/* "ivshmem/channel/membership.pyx":221
  *         )
  * 
  *     cdef bint has_place(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7499,7 +7524,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/channel/membership.pyx":226
+  /* "ivshmem/channel/membership.pyx":227
  *         memory is slow to read: there only the thread of the beat looks.)
  *         """
  *         return self.usable() and not (             # <<<<<<<<<<<<<<
@@ -7517,7 +7542,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
     goto __pyx_L3_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":227
+  /* "ivshmem/channel/membership.pyx":228
  *         """
  *         return self.usable() and not (
  *             self.joined and self.member.area.memory.mapping == 0 and ivshmem_load(             # <<<<<<<<<<<<<<
@@ -7541,7 +7566,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":230
+  /* "ivshmem/channel/membership.pyx":231
  *                 &self.member.area.memory,
  *                 ivshmem_place_at(&self.member.area, self.member.place.index),
  *             ) != self.member.number             # <<<<<<<<<<<<<<
@@ -7555,7 +7580,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":226
+  /* "ivshmem/channel/membership.pyx":227
  *         memory is slow to read: there only the thread of the beat looks.)
  *         """
  *         return self.usable() and not (             # <<<<<<<<<<<<<<
@@ -7574,7 +7599,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":220
+  /* "ivshmem/channel/membership.pyx":221
  *         )
  * 
  *     cdef bint has_place(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7588,7 +7613,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_has_place(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":233
+/* "ivshmem/channel/membership.pyx":234
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7606,7 +7631,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/membership.pyx":234
+  /* "ivshmem/channel/membership.pyx":235
  * 
  *     cdef int check(self) except -1:
  *         if not self.has_place():             # <<<<<<<<<<<<<<
@@ -7618,20 +7643,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":235
+    /* "ivshmem/channel/membership.pyx":236
  *     cdef int check(self) except -1:
  *         if not self.has_place():
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 235, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 235, __pyx_L1_error)
+    __PYX_ERR(0, 236, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":234
+    /* "ivshmem/channel/membership.pyx":235
  * 
  *     cdef int check(self) except -1:
  *         if not self.has_place():             # <<<<<<<<<<<<<<
@@ -7640,7 +7665,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":236
+  /* "ivshmem/channel/membership.pyx":237
  *         if not self.has_place():
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7653,7 +7678,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":233
+  /* "ivshmem/channel/membership.pyx":234
  *         )
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -7672,7 +7697,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":238
+/* "ivshmem/channel/membership.pyx":239
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -7696,7 +7721,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("unusable", 0);
 
-  /* "ivshmem/channel/membership.pyx":239
+  /* "ivshmem/channel/membership.pyx":240
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -7708,7 +7733,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":240
+    /* "ivshmem/channel/membership.pyx":241
  *     cdef object unusable(self):
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
@@ -7721,7 +7746,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_forked_child_may_only_close_wh};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 241, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7735,7 +7760,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":239
+    /* "ivshmem/channel/membership.pyx":240
  * 
  *     cdef object unusable(self):
  *         if not self.is_own():             # <<<<<<<<<<<<<<
@@ -7744,7 +7769,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":241
+  /* "ivshmem/channel/membership.pyx":242
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():             # <<<<<<<<<<<<<<
@@ -7770,17 +7795,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":242
+    /* "ivshmem/channel/membership.pyx":243
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():
  *             self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.lost:
  *             return ClosedError(
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":241
+    /* "ivshmem/channel/membership.pyx":242
  *         if not self.is_own():
  *             return RuntimeError("a forked child may only close what it has of channels")
  *         if self.usable() and not self.has_place():             # <<<<<<<<<<<<<<
@@ -7789,7 +7814,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":243
+  /* "ivshmem/channel/membership.pyx":244
  *         if self.usable() and not self.has_place():
  *             self.lose_place()
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -7798,7 +7823,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   if (__pyx_v_self->lost) {
 
-    /* "ivshmem/channel/membership.pyx":244
+    /* "ivshmem/channel/membership.pyx":245
  *             self.lose_place()
  *         if self.lost:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -7806,7 +7831,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *                 " server on the memory, because it was silent: open the channels again"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 244, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7825,7 +7850,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 245, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7839,7 +7864,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":243
+    /* "ivshmem/channel/membership.pyx":244
  *         if self.usable() and not self.has_place():
  *             self.lose_place()
  *         if self.lost:             # <<<<<<<<<<<<<<
@@ -7848,7 +7873,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":248
+  /* "ivshmem/channel/membership.pyx":249
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7865,9 +7890,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 
     goto __pyx_L9_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 249, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_8 = (!__pyx_t_5);
 
@@ -7879,7 +7904,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":249
+    /* "ivshmem/channel/membership.pyx":250
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -7887,7 +7912,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  * 
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7906,7 +7931,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -7920,7 +7945,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":248
+    /* "ivshmem/channel/membership.pyx":249
  *                 " server on the memory, because it was silent: open the channels again"
  *             )
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -7929,7 +7954,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":250
+  /* "ivshmem/channel/membership.pyx":251
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
  *             return ClosedError("the channels are closed")
  *         return ClosedError("the region is closed")             # <<<<<<<<<<<<<<
@@ -7937,7 +7962,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
  *     cdef int lose_place(self) except -1:
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 250, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 251, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7956,7 +7981,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 250, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   {
@@ -7970,7 +7995,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":238
+  /* "ivshmem/channel/membership.pyx":239
  *         return 0
  * 
  *     cdef object unusable(self):             # <<<<<<<<<<<<<<
@@ -7991,7 +8016,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":252
+/* "ivshmem/channel/membership.pyx":253
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -8006,7 +8031,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":253
+  /* "ivshmem/channel/membership.pyx":254
  * 
  *     cdef int lose_place(self) except -1:
  *         self.lost = True             # <<<<<<<<<<<<<<
@@ -8015,7 +8040,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->lost = 1;
 
-  /* "ivshmem/channel/membership.pyx":254
+  /* "ivshmem/channel/membership.pyx":255
  *     cdef int lose_place(self) except -1:
  *         self.lost = True
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -8024,20 +8049,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":255
+  /* "ivshmem/channel/membership.pyx":256
  *         self.lost = True
  *         self.joined = False
  *         return self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int use_memory(self) except -1:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":252
+  /* "ivshmem/channel/membership.pyx":253
  *         return ClosedError("the region is closed")
  * 
  *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
@@ -8054,7 +8079,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":257
+/* "ivshmem/channel/membership.pyx":258
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -8072,7 +8097,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("use_memory", 0);
 
-  /* "ivshmem/channel/membership.pyx":259
+  /* "ivshmem/channel/membership.pyx":260
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8084,20 +8109,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":260
+    /* "ivshmem/channel/membership.pyx":261
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 260, __pyx_L1_error)
+    __PYX_ERR(0, 261, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":259
+    /* "ivshmem/channel/membership.pyx":260
  *     cdef int use_memory(self) except -1:
  *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -8106,7 +8131,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":261
+  /* "ivshmem/channel/membership.pyx":262
  *         if not ivshmem_enter(&self.state):
  *             raise self.unusable()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8119,7 +8144,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":257
+  /* "ivshmem/channel/membership.pyx":258
  *         return self.abandon()
  * 
  *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
@@ -8138,7 +8163,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":263
+/* "ivshmem/channel/membership.pyx":264
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -8154,7 +8179,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":264
+  /* "ivshmem/channel/membership.pyx":265
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8166,17 +8191,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":265
+    /* "ivshmem/channel/membership.pyx":266
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):
  *             self.release()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 266, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":264
+    /* "ivshmem/channel/membership.pyx":265
  * 
  *     cdef int end_use(self) except -1:
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8185,7 +8210,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":266
+  /* "ivshmem/channel/membership.pyx":267
  *         if ivshmem_leave(&self.state):
  *             self.release()
  *         return 0             # <<<<<<<<<<<<<<
@@ -8198,7 +8223,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":263
+  /* "ivshmem/channel/membership.pyx":264
  *         return 0
  * 
  *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
@@ -8215,7 +8240,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":270
+/* "ivshmem/channel/membership.pyx":271
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -8233,7 +8258,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":272
+  /* "ivshmem/channel/membership.pyx":273
  *     cdef int flush(self) except -1:
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target = 0             # <<<<<<<<<<<<<<
@@ -8242,7 +8267,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
   __pyx_v_target = 0;
 
-  /* "ivshmem/channel/membership.pyx":273
+  /* "ivshmem/channel/membership.pyx":274
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):             # <<<<<<<<<<<<<<
@@ -8269,7 +8294,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":274
+    /* "ivshmem/channel/membership.pyx":275
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -8280,17 +8305,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":275
+      /* "ivshmem/channel/membership.pyx":276
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:
  *                 self.ring(target)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 275, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":274
+      /* "ivshmem/channel/membership.pyx":275
  *         cdef uint32_t target = 0
  *         while self.rings.count and next_ring(&self.rings, &target):
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -8300,7 +8325,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":276
+  /* "ivshmem/channel/membership.pyx":277
  *             if self.doorbells is not None:
  *                 self.ring(target)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8313,7 +8338,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":270
+  /* "ivshmem/channel/membership.pyx":271
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -8331,7 +8356,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":278
+/* "ivshmem/channel/membership.pyx":279
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -8365,7 +8390,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/channel/membership.pyx":281
+  /* "ivshmem/channel/membership.pyx":282
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
@@ -8377,7 +8402,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":282
+    /* "ivshmem/channel/membership.pyx":283
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -8386,12 +8411,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 282, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -8411,13 +8436,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 282, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
-      __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 282, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 282, __pyx_L4_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_6 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -8436,7 +8461,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 282, __pyx_L4_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8451,7 +8476,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_XGOTREF(__pyx_t_10);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":283
+            /* "ivshmem/channel/membership.pyx":284
  *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
@@ -8462,7 +8487,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             if (__pyx_t_1) {
 
 
-              /* "ivshmem/channel/membership.pyx":284
+              /* "ivshmem/channel/membership.pyx":285
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)             # <<<<<<<<<<<<<<
@@ -8471,7 +8496,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
               __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
               __Pyx_INCREF(__pyx_t_5);
-              __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 284, __pyx_L8_error)
+              __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_3);
               __pyx_t_6 = 0;
               {
@@ -8479,12 +8504,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
                 __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
                 __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 284, __pyx_L8_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-              /* "ivshmem/channel/membership.pyx":283
+              /* "ivshmem/channel/membership.pyx":284
  *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers             # <<<<<<<<<<<<<<
@@ -8493,7 +8518,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":282
+            /* "ivshmem/channel/membership.pyx":283
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -8512,23 +8537,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.ring", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_3, &__pyx_t_5) < 0) __PYX_ERR(0, 282, __pyx_L10_except_error)
+            if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_3, &__pyx_t_5) < 0) __PYX_ERR(0, 283, __pyx_L10_except_error)
             __Pyx_XGOTREF(__pyx_t_2);
             __Pyx_XGOTREF(__pyx_t_3);
             __Pyx_XGOTREF(__pyx_t_5);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_2, __pyx_t_3, __pyx_t_5};
-              __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 282, __pyx_L10_except_error)
+              __pyx_t_4 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L10_except_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __pyx_t_11 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_4, NULL);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 282, __pyx_L10_except_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 283, __pyx_L10_except_error)
             __Pyx_GOTREF(__pyx_t_11);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 282, __pyx_L10_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 283, __pyx_L10_except_error)
             __pyx_t_12 = (!__pyx_t_1);
 
 
@@ -8539,7 +8564,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
               __Pyx_XGIVEREF(__pyx_t_5);
               __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_3, __pyx_t_5);
               __pyx_t_2 = 0;  __pyx_t_3 = 0;  __pyx_t_5 = 0; 
-              __PYX_ERR(0, 282, __pyx_L10_except_error)
+              __PYX_ERR(0, 283, __pyx_L10_except_error)
             }
             __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -8565,7 +8590,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           if (__pyx_t_7) {
             __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 282, __pyx_L1_error)
+            if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 283, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           }
@@ -8580,7 +8605,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L18:;
     }
 
-    /* "ivshmem/channel/membership.pyx":285
+    /* "ivshmem/channel/membership.pyx":286
  *                 if self.doorbells.registers is None:  # a guest's device knows no peers
  *                     self.doorbells.ring_all_nowait(None, self.vector)
  *             return 0             # <<<<<<<<<<<<<<
@@ -8593,7 +8618,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":281
+    /* "ivshmem/channel/membership.pyx":282
  *         cdef Doorbell bell
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:             # <<<<<<<<<<<<<<
@@ -8602,7 +8627,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":286
+  /* "ivshmem/channel/membership.pyx":287
  *                     self.doorbells.ring_all_nowait(None, self.vector)
  *             return 0
  *         bell = self.bells.get(target)             # <<<<<<<<<<<<<<
@@ -8611,18 +8636,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 286, __pyx_L1_error)
+    __PYX_ERR(0, 287, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_3 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_5, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_5, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 286, __pyx_L1_error)
+  if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 287, __pyx_L1_error)
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":287
+  /* "ivshmem/channel/membership.pyx":288
  *             return 0
  *         bell = self.bells.get(target)
  *         for _ in range(2):             # <<<<<<<<<<<<<<
@@ -8632,7 +8657,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   for (__pyx_t_13 = 0; __pyx_t_13 < 2; __pyx_t_13+=1) {
     __pyx_v__ = __pyx_t_13;
 
-    /* "ivshmem/channel/membership.pyx":288
+    /* "ivshmem/channel/membership.pyx":289
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -8643,7 +8668,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_12) {
 
 
-      /* "ivshmem/channel/membership.pyx":289
+      /* "ivshmem/channel/membership.pyx":290
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8659,7 +8684,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":290
+          /* "ivshmem/channel/membership.pyx":291
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
@@ -8668,9 +8693,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
           __pyx_t_5 = ((PyObject *)__pyx_v_self->doorbells);
           __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_2 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L22_error)
+          __pyx_t_2 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L22_error)
           __Pyx_GOTREF(__pyx_t_2);
-          __pyx_t_4 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L22_error)
+          __pyx_t_4 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L22_error)
           __Pyx_GOTREF(__pyx_t_4);
           __pyx_t_6 = 0;
           {
@@ -8679,14 +8704,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L22_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L22_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
-          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 290, __pyx_L22_error)
+          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 291, __pyx_L22_error)
           __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":289
+          /* "ivshmem/channel/membership.pyx":290
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8704,7 +8729,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/membership.pyx":291
+        /* "ivshmem/channel/membership.pyx":292
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
@@ -8712,7 +8737,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                     return 0
 */
         __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_4, &__pyx_t_2);
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L24_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L24_except_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_3, __pyx_t_5);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8721,7 +8746,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_14) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":292
+          /* "ivshmem/channel/membership.pyx":293
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -8733,7 +8758,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":293
+          /* "ivshmem/channel/membership.pyx":294
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -8747,7 +8772,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           goto __pyx_L25_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":294
+        /* "ivshmem/channel/membership.pyx":295
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
@@ -8755,7 +8780,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 self.bells[target] = bell
 */
         __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3);
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 294, __pyx_L24_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 295, __pyx_L24_except_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_14 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_5);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -8764,7 +8789,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_14) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":295
+          /* "ivshmem/channel/membership.pyx":296
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -8779,7 +8804,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         goto __pyx_L24_except_error;
 
-        /* "ivshmem/channel/membership.pyx":289
+        /* "ivshmem/channel/membership.pyx":290
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -8801,7 +8826,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __pyx_L29_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":296
+      /* "ivshmem/channel/membership.pyx":297
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -8810,14 +8835,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 296, __pyx_L1_error)
+        __PYX_ERR(0, 297, __pyx_L1_error)
       }
-      __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 296, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 297, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_3, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_3, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 297, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":288
+      /* "ivshmem/channel/membership.pyx":289
  *         bell = self.bells.get(target)
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -8826,7 +8851,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":297
+    /* "ivshmem/channel/membership.pyx":298
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8842,7 +8867,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XGOTREF(__pyx_t_7);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":298
+        /* "ivshmem/channel/membership.pyx":299
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -8850,7 +8875,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L34_error)
+          __pyx_t_15 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_15 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L34_error)
           __pyx_t_14 = __pyx_t_15;
         } else {
 
@@ -8858,7 +8883,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         __pyx_v_code = __pyx_t_14;
 
-        /* "ivshmem/channel/membership.pyx":297
+        /* "ivshmem/channel/membership.pyx":298
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8876,7 +8901,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/membership.pyx":299
+      /* "ivshmem/channel/membership.pyx":300
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
@@ -8887,7 +8912,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       if (__pyx_t_14) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":300
+        /* "ivshmem/channel/membership.pyx":301
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8902,7 +8927,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L36_except_error;
 
-      /* "ivshmem/channel/membership.pyx":297
+      /* "ivshmem/channel/membership.pyx":298
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -8924,7 +8949,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L41_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":301
+    /* "ivshmem/channel/membership.pyx":302
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -8936,7 +8961,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_12) {
 
 
-      /* "ivshmem/channel/membership.pyx":302
+      /* "ivshmem/channel/membership.pyx":303
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -8949,7 +8974,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":301
+      /* "ivshmem/channel/membership.pyx":302
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -8958,7 +8983,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":303
+    /* "ivshmem/channel/membership.pyx":304
  *             if code != ESHUTDOWN:
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
@@ -8967,15 +8992,15 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-      __PYX_ERR(0, 303, __pyx_L1_error)
+      __PYX_ERR(0, 304, __pyx_L1_error)
     }
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_14 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_3, Py_None); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_3, Py_None); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-    /* "ivshmem/channel/membership.pyx":304
+    /* "ivshmem/channel/membership.pyx":305
  *                 return 0
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
@@ -8986,7 +9011,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":305
+  /* "ivshmem/channel/membership.pyx":306
  *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -8999,7 +9024,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":278
+  /* "ivshmem/channel/membership.pyx":279
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -9024,7 +9049,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":307
+/* "ivshmem/channel/membership.pyx":308
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9045,7 +9070,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":309
+  /* "ivshmem/channel/membership.pyx":310
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
@@ -9057,7 +9082,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":310
+  /* "ivshmem/channel/membership.pyx":311
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9068,7 +9093,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":311
+    /* "ivshmem/channel/membership.pyx":312
  *         cdef FdArray kick = self.kick
  *         if kick is not None:
  *             kick.signal(0)             # <<<<<<<<<<<<<<
@@ -9082,12 +9107,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 311, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":310
+    /* "ivshmem/channel/membership.pyx":311
  *         """Wake what sleeps in this process: it looks again."""
  *         cdef FdArray kick = self.kick
  *         if kick is not None:             # <<<<<<<<<<<<<<
@@ -9096,7 +9121,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":312
+  /* "ivshmem/channel/membership.pyx":313
  *         if kick is not None:
  *             kick.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9109,7 +9134,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":307
+  /* "ivshmem/channel/membership.pyx":308
  *         return 0
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
@@ -9130,7 +9155,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":314
+/* "ivshmem/channel/membership.pyx":315
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9152,7 +9177,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("hurry", 0);
 
-  /* "ivshmem/channel/membership.pyx":316
+  /* "ivshmem/channel/membership.pyx":317
  *     cdef int hurry(self) except -1:
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -9164,7 +9189,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":317
+  /* "ivshmem/channel/membership.pyx":318
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9186,7 +9211,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":318
+    /* "ivshmem/channel/membership.pyx":319
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -9200,12 +9225,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 319, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":317
+    /* "ivshmem/channel/membership.pyx":318
  *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
  *         cdef FdArray ending = self.ending
  *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
@@ -9214,7 +9239,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":319
+  /* "ivshmem/channel/membership.pyx":320
  *         if self.polls and self.watchers == 1:
  *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9227,7 +9252,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":314
+  /* "ivshmem/channel/membership.pyx":315
  *         return 0
  * 
  *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
@@ -9248,7 +9273,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":321
+/* "ivshmem/channel/membership.pyx":322
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9258,7 +9283,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __py
 
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_count) {
 
-  /* "ivshmem/channel/membership.pyx":323
+  /* "ivshmem/channel/membership.pyx":324
  *     cdef void watch(self, int count) noexcept:
  *         """Count ends whose descriptor a program watches."""
  *         ivshmem_count(&self.watchers, count)             # <<<<<<<<<<<<<<
@@ -9267,7 +9292,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 */
   (void)(ivshmem_count((&__pyx_v_self->watchers), __pyx_v_count));
 
-  /* "ivshmem/channel/membership.pyx":321
+  /* "ivshmem/channel/membership.pyx":322
  *         return 0
  * 
  *     cdef void watch(self, int count) noexcept:             # <<<<<<<<<<<<<<
@@ -9279,7 +9304,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_watch(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":327
+/* "ivshmem/channel/membership.pyx":328
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9360,7 +9385,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":331
+  /* "ivshmem/channel/membership.pyx":332
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
@@ -9369,7 +9394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":335
+  /* "ivshmem/channel/membership.pyx":336
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9381,7 +9406,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":336
+    /* "ivshmem/channel/membership.pyx":337
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9398,7 +9423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":335
+    /* "ivshmem/channel/membership.pyx":336
  *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9407,7 +9432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":337
+  /* "ivshmem/channel/membership.pyx":338
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -9419,7 +9444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":338
+  /* "ivshmem/channel/membership.pyx":339
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -9428,7 +9453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":339
+  /* "ivshmem/channel/membership.pyx":340
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -9437,7 +9462,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":340
+    /* "ivshmem/channel/membership.pyx":341
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -9445,9 +9470,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 340, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 341, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -9455,7 +9480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":341
+      /* "ivshmem/channel/membership.pyx":342
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -9464,7 +9489,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":342
+      /* "ivshmem/channel/membership.pyx":343
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9477,7 +9502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":343
+            /* "ivshmem/channel/membership.pyx":344
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -9486,7 +9511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":344
+            /* "ivshmem/channel/membership.pyx":345
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9509,7 +9534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":345
+              /* "ivshmem/channel/membership.pyx":346
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
@@ -9533,7 +9558,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":344
+              /* "ivshmem/channel/membership.pyx":345
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9542,7 +9567,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":346
+            /* "ivshmem/channel/membership.pyx":347
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9554,7 +9579,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":347
+              /* "ivshmem/channel/membership.pyx":348
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
@@ -9563,7 +9588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":346
+              /* "ivshmem/channel/membership.pyx":347
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
@@ -9572,7 +9597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":348
+            /* "ivshmem/channel/membership.pyx":349
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9598,7 +9623,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":349
+              /* "ivshmem/channel/membership.pyx":350
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
@@ -9607,7 +9632,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":350
+              /* "ivshmem/channel/membership.pyx":351
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9619,7 +9644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":351
+                /* "ivshmem/channel/membership.pyx":352
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -9628,7 +9653,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":350
+                /* "ivshmem/channel/membership.pyx":351
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9637,7 +9662,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":352
+              /* "ivshmem/channel/membership.pyx":353
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -9646,7 +9671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":348
+              /* "ivshmem/channel/membership.pyx":349
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9656,7 +9681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":342
+          /* "ivshmem/channel/membership.pyx":343
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9673,16 +9698,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":353
+      /* "ivshmem/channel/membership.pyx":354
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *         finally:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 353, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 353, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 354, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -9690,17 +9715,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":354
+        /* "ivshmem/channel/membership.pyx":355
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 354, __pyx_L5_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":353
+        /* "ivshmem/channel/membership.pyx":354
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -9711,7 +9736,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":356
+  /* "ivshmem/channel/membership.pyx":357
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9725,17 +9750,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":357
+        /* "ivshmem/channel/membership.pyx":358
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L1_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":356
+        /* "ivshmem/channel/membership.pyx":357
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9766,17 +9791,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":357
+          /* "ivshmem/channel/membership.pyx":358
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L25_error)
+          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L25_error)
 
 
-          /* "ivshmem/channel/membership.pyx":356
+          /* "ivshmem/channel/membership.pyx":357
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -9810,7 +9835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":327
+  /* "ivshmem/channel/membership.pyx":328
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -9837,7 +9862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":359
+/* "ivshmem/channel/membership.pyx":360
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9859,7 +9884,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   unsigned int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":364
+  /* "ivshmem/channel/membership.pyx":365
  *         A process that can only read polls, unless all its ends are rung always.
  *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -9868,7 +9893,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":366
+  /* "ivshmem/channel/membership.pyx":367
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
@@ -9877,7 +9902,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_polls = (__pyx_v_self->vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":368
+  /* "ivshmem/channel/membership.pyx":369
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -9889,7 +9914,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":369
+    /* "ivshmem/channel/membership.pyx":370
  *         cdef unsigned i
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends             # <<<<<<<<<<<<<<
@@ -9900,7 +9925,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":368
+    /* "ivshmem/channel/membership.pyx":369
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -9909,7 +9934,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":370
+  /* "ivshmem/channel/membership.pyx":371
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -9923,7 +9948,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":371
+    /* "ivshmem/channel/membership.pyx":372
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9932,7 +9957,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":372
+      /* "ivshmem/channel/membership.pyx":373
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
@@ -9941,7 +9966,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/membership.pyx":371
+      /* "ivshmem/channel/membership.pyx":372
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9950,7 +9975,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":373
+    /* "ivshmem/channel/membership.pyx":374
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -9962,7 +9987,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":374
+      /* "ivshmem/channel/membership.pyx":375
  *                 break
  *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9971,7 +9996,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":373
+      /* "ivshmem/channel/membership.pyx":374
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -9980,7 +10005,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":375
+    /* "ivshmem/channel/membership.pyx":376
  *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -9989,7 +10014,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":377
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -9998,7 +10023,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_peer_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":377
+    /* "ivshmem/channel/membership.pyx":378
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10010,7 +10035,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":378
+      /* "ivshmem/channel/membership.pyx":379
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10019,7 +10044,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":377
+      /* "ivshmem/channel/membership.pyx":378
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10028,7 +10053,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":379
+    /* "ivshmem/channel/membership.pyx":380
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10040,7 +10065,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":380
+      /* "ivshmem/channel/membership.pyx":381
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -10049,7 +10074,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":379
+      /* "ivshmem/channel/membership.pyx":380
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10059,7 +10084,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       goto __pyx_L9;
     }
 
-    /* "ivshmem/channel/membership.pyx":381
+    /* "ivshmem/channel/membership.pyx":382
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10071,7 +10096,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":383
+      /* "ivshmem/channel/membership.pyx":384
  *             elif (peer ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -10080,7 +10105,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":384
+      /* "ivshmem/channel/membership.pyx":385
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -10089,7 +10114,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":386
+      /* "ivshmem/channel/membership.pyx":387
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -10107,7 +10132,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
         goto __pyx_L10_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":387
+      /* "ivshmem/channel/membership.pyx":388
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -10122,7 +10147,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       __pyx_L10_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":381
+      /* "ivshmem/channel/membership.pyx":382
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10136,7 +10161,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":389
+  /* "ivshmem/channel/membership.pyx":390
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -10145,7 +10170,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":359
+  /* "ivshmem/channel/membership.pyx":360
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10164,7 +10189,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":391
+/* "ivshmem/channel/membership.pyx":392
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10191,7 +10216,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":393
+  /* "ivshmem/channel/membership.pyx":394
  *     cdef list open_ends(self):
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]             # <<<<<<<<<<<<<<
@@ -10199,15 +10224,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  * 
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 393, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_self->ends == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-      __PYX_ERR(0, 393, __pyx_L5_error)
+      __PYX_ERR(0, 394, __pyx_L5_error)
     }
-    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
+    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 393, __pyx_L5_error)
+    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_2 = __pyx_t_3; __Pyx_INCREF(__pyx_t_2);
@@ -10217,13 +10242,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 393, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 394, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 393, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
@@ -10247,11 +10272,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 393, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_GIVEREF(__pyx_t_3);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 393, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 394, __pyx_L5_error)
       __pyx_t_3 = 0;
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10265,7 +10290,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":394
+  /* "ivshmem/channel/membership.pyx":395
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]
  *         return [end for end in found if end is not None]             # <<<<<<<<<<<<<<
@@ -10273,7 +10298,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  *     cdef int look_for_quiet_ends(self) except -1:
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L12_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 395, __pyx_L12_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_2 = __pyx_v_found; __Pyx_INCREF(__pyx_t_2);
     __pyx_t_4 = 0;
@@ -10281,20 +10306,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 394, __pyx_L12_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 395, __pyx_L12_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L12_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 395, __pyx_L12_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
       __pyx_t_8 = (__pyx_8genexpr1__pyx_v_end != Py_None);
       if (__pyx_t_8) {
 
-        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 394, __pyx_L12_error)
+        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 395, __pyx_L12_error)
       }
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10316,7 +10341,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":391
+  /* "ivshmem/channel/membership.pyx":392
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10342,7 +10367,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":396
+/* "ivshmem/channel/membership.pyx":397
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10368,7 +10393,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":398
+  /* "ivshmem/channel/membership.pyx":399
  *     cdef int look_for_quiet_ends(self) except -1:
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]             # <<<<<<<<<<<<<<
@@ -10376,13 +10401,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
  *         return 0
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L5_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (unlikely(__pyx_t_2 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 398, __pyx_L5_error)
+      __PYX_ERR(0, 399, __pyx_L5_error)
     }
     __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = 0;
@@ -10391,20 +10416,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 398, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 399, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_end, __pyx_t_2);
       __pyx_t_2 = 0;
-      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 398, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 399, __pyx_L5_error)
       __pyx_t_2 = 0;
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10418,7 +10443,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_v_rung = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":400
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)             # <<<<<<<<<<<<<<
@@ -10441,10 +10466,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rung};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 400, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_8 = (!__pyx_t_6);
 
@@ -10455,7 +10480,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_L10_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":400
+  /* "ivshmem/channel/membership.pyx":401
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10468,7 +10493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":396
+  /* "ivshmem/channel/membership.pyx":397
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10491,7 +10516,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":402
+/* "ivshmem/channel/membership.pyx":403
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -10523,7 +10548,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":404
+  /* "ivshmem/channel/membership.pyx":405
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10535,20 +10560,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":405
+    /* "ivshmem/channel/membership.pyx":406
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":404
+    /* "ivshmem/channel/membership.pyx":405
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10557,34 +10582,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":406
+  /* "ivshmem/channel/membership.pyx":407
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 407, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 407, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":407
+    /* "ivshmem/channel/membership.pyx":408
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":406
+    /* "ivshmem/channel/membership.pyx":407
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10593,7 +10618,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":408
+  /* "ivshmem/channel/membership.pyx":409
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10609,7 +10634,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":409
+      /* "ivshmem/channel/membership.pyx":410
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10634,17 +10659,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":410
+        /* "ivshmem/channel/membership.pyx":411
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L5_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":409
+        /* "ivshmem/channel/membership.pyx":410
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10653,7 +10678,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":408
+      /* "ivshmem/channel/membership.pyx":409
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10668,7 +10693,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":411
+    /* "ivshmem/channel/membership.pyx":412
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10676,7 +10701,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 411, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 412, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -10688,7 +10713,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":408
+    /* "ivshmem/channel/membership.pyx":409
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10709,7 +10734,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":413
+  /* "ivshmem/channel/membership.pyx":414
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10721,7 +10746,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":414
+    /* "ivshmem/channel/membership.pyx":415
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
@@ -10730,7 +10755,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     ivshmem_ring_places((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":413
+    /* "ivshmem/channel/membership.pyx":414
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10739,7 +10764,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":415
+  /* "ivshmem/channel/membership.pyx":416
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10748,17 +10773,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   if (__pyx_v_self->mapping->fixed) {
 
-    /* "ivshmem/channel/membership.pyx":416
+    /* "ivshmem/channel/membership.pyx":417
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":415
+    /* "ivshmem/channel/membership.pyx":416
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10767,18 +10792,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":417
+  /* "ivshmem/channel/membership.pyx":418
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 418, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   if (unlikely(__pyx_t_9 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 417, __pyx_L1_error)
+    __PYX_ERR(0, 418, __pyx_L1_error)
   }
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -10787,18 +10812,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 417, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 418, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 417, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 418, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":418
+    /* "ivshmem/channel/membership.pyx":419
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10807,12 +10832,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 418, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 418, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 419, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 418, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10832,13 +10857,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 418, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 419, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 418, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 419, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 418, __pyx_L20_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L20_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10857,7 +10882,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 418, __pyx_L20_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 419, __pyx_L20_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10872,17 +10897,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":419
+            /* "ivshmem/channel/membership.pyx":420
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L26_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L26_error)
 
 
-            /* "ivshmem/channel/membership.pyx":418
+            /* "ivshmem/channel/membership.pyx":419
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10901,23 +10926,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 418, __pyx_L28_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 419, __pyx_L28_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_3);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 418, __pyx_L28_except_error)
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L28_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
             __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 418, __pyx_L28_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 419, __pyx_L28_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 418, __pyx_L28_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 419, __pyx_L28_except_error)
             __pyx_t_7 = (!__pyx_t_1);
 
 
@@ -10928,7 +10953,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
               __Pyx_XGIVEREF(__pyx_t_3);
               __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
               __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 418, __pyx_L28_except_error)
+              __PYX_ERR(0, 419, __pyx_L28_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10954,7 +10979,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           if (__pyx_t_6) {
             __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 418, __pyx_L1_error)
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 419, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
@@ -10969,7 +10994,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       __pyx_L37:;
     }
 
-    /* "ivshmem/channel/membership.pyx":417
+    /* "ivshmem/channel/membership.pyx":418
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -10979,20 +11004,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":420
+  /* "ivshmem/channel/membership.pyx":421
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":402
+  /* "ivshmem/channel/membership.pyx":403
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -11016,7 +11041,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":422
+/* "ivshmem/channel/membership.pyx":423
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11102,7 +11127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":424
+  /* "ivshmem/channel/membership.pyx":425
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11111,29 +11136,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":429
+  /* "ivshmem/channel/membership.pyx":430
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":430
+  /* "ivshmem/channel/membership.pyx":431
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 430, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":431
+  /* "ivshmem/channel/membership.pyx":432
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11147,7 +11172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":432
+    /* "ivshmem/channel/membership.pyx":433
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11156,7 +11181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":433
+    /* "ivshmem/channel/membership.pyx":434
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11165,7 +11190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":435
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11191,7 +11216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":435
+      /* "ivshmem/channel/membership.pyx":436
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11200,7 +11225,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":434
+      /* "ivshmem/channel/membership.pyx":435
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11209,7 +11234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":436
+    /* "ivshmem/channel/membership.pyx":437
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11218,7 +11243,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":437
+    /* "ivshmem/channel/membership.pyx":438
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11227,7 +11252,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":439
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11236,7 +11261,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":439
+    /* "ivshmem/channel/membership.pyx":440
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11245,7 +11270,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":440
+    /* "ivshmem/channel/membership.pyx":441
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11254,46 +11279,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":442
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":444
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":445
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 445, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":445
+    /* "ivshmem/channel/membership.pyx":446
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 446, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11303,53 +11328,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":447
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":447
+    /* "ivshmem/channel/membership.pyx":448
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 448, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 447, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 448, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":449
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 448, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":450
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 449, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 450, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11360,13 +11385,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 449, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 450, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 449, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 450, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11376,34 +11401,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 449, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 450, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 449, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 450, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":444
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 443, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11412,21 +11437,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":442
+    /* "ivshmem/channel/membership.pyx":443
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":451
+  /* "ivshmem/channel/membership.pyx":452
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11444,7 +11469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":422
+  /* "ivshmem/channel/membership.pyx":423
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11481,7 +11506,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":453
+/* "ivshmem/channel/membership.pyx":454
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11494,7 +11519,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":455
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -11522,7 +11547,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":453
+  /* "ivshmem/channel/membership.pyx":454
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11536,7 +11561,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":456
+/* "ivshmem/channel/membership.pyx":457
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11584,32 +11609,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 456, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 457, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 456, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 457, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 456, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 457, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 456, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 456, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 456, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 457, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11651,17 +11676,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":459
+  /* "ivshmem/channel/membership.pyx":460
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 460, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":461
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11673,7 +11698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":462
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -11681,9 +11706,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 461, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 462, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 461, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 462, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -11695,7 +11720,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 461, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 462, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11705,14 +11730,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 461, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 462, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 461, __pyx_L1_error)
+    __PYX_ERR(0, 462, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":460
+    /* "ivshmem/channel/membership.pyx":461
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11721,7 +11746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":462
+  /* "ivshmem/channel/membership.pyx":463
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11730,7 +11755,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":463
+    /* "ivshmem/channel/membership.pyx":464
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -11738,7 +11763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 463, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 464, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11757,14 +11782,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 463, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 464, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 463, __pyx_L1_error)
+    __PYX_ERR(0, 464, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":462
+    /* "ivshmem/channel/membership.pyx":463
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11773,7 +11798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":464
+  /* "ivshmem/channel/membership.pyx":465
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11782,7 +11807,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":467
+  /* "ivshmem/channel/membership.pyx":468
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11800,7 +11825,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":468
+  /* "ivshmem/channel/membership.pyx":469
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -11814,7 +11839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":467
+  /* "ivshmem/channel/membership.pyx":468
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11824,7 +11849,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":471
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -11842,7 +11867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":467
+    /* "ivshmem/channel/membership.pyx":468
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11851,7 +11876,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":471
+  /* "ivshmem/channel/membership.pyx":472
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -11860,17 +11885,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":472
+  /* "ivshmem/channel/membership.pyx":473
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 473, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":473
+  /* "ivshmem/channel/membership.pyx":474
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -11888,7 +11913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":456
+  /* "ivshmem/channel/membership.pyx":457
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11912,7 +11937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":477
+/* "ivshmem/channel/membership.pyx":478
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11987,7 +12012,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":483
+  /* "ivshmem/channel/membership.pyx":484
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -11997,7 +12022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":485
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12014,9 +12039,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12029,9 +12054,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 484, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12043,18 +12068,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":485
+    /* "ivshmem/channel/membership.pyx":486
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 485, __pyx_L1_error)
+      __PYX_ERR(0, 486, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12063,18 +12088,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 485, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 486, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":486
+      /* "ivshmem/channel/membership.pyx":487
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12090,7 +12115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":487
+          /* "ivshmem/channel/membership.pyx":488
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12104,12 +12129,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 487, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":486
+          /* "ivshmem/channel/membership.pyx":487
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12125,7 +12150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":488
+        /* "ivshmem/channel/membership.pyx":489
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12135,7 +12160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 488, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 489, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12143,7 +12168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":489
+            /* "ivshmem/channel/membership.pyx":490
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12154,7 +12179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":488
+          /* "ivshmem/channel/membership.pyx":489
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12175,7 +12200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":486
+        /* "ivshmem/channel/membership.pyx":487
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12196,7 +12221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":485
+      /* "ivshmem/channel/membership.pyx":486
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12206,7 +12231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":484
+    /* "ivshmem/channel/membership.pyx":485
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12215,17 +12240,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":490
+  /* "ivshmem/channel/membership.pyx":491
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 491, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":492
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12236,7 +12261,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":492
+    /* "ivshmem/channel/membership.pyx":493
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12244,9 +12269,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 492, __pyx_L1_error)
+    __PYX_ERR(0, 493, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":491
+    /* "ivshmem/channel/membership.pyx":492
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12255,7 +12280,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":477
+  /* "ivshmem/channel/membership.pyx":478
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12282,7 +12307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":494
+/* "ivshmem/channel/membership.pyx":495
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12305,7 +12330,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":496
+  /* "ivshmem/channel/membership.pyx":497
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12317,7 +12342,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":497
+  /* "ivshmem/channel/membership.pyx":498
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12329,7 +12354,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":498
+    /* "ivshmem/channel/membership.pyx":499
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12342,7 +12367,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":497
+    /* "ivshmem/channel/membership.pyx":498
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12351,7 +12376,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":499
+  /* "ivshmem/channel/membership.pyx":500
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12363,17 +12388,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":500
+    /* "ivshmem/channel/membership.pyx":501
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 500, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 501, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":501
+    /* "ivshmem/channel/membership.pyx":502
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12387,12 +12412,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 501, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":499
+    /* "ivshmem/channel/membership.pyx":500
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12401,7 +12426,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":502
+  /* "ivshmem/channel/membership.pyx":503
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12427,17 +12452,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":503
+    /* "ivshmem/channel/membership.pyx":504
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 503, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":502
+    /* "ivshmem/channel/membership.pyx":503
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12446,7 +12471,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":504
+  /* "ivshmem/channel/membership.pyx":505
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -12459,7 +12484,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":494
+  /* "ivshmem/channel/membership.pyx":495
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12480,7 +12505,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":506
+/* "ivshmem/channel/membership.pyx":507
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12500,7 +12525,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":509
+  /* "ivshmem/channel/membership.pyx":510
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -12512,7 +12537,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":510
+  /* "ivshmem/channel/membership.pyx":511
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12523,7 +12548,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":511
+    /* "ivshmem/channel/membership.pyx":512
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -12537,12 +12562,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":510
+    /* "ivshmem/channel/membership.pyx":511
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12551,7 +12576,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":512
+  /* "ivshmem/channel/membership.pyx":513
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -12563,7 +12588,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":513
+  /* "ivshmem/channel/membership.pyx":514
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -12575,21 +12600,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":514
+  /* "ivshmem/channel/membership.pyx":515
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 514, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 515, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":515
+  /* "ivshmem/channel/membership.pyx":516
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12598,7 +12623,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":516
+    /* "ivshmem/channel/membership.pyx":517
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12607,7 +12632,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":517
+    /* "ivshmem/channel/membership.pyx":518
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -12616,7 +12641,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":518
+    /* "ivshmem/channel/membership.pyx":519
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12625,7 +12650,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":515
+    /* "ivshmem/channel/membership.pyx":516
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12634,7 +12659,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":520
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12647,7 +12672,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":506
+  /* "ivshmem/channel/membership.pyx":507
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12667,7 +12692,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":521
+/* "ivshmem/channel/membership.pyx":522
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12679,7 +12704,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":523
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12701,7 +12726,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":523
+    /* "ivshmem/channel/membership.pyx":524
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -12710,7 +12735,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":522
+    /* "ivshmem/channel/membership.pyx":523
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12719,7 +12744,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":525
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -12728,7 +12753,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":521
+  /* "ivshmem/channel/membership.pyx":522
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12740,7 +12765,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":526
+/* "ivshmem/channel/membership.pyx":527
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12763,7 +12788,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":528
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12772,7 +12797,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":528
+    /* "ivshmem/channel/membership.pyx":529
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12781,7 +12806,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":529
+    /* "ivshmem/channel/membership.pyx":530
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12790,7 +12815,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":527
+    /* "ivshmem/channel/membership.pyx":528
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12799,16 +12824,16 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":530
+  /* "ivshmem/channel/membership.pyx":531
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
  * 
- *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
+ *     cdef str whose(self, uint64_t owner):
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":526
+  /* "ivshmem/channel/membership.pyx":527
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12820,8 +12845,419 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":532
+/* "ivshmem/channel/membership.pyx":533
  *         free(self.pulses)
+ * 
+ *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
+ *         """Say to which place a word belongs, by the owner word of its slot."""
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, uint64_t __pyx_v_owner) {
+  struct ivshmem_place __pyx_v_place;
+  PyObject *__pyx_v_index = NULL;
+  PyObject *__pyx_v_epoch = NULL;
+  CYTHON_UNUSED PyObject *__pyx_v__ = NULL;
+  PyObject *__pyx_v_process = NULL;
+  PyObject *__pyx_v_name = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  Py_ssize_t __pyx_t_5;
+  PyObject *(*__pyx_t_6)(PyObject *);
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *(*__pyx_t_15)(PyObject *);
+  int __pyx_t_16;
+  PyObject *__pyx_t_17[7];
+  Py_ssize_t __pyx_t_18;
+  int __pyx_t_19;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("whose", 0);
+
+  /* "ivshmem/channel/membership.pyx":535
+ *     cdef str whose(self, uint64_t owner):
+ *         """Say to which place a word belongs, by the owner word of its slot."""
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+ *             return "which is no place's own"
+*/
+  __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
+
+  /* "ivshmem/channel/membership.pyx":536
+ *         """Say to which place a word belongs, by the owner word of its slot."""
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():
+*/
+  __pyx_t_1 = (ivshmem_flags(__pyx_v_owner) == IVSHMEM_SLOT_FREE);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":537
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+ *             return "which is no place's own"             # <<<<<<<<<<<<<<
+ *         for index, epoch, _, _, _, process, name in self.places():
+ *             if index == place.index and epoch == place.epoch:
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_which_is_no_place_s_own);
+        __pyx_r = __pyx_mstate_global->__pyx_kp_u_which_is_no_place_s_own;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":536
+ *         """Say to which place a word belongs, by the owner word of its slot."""
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":538
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
+ *             if index == place.index and epoch == place.epoch:
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+*/
+  __pyx_t_3 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
+    __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_5 = 0;
+    __pyx_t_6 = NULL;
+  } else {
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 538, __pyx_L1_error)
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  for (;;) {
+    if (likely(!__pyx_t_6)) {
+      if (likely(PyList_CheckExact(__pyx_t_3))) {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L1_error)
+          #endif
+          if (__pyx_t_5 >= __pyx_temp) break;
+        }
+        __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_5, __Pyx_ReferenceSharing_OwnStrongReference);
+        ++__pyx_t_5;
+      } else {
+        {
+          Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
+          #if !CYTHON_ASSUME_SAFE_SIZE
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L1_error)
+          #endif
+          if (__pyx_t_5 >= __pyx_temp) break;
+        }
+        #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+        __pyx_t_2 = __Pyx_NewRef(PyTuple_GET_ITEM(__pyx_t_3, __pyx_t_5));
+        #else
+        __pyx_t_2 = __Pyx_PySequence_ITEM(__pyx_t_3, __pyx_t_5);
+        #endif
+        ++__pyx_t_5;
+      }
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 538, __pyx_L1_error)
+    } else {
+      __pyx_t_2 = __pyx_t_6(__pyx_t_3);
+      if (unlikely(!__pyx_t_2)) {
+        PyObject* exc_type = PyErr_Occurred();
+        if (exc_type) {
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 538, __pyx_L1_error)
+          PyErr_Clear();
+        }
+        break;
+      }
+    }
+    __Pyx_GOTREF(__pyx_t_2);
+    if ((likely(PyTuple_CheckExact(__pyx_t_2))) || (PyList_CheckExact(__pyx_t_2))) {
+      PyObject* sequence = __pyx_t_2;
+      Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
+      if (unlikely(size != 7)) {
+        if (size > 7) __Pyx_RaiseTooManyValuesError(7);
+        else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
+        __PYX_ERR(0, 538, __pyx_L1_error)
+      }
+      #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+      if (likely(PyTuple_CheckExact(sequence))) {
+        __pyx_t_7 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_7);
+        __pyx_t_8 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_9 = PyTuple_GET_ITEM(sequence, 2);
+        __Pyx_INCREF(__pyx_t_9);
+        __pyx_t_10 = PyTuple_GET_ITEM(sequence, 3);
+        __Pyx_INCREF(__pyx_t_10);
+        __pyx_t_11 = PyTuple_GET_ITEM(sequence, 4);
+        __Pyx_INCREF(__pyx_t_11);
+        __pyx_t_12 = PyTuple_GET_ITEM(sequence, 5);
+        __Pyx_INCREF(__pyx_t_12);
+        __pyx_t_13 = PyTuple_GET_ITEM(sequence, 6);
+        __Pyx_INCREF(__pyx_t_13);
+      } else {
+        __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_7);
+        __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_8);
+        __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_9);
+        __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_10);
+        __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_11);
+        __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_12);
+        __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 538, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_13);
+      }
+      #else
+      {
+        Py_ssize_t i;
+        PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
+        for (i=0; i < 7; i++) {
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 538, __pyx_L1_error)
+          __Pyx_GOTREF(item);
+          *(temps[i]) = item;
+        }
+      }
+      #endif
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    } else {
+      Py_ssize_t index = -1;
+      PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 538, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_14);
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
+      for (index=0; index < 7; index++) {
+        PyObject* item = __pyx_t_15(__pyx_t_14); if (unlikely(!item)) goto __pyx_L6_unpacking_failed;
+        __Pyx_GOTREF(item);
+        *(temps[index]) = item;
+      }
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 538, __pyx_L1_error)
+      __pyx_t_15 = NULL;
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      goto __pyx_L7_unpacking_done;
+      __pyx_L6_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      __pyx_t_15 = NULL;
+      if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
+      __PYX_ERR(0, 538, __pyx_L1_error)
+      __pyx_L7_unpacking_done:;
+    }
+    __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
+    __pyx_t_7 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_epoch, __pyx_t_8);
+    __pyx_t_8 = 0;
+    __Pyx_XDECREF_SET(__pyx_v__, __pyx_t_9);
+    __pyx_t_9 = 0;
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_10);
+    __pyx_t_10 = 0;
+    __Pyx_DECREF_SET(__pyx_v__, __pyx_t_11);
+    __pyx_t_11 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_process, __pyx_t_12);
+    __pyx_t_12 = 0;
+    __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
+    __pyx_t_13 = 0;
+
+    /* "ivshmem/channel/membership.pyx":539
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():
+ *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+ *         return f"which belonged to place {place.index}"
+*/
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (__pyx_t_16) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_16;
+
+      goto __pyx_L9_bool_binop_done;
+    }
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    __pyx_t_1 = __pyx_t_16;
+
+    __pyx_L9_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/membership.pyx":540
+ *         for index, epoch, _, _, _, process, name in self.places():
+ *             if index == place.index and epoch == place.epoch:
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
+ *         return f"which belonged to place {place.index}"
+ * 
+*/
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_13);
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
+      __pyx_t_17[1] = __pyx_t_2;
+      __pyx_t_17[2] = __pyx_mstate_global->__pyx_kp_u_process;
+      __pyx_t_17[3] = __pyx_t_13;
+      __pyx_t_17[4] = __pyx_mstate_global->__pyx_kp_u__3;
+      __pyx_t_17[5] = __pyx_t_12;
+      __pyx_t_17[6] = __pyx_mstate_global->__pyx_kp_u__4;
+      __pyx_t_18 = 36;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_18 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_17[5]);
+      #endif
+      __pyx_t_19 = 0;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
+      #endif
+      __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = ((PyObject*)__pyx_t_11);
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/membership.pyx":539
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():
+ *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+ *         return f"which belonged to place {place.index}"
+*/
+    }
+
+    /* "ivshmem/channel/membership.pyx":538
+ *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+ *             return "which is no place's own"
+ *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
+ *             if index == place.index and epoch == place.epoch:
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+*/
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/membership.pyx":541
+ *             if index == place.index and epoch == place.epoch:
+ *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+ *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
+*/
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_11);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = ((PyObject*)__pyx_t_11);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_11 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":533
+ *         free(self.pulses)
+ * 
+ *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
+ *         """Say to which place a word belongs, by the owner word of its slot."""
+ *         cdef ivshmem_place place = ivshmem_place_of(owner)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.whose", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  __Pyx_XDECREF(__pyx_v_index);
+  __Pyx_XDECREF(__pyx_v_epoch);
+  __Pyx_XDECREF(__pyx_v__);
+  __Pyx_XDECREF(__pyx_v_process);
+  __Pyx_XDECREF(__pyx_v_name);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":543
+ *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
  *         """Return the exception for a result of the header."""
@@ -12856,7 +13292,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":534
+  /* "ivshmem/channel/membership.pyx":545
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -12867,16 +13303,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 534, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 534, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
-    __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u__3;
+    __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u__5;
     __pyx_t_5 = 10;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]);
@@ -12886,7 +13322,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 534, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 545, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -12899,7 +13335,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":546
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -12925,23 +13361,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":547
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
  *             return ChannelCorrupt(
- *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
+ *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
 */
     __pyx_t_2 = (__pyx_v_channel->fault.word != NULL);
 
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 536, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 536, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 547, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 536, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 547, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12953,67 +13389,70 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":537
+    /* "ivshmem/channel/membership.pyx":548
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
- *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
- *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
+ *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
+ *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 537, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 548, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":549
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
- *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
- *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
- *                 " can write to the memory has spoiled it"
+ *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"             # <<<<<<<<<<<<<<
+ *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
+ *                 " has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_t_12); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":550
  *             return ChannelCorrupt(
- *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
- *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
- *                 " can write to the memory has spoiled it"
+ *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
+ *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
+ *                 " has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 550, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 539, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 550, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_16[0] = __pyx_t_10;
     __pyx_t_16[1] = __pyx_mstate_global->__pyx_kp_u_the;
     __pyx_t_16[2] = __pyx_t_11;
     __pyx_t_16[3] = __pyx_mstate_global->__pyx_kp_u_at;
     __pyx_t_16[4] = __pyx_t_13;
-    __pyx_t_16[5] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_slot;
-    __pyx_t_16[6] = __pyx_t_12;
+    __pyx_t_16[5] = __pyx_mstate_global->__pyx_kp_u__3;
+    __pyx_t_16[6] = __pyx_t_14;
     __pyx_t_16[7] = __pyx_mstate_global->__pyx_kp_u_is_impossible;
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":549
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
- *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
- *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
- *                 " can write to the memory has spoiled it"
+ *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"             # <<<<<<<<<<<<<<
+ *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
+ *                 " has spoiled it"
 */
-    __pyx_t_5 = 108;
+    __pyx_t_5 = 86;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     for (Py_ssize_t i=0; i <= 8; i += 2) {
       Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_16[i]);
@@ -13022,15 +13461,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
+    for (Py_ssize_t i=0; i <= 8; i += 2) {
+      int l = __Pyx_PyUnicode_KIND_04(__pyx_t_16[i]);
+      __pyx_t_6 |= l;
+    }
     #endif
-    __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 538, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13045,224 +13487,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_14};
+      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_12};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 537, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_1;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_1 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":535
- *         """Return the exception for a result of the header."""
- *         of = f"channel {name!r}: " if name else ""
- *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
- *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
- *             return ChannelCorrupt(
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":542
- *                 " can write to the memory has spoiled it"
- *             )
- *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
- *             return NoChannels(NO_AREA)
- *         if code == IVSHMEM_VERSION:
-*/
-  __pyx_t_2 = (__pyx_v_code == IVSHMEM_NO_AREA);
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/membership.pyx":543
- *             )
- *         if code == IVSHMEM_NO_AREA:
- *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_VERSION:
- *             return NoChannels("the region's channels are of a version that is not known here")
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 543, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 543, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_17 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_14))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_14);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-      __pyx_t_17 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_7};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_1;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_1 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":542
- *                 " can write to the memory has spoiled it"
- *             )
- *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
- *             return NoChannels(NO_AREA)
- *         if code == IVSHMEM_VERSION:
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":544
- *         if code == IVSHMEM_NO_AREA:
- *             return NoChannels(NO_AREA)
- *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
- *             return NoChannels("the region's channels are of a version that is not known here")
- *         if code == IVSHMEM_TAKEN:
-*/
-  __pyx_t_2 = (__pyx_v_code == IVSHMEM_VERSION);
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/membership.pyx":545
- *             return NoChannels(NO_AREA)
- *         if code == IVSHMEM_VERSION:
- *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_TAKEN:
- *             return ChannelError(
-*/
-    __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 545, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_17 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_7))) {
-      __pyx_t_14 = PyMethod_GET_SELF(__pyx_t_7);
-      assert(__pyx_t_14);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-      __Pyx_INCREF(__pyx_t_14);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-      __pyx_t_17 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_the_region_s_channels_are_of_a_v};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 545, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_1;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_1 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/membership.pyx":544
- *         if code == IVSHMEM_NO_AREA:
- *             return NoChannels(NO_AREA)
- *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
- *             return NoChannels("the region's channels are of a version that is not known here")
- *         if code == IVSHMEM_TAKEN:
-*/
-  }
-
-  /* "ivshmem/channel/membership.pyx":546
- *         if code == IVSHMEM_VERSION:
- *             return NoChannels("the region's channels are of a version that is not known here")
- *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
- *             return ChannelError(
- *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
-*/
-  __pyx_t_2 = (__pyx_v_code == IVSHMEM_TAKEN);
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/membership.pyx":547
- *             return NoChannels("the region's channels are of a version that is not known here")
- *         if code == IVSHMEM_TAKEN:
- *             return ChannelError(             # <<<<<<<<<<<<<<
- *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
- *                 " info` lists them"
-*/
-    __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 547, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-
-    /* "ivshmem/channel/membership.pyx":548
- *         if code == IVSHMEM_TAKEN:
- *             return ChannelError(
- *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
- *                 " info` lists them"
- *             )
-*/
-    __pyx_t_3 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 548, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
-    __pyx_t_4[1] = __pyx_t_3;
-    __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_places_of_the_area_are_taken_iv;
-    __pyx_t_5 = 68;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]);
-    #endif
-    __pyx_t_6 = 0;
-    __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 548, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_17 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_14))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_14);
-      assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
-      __Pyx_INCREF(__pyx_t_7);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
-      __pyx_t_17 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_15};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13277,60 +13507,57 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     goto __pyx_L0;
 
     /* "ivshmem/channel/membership.pyx":546
- *         if code == IVSHMEM_VERSION:
- *             return NoChannels("the region's channels are of a version that is not known here")
- *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
- *             return ChannelError(
- *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
+ *         """Return the exception for a result of the header."""
+ *         of = f"channel {name!r}: " if name else ""
+ *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
+ *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
+ *             return ChannelCorrupt(
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":551
- *                 " info` lists them"
+  /* "ivshmem/channel/membership.pyx":553
+ *                 " has spoiled it"
  *             )
- *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
- *             return RegionError(f"{of}the region is mapped for reading only")
- *         if code == IVSHMEM_CLOSED:
+ *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
+ *             return NoChannels(NO_AREA)
+ *         if code == IVSHMEM_VERSION:
 */
-  __pyx_t_2 = (__pyx_v_code == IVSHMEM_READ_ONLY);
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_NO_AREA);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":554
  *             )
- *         if code == IVSHMEM_READ_ONLY:
- *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
- *         if code == IVSHMEM_CLOSED:
- *             return ClosedError(
+ *         if code == IVSHMEM_NO_AREA:
+ *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_VERSION:
+ *             return NoChannels("the region's channels are of a version that is not known here")
 */
-    __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 552, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 552, __pyx_L1_error)
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 554, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_15))) {
-      __pyx_t_14 = PyMethod_GET_SELF(__pyx_t_15);
-      assert(__pyx_t_14);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_15);
-      __Pyx_INCREF(__pyx_t_14);
+    if (unlikely(PyMethod_Check(__pyx_t_12))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_12);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
+      __Pyx_INCREF(__pyx_t_3);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_15, __pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
       __pyx_t_17 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_t_3};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 552, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_7};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 554, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13344,7 +13571,222 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":553
+ *                 " has spoiled it"
+ *             )
+ *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
+ *             return NoChannels(NO_AREA)
+ *         if code == IVSHMEM_VERSION:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":555
+ *         if code == IVSHMEM_NO_AREA:
+ *             return NoChannels(NO_AREA)
+ *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
+ *             return NoChannels("the region's channels are of a version that is not known here")
+ *         if code == IVSHMEM_TAKEN:
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_VERSION);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":556
+ *             return NoChannels(NO_AREA)
+ *         if code == IVSHMEM_VERSION:
+ *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_TAKEN:
+ *             return ChannelError(
+*/
+    __pyx_t_12 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_17 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_12 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_12);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_12);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_17 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_the_region_s_channels_are_of_a_v};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 556, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":555
+ *         if code == IVSHMEM_NO_AREA:
+ *             return NoChannels(NO_AREA)
+ *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
+ *             return NoChannels("the region's channels are of a version that is not known here")
+ *         if code == IVSHMEM_TAKEN:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":557
+ *         if code == IVSHMEM_VERSION:
+ *             return NoChannels("the region's channels are of a version that is not known here")
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             return ChannelError(
+ *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_TAKEN);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":558
+ *             return NoChannels("the region's channels are of a version that is not known here")
+ *         if code == IVSHMEM_TAKEN:
+ *             return ChannelError(             # <<<<<<<<<<<<<<
+ *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
+ *                 " info` lists them"
+*/
+    __pyx_t_7 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 558, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+
+    /* "ivshmem/channel/membership.pyx":559
+ *         if code == IVSHMEM_TAKEN:
+ *             return ChannelError(
+ *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
+ *                 " info` lists them"
+ *             )
+*/
+    __pyx_t_3 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
+    __pyx_t_4[1] = __pyx_t_3;
+    __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_places_of_the_area_are_taken_iv;
+    __pyx_t_5 = 68;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]);
+    #endif
+    __pyx_t_6 = 0;
+    __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_17 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_12))) {
+      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_12);
+      assert(__pyx_t_7);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
+      __Pyx_INCREF(__pyx_t_7);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
+      __pyx_t_17 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_15};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":557
+ *         if code == IVSHMEM_VERSION:
+ *             return NoChannels("the region's channels are of a version that is not known here")
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             return ChannelError(
+ *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":562
+ *                 " info` lists them"
+ *             )
+ *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
+ *             return RegionError(f"{of}the region is mapped for reading only")
+ *         if code == IVSHMEM_CLOSED:
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_READ_ONLY);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":563
+ *             )
+ *         if code == IVSHMEM_READ_ONLY:
+ *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_CLOSED:
+ *             return ClosedError(
+*/
+    __pyx_t_12 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_15);
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_17 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_15))) {
+      __pyx_t_12 = PyMethod_GET_SELF(__pyx_t_15);
+      assert(__pyx_t_12);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_15);
+      __Pyx_INCREF(__pyx_t_12);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_15, __pyx__function);
+      __pyx_t_17 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_t_3};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_15, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_1;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_1 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":562
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13353,7 +13795,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":553
+  /* "ivshmem/channel/membership.pyx":564
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13365,7 +13807,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":554
+    /* "ivshmem/channel/membership.pyx":565
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -13373,21 +13815,21 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 565, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":566
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 555, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 555, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_3))) {
@@ -13406,7 +13848,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 554, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 565, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13420,7 +13862,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":553
+    /* "ivshmem/channel/membership.pyx":564
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13429,7 +13871,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":568
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13441,7 +13883,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":569
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -13449,20 +13891,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 569, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":570
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 559, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_12 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13477,12 +13919,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_14};
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_12};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13496,7 +13938,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":568
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13505,17 +13947,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":573
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 562, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 562, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_12);
+  __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 573, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 562, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 573, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_3;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -13529,30 +13971,30 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
-  __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 562, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_12);
+  __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
   __pyx_t_17 = 1;
   #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_14))) {
-    __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_14);
+  if (unlikely(PyMethod_Check(__pyx_t_12))) {
+    __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_12);
     assert(__pyx_t_7);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_14);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
     __Pyx_INCREF(__pyx_t_7);
     __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_14, __pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
     __pyx_t_17 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_12};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_14};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13566,8 +14008,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":532
- *         free(self.pulses)
+  /* "ivshmem/channel/membership.pyx":543
+ *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
  *         """Return the exception for a result of the header."""
@@ -14824,14 +15266,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Depend
   __pyx_vtable_7ivshmem_7channel_10membership_Dependent.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_beat;
   __pyx_vtable_7ivshmem_7channel_10membership_Dependent.is_rung = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_10membership_9Dependent_is_rung;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 70, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Dependent_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent)) __PYX_ERR(0, 71, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent = &__pyx_type_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent);
@@ -14841,12 +15283,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Depend
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Dependent, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_vtabptr_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Dependent, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent, __weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 70, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Dependent) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14885,16 +15327,17 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_check;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.flush = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_flush;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.kick_all = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.whose = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint64_t))__pyx_f_7ivshmem_7channel_10membership_10Membership_whose;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 110, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = &__pyx_type_7ivshmem_7channel_10membership_Membership;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
@@ -14904,9 +15347,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15513,18 +15956,18 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   /* "ivshmem/channel/membership.pyx":45
  *     ChannelCorrupt, ChannelError, ClosedError, IvshmemError, NoChannels, NoInterrupts, RegionError,
  * )
- * from . import identity             # <<<<<<<<<<<<<<
- * 
+ * from ..text import plain             # <<<<<<<<<<<<<<
+ * from . import identity
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -15534,16 +15977,40 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":52
+  /* "ivshmem/channel/membership.pyx":46
+ * )
+ * from ..text import plain
+ * from . import identity             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 46, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":53
  * 
  * NO_AREA = (
  *     "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"             # <<<<<<<<<<<<<<
  *     " Directory.create(channels=SIZE)"
  * )
 */
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NO_AREA, __pyx_mstate_global->__pyx_kp_u_the_region_has_no_room_for_chann) < (0)) __PYX_ERR(0, 51, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_NO_AREA, __pyx_mstate_global->__pyx_kp_u_the_region_has_no_room_for_chann) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":57
+  /* "ivshmem/channel/membership.pyx":58
  * 
  * # Nanoseconds between two looks of the beat's thread, where no ring can come.
  * cdef int64_t PAUSE = 1_000_000             # <<<<<<<<<<<<<<
@@ -15552,7 +16019,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/membership.pyx":59
+  /* "ivshmem/channel/membership.pyx":60
  * cdef int64_t PAUSE = 1_000_000
  * 
  * cdef unsigned int generation = 0  # of this process: a forked child has another             # <<<<<<<<<<<<<<
@@ -15561,22 +16028,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = 0;
 
-  /* "ivshmem/channel/membership.pyx":62
+  /* "ivshmem/channel/membership.pyx":63
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
  *     global generation
  *     generation += 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":67
+  /* "ivshmem/channel/membership.pyx":68
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -15584,12 +16051,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 67, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 67, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_VECTORCALL
   #endif
@@ -15598,13 +16065,13 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 67, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 68, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 67, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 68, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -15615,7 +16082,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 67, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 68, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -15647,64 +16114,64 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 17, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":327
+  /* "ivshmem/channel/membership.pyx":328
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 327, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":422
+  /* "ivshmem/channel/membership.pyx":423
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 423, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 422, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 423, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":456
+  /* "ivshmem/channel/membership.pyx":457
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 456, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":477
+  /* "ivshmem/channel/membership.pyx":478
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 477, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15802,7 +16269,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 400, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -15827,7 +16294,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/membership.pyx":182
+  /* "ivshmem/channel/membership.pyx":183
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -15836,12 +16303,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 182, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":282
+  /* "ivshmem/channel/membership.pyx":283
  *         cdef int code
  *         if target == <uint32_t>EVERY_PEER:
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -15850,12 +16317,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 282, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 283, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/membership.pyx":67
+  /* "ivshmem/channel/membership.pyx":68
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -15864,7 +16331,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 67, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 68, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -15905,41 +16372,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{21},{64},{2},{15},{59},{17},{24},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{23},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{164},{263},{90}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2000 bytes) */
-static const char cstring[] = "x\332\215V\317s\023\311\025F\211\301\002L\260\326fq\n\222\264\027\026\333`{\343\340\002b\2406Z\354\005*\211\027\031W-\273\225\324\320\232iI\035\215\246G\323=\222U\225T|\364q\216s\234\343\034u\324QG\216>\316\321\177\002\177B\276\356\221d\261\\\342\262gz\272\337\317\357{\357\265\tU\204\210\032\341\035\331h\261\226e7\250\3471w\263A|\227\332L\3523\325`\204\006\214\352\007Q\264\311\274\247\344\375H\201\214\024\010\367j\342=q\271TR+\264\356\034\255\252\2001R\013h\275\305<\265\266\266C\244h1\342\007\002v\265\020\\\333\324#\335\200+\330\025\306\017L\212\240G\032T\022\351\013\3562\207p\265N\270$\274\345\013)y\325edu\235t\033\334n\220*s\205W\227ZY\272B\221\315\035\262s\036\2566\362\355\276\360\330\276\320\016\264\277\027=\325\020\2366\3470\227WY@\025s{D\252\200\333\212\005Z\310#o\366\336ll?\331&\324sH\300\376\305l\244$\303\252\355R)sD\252!w\025\367\210\352\371Ln\222\3275\322\023!\361\030\242E(>\344\246\025\020\220G$S&\262\025\300%\024U\\x\026\324\271W_!\016\017\340\204w\014\n\337SW\262MJj\"h\302\236\335\340\256CZ\264G\204\207HmWH\206\354\221\013W&C\2043\342@R\322\025\201C\035\307\202\013F]\027)\0108\r&\240\007\200\267\243\243D$#\255u\"\002\363m\010\317\371\006>#\r\370\201\315\346\230e\207K\n\006\230g\236A\000\325\272\315e\376\355\214jbs\\D\343o#(G_\337\214N\277\301\032\004\310\006\3677\375\336\221\047@I\215\206\256\"\226\0250\047\264\231e\021\0474\230x\302\333\000E\035N]\234\332\334\343\312\262\362xu\344S\331HS\244\006%Go\007\254\016\244\rP\360\020\010\321\322\300N\244w\200l\223i(\253\275\363\232\226,\000\027\033\033\023\233o_\377\274\367\336\000\005\261]\303\026\252t\323F\225)\266:\026{\256\305\326\246\274\002\306\317\"\301^\213\372>8\320q\300\200\203\0220\334\376_B;:\215<s\335;U\335`l\332\301\212\374\024\n\360II\0078k\273\246\007\270\206B\221\246\047\272\000\206\005l\232o\250\347\326i\013\235\365)\262]\200h\274\255k\030\364*\347`um\204\014E\013ts\364\002b\334\215\033\032\032\314\246\2414Pk;\022\255\355\251\035\"|\346\375\202\277:\345\336tH\260\255\313?`5\255O\211-Z>2\333`GZ""\247\016\223\036v\353!\223j%\307\315\200\225\317-\207u\270\315\306\363\242\0352\210\231\306\266\321\036\322\264\354N\336Yt\322$#\325\206\220\371\200\322#\017\351\242t\270z\221\207\371B\004A\350\217\277\366t}\2770L\233\345.CV\016\362\233,6\0475m\233\tdY\323G\230\r\022#\341\374\360u^\210\306\330\337\047mr\276\372\334\334\047g\237\331\233:5\0059\365}N\343\324f>\373\2476\202\320\333\377\301*\037\354\225\367\305(i\271/^{\230\231\032\007y`j\317\304\373#\243\315\277\262\336.\006*\266h\320\263\2547\275#\374\351\035k\237\035\251\003V\263\254\321\030D\223[\226\243O\360\303\264=\2638\342f\243\026z\266~\327\307\t\341\247\205\3620o\341\204\256\331\361h+\177\263\256~a\230\340\032cvS\206\255\374+`\022s%_\217\354\350\245\236\336\371*\364|n7am\302J\276\337Qz\256i\243\355\220\272c?\343\351\364\031\t\223\rv\244?@\303$69\225\301g\364X\226B\361\342Ek\032\000=\371sL\034!\002\334q.\346y\227\002\022.-[\004\"\304\335\303rY`an\010T3\225=\317\346bs\"\201\341]\305\200\262]\254\265\240\n\300j\225\332MS\003\371d\262\205\303l\001\334\217\024\356C[\204\236\262\303 \320\010pG\0379\030\366\371\023\2608\270\222\r\347\"\310g:\353@\262\346\310\032\024\235\363R\002_\370\365\271\303\271\006\223\253\036\207:He-\371\313K\342\374\032p\031\225\314e5D\322\342\312\025h\321\026Ev\036\0335u>KZ\241b\032V\0171[:A/\324\026D\255\006`q\333\013\351\343j2q\344u\354\013?@\313W\271\222\371\214\324O\251\321\243\312\200\035\344\202\001\\Xt\2026j\036(a<\342\022w\265\355\321\375$y\335\303\035m\006\230\341Q\206\276\217\022\223\032D\325\030M\353\320wp\204\2115\241\273C]\014\237\216\271;\272h\022\0144\200IV;\202;\344>\376\307\361\324\243mK\255]0qh\332\217\013\331\314\305l\346\213hY\257\256\234<\210*z\261\222\264\323K)=.\234\315\374!n\237\222?\366\257\016\236\016\233\247\225\203lf!\372s\374*)\047\225lf\366\370\337\321\343x9+>H\267\322\277\r~3\244\331\314\325\223\255\343\302\307\342\205+\267\364\301|T\320\217\331\250\035_\212\335tY\353tN~\214\366\342\305\270\222\025\3417+\336\214\332g\372\241\317\332Y\361\372\351\365\373\351\335""\224\246\335~sx\363C\341\354\323\235\322q\371\254x/\241\211J\037\367\277\356\267?^\271p\371\332\311\367\321\330\331\334\311^t#\242\221\212\037\047_\047\355l\256tZZNJ\311r\262\235t\323z\277\222\315\335\210\376\201\215UD3w\375\344?q9~\227\274M\177\225\336I\3779X\036<\031>D\032\363\245ln!z\026\267\223b\372\353\364O)\264J\321o\221\221ym\000\236B6\207\350\243G\361B\3742\331\312\346~\037\323\370(\221\351W\247\353\177\031^\202\t\350?O\n\311\227Ip\272\366t\360p@\265\356\315\270\240m\317\337\210*\331\374\355x7\271\222.\247\317\372\355l\376wq%\256%\337%\360\275\024_I6\322v\377R\337\036,\014\276\203\2469\005|\351\223\376\303~u\000\033\213\321\313xK{\006<\047\355\343\362\307K\023\030\256\236<\212\026\242\335x6\016\223\262\216\362\276I\261rz\357\351`k\260;\234\035\206\037\312Zl\373\344\010\250C\340\001\254\323\254X\212n\203\224\271k\047\207\210\363b\374\323\351\275G}\332o\017f\006/\207\217?,\237A\345y\\\210\227\222\005\304i\247\213\247\033\337\016\332c\371\331\270\233\3203$\275\225\025o!\264r|\230\2244\035&\246<\306\342\205\313_A\331,\346\340^c_\211\235\004\260^\313\343^\212K\361\335\230\047AZJM*;\000\252xY\007y7r\200\377\274.\224\033_f\213\267\343r\266x\0234\357$\207\351\"\010Z\272\223l%/\323\207\251\335\377\242\277\245\317Bc\236%\017\023\0164g\221\311\354\2403<\030\266\263\245\273(\340\267\351\305\264\222R-)\343;\361[pq7u\372\033\203\366\2600\\\034\276\373p\360\301H\276\320\254\246\273\375B\266t+\336\216U\362$\335\312n\337I\236\301h\241\277\210\212Z\272\035\377\200\275\371\205h\033\001\301\367R|\025\301\224\317F\365\225\347\010\316^\305e\3000w\341rI\227\252f\240\033\331h\205\303d1y\227\036\302\330\341`i\210\332\323-\243S\253\350jA\200\035\020\203\324\377\213\3620\231\003\327WQ9\307L\327\224\256\305\377\001\025\342/\213";
-    PyObject *data = __Pyx_DecompressString(cstring, 2000, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2023 bytes) */
+static const char cstring[] = "x\332\215VMs\023\311\031F\211\301\302\230`\255\315\342\024$i/,\266\301\366\306\301\005\304@m\264\266\027\250$^d\\\265$\225\324\320\232iY\035\215\246G\323=\222U\225T|\364q\216s\234\343\034u\324QG\216>\316\321?\201\237\220\247{$Y\300%.\230\351y\373\375|\336/\221\025?\0206\223\222\020\252\010\0215\302\333\262\336dM\313\256S\317c\356F\235\370.\005\207\276SuFh\300\250~\020E\033\314{F\336\017\005\310P\200p\257&\336\023\227K%\265@\363\356\361\212\n\030#\265\200\0365\231\247VWW\267\211\024MFF\246U\035\266m\352\221N\300\025\024\013c\010:E\320%u*\211\364\005w\231C\270Z#k\204K\302\233\276\220\222W]FV6\266\311\366\205g\232\375\373}\341\261}\241Ui\315;]U\027\236\026s\230\313\253,\240\212\271]\"U\300m\305\002\315\344\2217{o\326\267\236n\021\3529$`\377b6\274\227a\325v\251\224y\360\325\220\273\212{Du}&7\310\353\032\351\212\220x\014~\301c\037|\223\002p\310#\222)\343\3312\220\021\212*.<\013\342\334;Z&\016\017`\204\267M\274?RW\262\rJj\"h@\237]\347\256C\232\264K\204\007OmWHF::\026\256L\204pg\010\267\244\244#\002\207:\216\005\023\214\272.B\0200\032\214\341\r\000d[{\tO\206RkD\004\346\333\3446O-\360\031J\300\016t6F\tu\270\244@\232y\346\031\004\020=\262\271\314\277\235a\3727F\3652\3726\214r\364\245\330\261\032\236\277\033r~\2073\222!\353\334\337\360\273\307\236@zj4t\025\261\254\2009\241\315,\2138\241\301\307\023\336:\322\325\346\324\305\255\315=\256,+\367]G1\021\2314\265i\020s49`G@\335\200\006\013\201\020M\r\362\230{\033(7\230\206\265\332\275(e\311\002\344e}}\254\363\355\353\277\357\2757\240\201m\327d\016\265\271a\243\342\024[\031\261\275\320l\253\023V\001\351\027\236\200\326\244\276\217|h?\240\300A9\230<\377_L\333:\214<r\3351U\335Wl\322\300\262\374\024\n\344\226\2226p\326zM?p\r\205\"\rOt\000\014\013\330d\356!\236k\247M\001\223\237 \333\001\210\306\332\232\206A\237\362\034\254\254\016\221\241h\207N\216^@\214\271Q\033C\202\3314\224\006j\255G\242\241=\265M\204\317\274\317\362wD\2717\351\022t\353V\010XM\313Sb\213\246\217\310\326\331\261\2269\202J\017\324\243\220I\265\234\343f\300\312\307\225""\303\332\334fk\350\036n\327I+d`3Mn\243U\244i\337\355\274\313\350\270a\206\242u!\363\261\244\047\035\302E\351p\225\353\2512\027\350\014;\337\3005I\227\237\223\r\3429\005\036\002\366\235<\330\035\021\004\241\257\206_{\272cvL\275\230\343.\0036\016P\032\0376\306\235a\233\231fY\223W\2306\022C\346\342\362u^\316F\331_\307\315vq\372R\335\047w_\350\233\2705e=\361}Q\014\023\304|qL\020\202\320\333\377\311*\037\354\225\367\3050h\271/^{\230\302\032\007y`*\330\370\3733\243\215?\263\356.F4H4\350Z\326\233\3561\376k\212\265\217qr\300j\2265\034\254\030\025\226\345\350\033\3741\255\317\034\216\271!\324B\317\326\357\243Q@\370k\242\310\314[8\241k(\036m\346o\326\321/\214$\354@f7d\330\314\277\002&1\235\362\363P\217>\352}\220\237B\317\347v\003\332\306Y\311\351m\245\047\245V\332\n\251;\2623\232q_$aL`\307\372\003i\030\373&\047\"\370\"=\226\245\320\002x\321\232\006@\357\222\034\023G\210\000\225\351bCt( \341\322\262E Bl3\226\363\002\013\263s\320\023Tv=\233\213\2151\007\326A\025c\316vq\326\214*@V\253\324n\230\032\310\347\233-\034f\013OOylX[\204\236\262\303 \320\010pG_9X\037\371\023\2608X\347&\347\"\310\267\004k\203\263\346\310\032\004\235\213RB\276\360\317\347\016\347\032L\256\272\034\342H*k\312\317\327\316\3052q\031\225\314e5x\322\344\312\025h\364&Et\036\033\216\206|\"5C\3054\254\036|\266t\200^\2505\210Z\r\300\342\367\203\220>\226\235\361#\257c<\271\347\013?\300\364\250r%\363q\253\237RCH\225A<\310\271\003\330\261\350\030r\024>\240\302\244\305o\003W\033\030\256:\311\217<\254~3\013M2e\350\373\2503\251\221T\365\341\340\017}\007W\030~\343\234\267\251\2139\3266k\250\203N\301l\004\242d\245-\270C\036\340\047\222\247\036oYj\365\222\361C\347\376\244\220M]\316\246\276\212\226\364i\346\364aT\321\207\345\244\225^I\351I\341|\352wq\353\214\374\276w\255\377l\3208\253\034dS\363\321\037\343WI9\251dS\323\047\377\216\236\304KY\361a\272\231\376\245\377\253\001\315\246\256\235n\236\024>\026/\315\334\326\027sQA?\246\243V|%v\323%-\323>\3759\332\213\027\342JV\204\335\254x+j\235\353\207\276ke\305\033g7\036\244\367R""\232vz\215\301\255\017\205\363O)\245\223\362y\361~B\023\225>\351}\333k}\234\271t\365\372\351\217\321\310\330\354\351^t3\242\221\212\237$\337&\255l\266tVZJJ\311R\262\225t\322\243^%\233\275\031\375\003\204\025x3{\343\364?q9~\227\274M\177\221\336M\377\331_\352?\035<B\030s\245lv>z\036\267\222b\372\313\364\017)\244J\321\257\021\221y\255\003\236B6\013\357\243\307\361|\3742\331\314f\177\033\323\3708\221\3517gk\177\032\\\201\n\310\277H\n\311\327Ip\266\372\254\377\250O\265\354\255\270\240u\317\335\214*\331\334\235x7\231I\227\322\347\275V6\367\233\270\022\327\222\037\022\330^\214g\222\365\264\325\273\322\263\373\363\375\037 in\001_\372\264\367\250W\355C\307B\3642\336\324\226\001\317i\353\244\374\361\312\030\206k\247\217\243\371h7\236\216\303\244\254\275|`B\254\234\335\177\326\337\354\357\016\246\007\341\207\262f\333:=\006\352`x\010\3554+\226\242;H\312\354\365\323C\370y9\376\333\331\375\307=\332k\365\247\372/\007O>,\235C\344E\\\210\027\223y\370i\247\013g\353\337\367[#\376\351\270\223\320s\004\275\231\025o\303\265r|\230\224t:\214O\271\217\305KW\277\201\2609\314\302\274\306\276\022;\t`\275\236\373\275\030\227\342{1O\202\264\224\232P\266\001T\361\252v\362^\344\000\3779](7\277\316\026\356\304\345l\341\026\322\274\235\034\246\013H\320\342\335d3y\231>J\355\336W\275M}\027\032\365,y\224p\2409\215H\246\373\355\301\301\240\225-\336C\001\277M/\247\225\224jN\031\337\215\337\"\027\367R\247\267\336o\r\n\203\205\301\273\017\007\037\014\347\216\316j\272\333+d\213\267\343\255X%O\323\315\354\316\335\3449\224\026z\013\250\250\305;\361O\240\315\315G[p\010\266\027\343kp\246|>\254\257<F\344\354U\\\006\014\263\227\256\226t\251\352\014t\"\033\255p\230,$\357\322C(;\354/\016P{\272eth\025]-p\260\215\304 \364\377\242<L\344\300\365UT\3161\3235\245k\361\177\002\232KX";
+    PyObject *data = __Pyx_DecompressString(cstring, 2023, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2655 bytes) */
-static const char cstring[] = "\377 at  of \377ivshmem_\377channel.\377h places\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)):\377 some pr\361oU\000!\001x\000can \377write to\3723\001 \201\000ory h\377as spoil\377ed it, i\377s imposs\377ible (, \377which be\357longn\000o s\377lot .: :\371 \246\006A\001?None\353No]\001h\350\000Cyt\367honK\001deli\377berately\377 stricte\371r\267\000\216\000PEP-4\37784 and r\357ejec\320\000sub\337class\214#bu\377iltin ty\377pes. If ?you ne\253\000\305\000\345p%\000 &\010\275 n s\353et\334\002\047\335 ota\337tion_<\000in\277g\047 dirb\000i\375v\201\"False.\277a fork\373\000c\377hild may\367 on\247\000clos\031e\373\000\264@it\242\"\272@\256D\377sa worda\357dd_n\357\000all\352\300\000o\273@r\354&rem\343ov\242\001\320@\344D, o\002\364\001e\353C\352C\354 \240D\234`Q\000\275k\336Edisa\377 e\355n\001\002rr8\000gci\225s\n\003d\276d.\275e\010\005e*%\001s\334d/\334d/\354`\376 \377ship.pyx\377no defau\377lt __red\377uce__ du\336\225bnon-\240@vi\373al\033\000cinitS__\234\204\002\260bt\304\007s\240\204\002:\241\"d\264\204\001reg\347 \313b\236_\000room\325!\256\204\005s\355:\327 ke\340` byn\312\204\007ser\211@--\320%? SIZE`\244\"$\000\375D\251Bory.crUe\275`(\367%=#\001)k\010\267is y\016is\312@p\367ped\203\002read\330\200`\327B+\013ma\020\022: \210\246 \364\003\270\205\001b\335\205\001\364`\341\007\047\371s\324\006\253\206\002of a \257vers\203!t\200\205\001i\375sA\000t know\377n hereth\370\346G<\000\322#among\375 \315*was fr\217eed,\252!\006\001\376#(\371)\277a\276 a new= \271\"r on\306\206\010/\000\237ecaus\346\"D\001s\377ilent: o\367penX\013agai\355n\207\tor\372\204\002ref\376<\001a compa_re-ex\251\210\001g\273@\375n\340\000guest\047\364\327#\315\"f\313\207\002devi;ce\250\207\005que$\000\324\206\002_calls\256\206\002:\324\205\003\365a\221\210\006o5\003host\271 \235\210\001\357\210\001 fr\270`i\373tC\232\211\003CorruUp\006\005E\205\205\001C\226\206\001d\006\002{De\323\000dent\000\006\265.\313\204\006c\375\207\002__""\017\ts\377etstate_r\025\005I\210\212\003S\002Mem\240\205\004\000\000\007=\017\017\n?\016/\010\274\207\002?\010\275G\370T\010\366\212\003e\010runNO\177_AREANo\374\004\177sNoInte\203\"\363sR\342\205\002\203\"Weak\277KeyDic\340\210\001a\177ry__Pyx\001\000\376\016\001_NextRe\367f__\200\211\004e_____dict\004\001eL\001\372\004\002x\335\206\001__fun%c\035\001g\231%+\000m\234`1\001\337modul:\002na\255m\002\003ewJ\001pk\000c\377hecksum_\375_\n\001result\340\006\003\343#\022\002\272\212\001\033\003unp\307ickK\000\261F3\003vt<\352\210\001\237\001qual`\005\226\210\005\354\303N\260\210\006ex\323\001set\345_\224\005s\267\010\336N__t\373es\376\001after\371_\366\212\001\216#doorb\377ell_nowa\377it_is_co\177routine&\003\367in_\235\213\002alla\177syncio.\031\006\377satbeatc\365l+\000_&\000trac\237eback\300\213\002\236\211\003c\337odeco\305@xt\377libcount\277currenj\000d\336\027\001deen!\001en\335d\000\000poi\357Bor\376\316\212\003eventfd\213sf6\000d\210\207\007\255@\260@p\357idii\203\205\001ity9i<\000\322@ems\225\213\r\375\212\007\377leaselef\376\207\000mitloca\237lmach\351\000\211\211\001i{ng\227\217\003mute\357A\265n\310`_\335\001nu\236\205\001o\377ffsetone?ospeer\272\220\002\276\220\003\377poprandb\247its\211\213\003\221\213\001s\346!a\355t\350\"re\350\220\002rin\367g_a\345&runs?ecrets\223\000X\001~\231\214\004signal\273\210\003\236\262\206\002supp\340`O\000x\367tth\314\212\004upda\277teuse_\326\206\005v\377aluesvec\377torweakr\377efint (v\377oid *, i\377nt64_t)\000\374\203\002\363A\200\001\330\004\005\330\357\004\022\220!\006\001\n\210+\373\220Q\017\001\047\240q\250\006\377\250a\200\001\340\004\037\230\377q\320 0\260\013\270;\377\300k\320QR\330\004\023\377\2209\230H\240A\240Q\377\330\004\007\200|\2207\230\377!\330\010+\2501\250L\377\270\016\300a\330\004\013\210\3771\200\001\360\010\000\n\033\376\025\001\020\220\001\330\010\020\220\377\007\220q\230\006\230l\250\375!0\001v\210W\220E\230\337\024\230Q\330\010u\000\330\010\317\027\220q\340\001\001L\001q\330\377\010\017\320\017*\250$""\250\377a\250w\260k\300\027\310\373\001\340\004\013\021\200A\340\010\377&\240a\240t\2507\260\377%\260q\360\n\000\t\r\347\210F\220\203\000h\002\014\210E\377\220\025\220a\220t\2307\377\240%\240q\330\014\021\320\377\021!\240\021\240!\2404\377\240w\250g\260Q\330\014\327\025\220\\\016\000(\213\000\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\357\2708\3003\304\000\020\021\330\377\014\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220\325\031\350\000\014\003\001-\234 \001\330\375\014\263 \2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\363\300\006\207 =\000=\240\001\240\377\026\240r\320);\2703\373\270a\210\000\220\027\230\001\330\376Y\000\020\025\220Q\330\020\034\377\230D\240\n\250!\250<\377\260q\330\020\035\230Q\230\377f\240B\240a\330\020\030\377\230\n\240-\250q\260\006?\260c\270\023\270B7\000\031\002\376\274 \2508\2603\260b\270>A\000\024\220G\2301v\001\234 \277\210q\200A\360\006\376\006\013\377\2106\220\023\220D\230\007\257\230u\240A\242\001*\336\002Q\377\320&;\2701\270D\300\377\007\300u\310A\330\010\013\337\2104\210x\220\236 \022\220\375+y\000a\330\010\021\220\034\336\222@\014\r\210T\245\000\005\230\377Y\320&6\260a\260q\377\270\004\270G\3007\310!\375\3400\000=\230\001\230\030\240\375\023\245\000c\250\024\320-?\371\270\336 *\003\007\230w\240a\275\340\262 1\330\010\033\230\000A\177\230T\240\021\330\010\014\225C\275\017\237\002\010\000\t\":\000A\346\234`\t\014|\000\370!Q\230d\337\240!\330\014\r\215\0016\220\377\030\230\021\230$\230i\240\247r\250\021\252`\241\000:\246 \010]\t\350!$\220d\350`\020\253`\377\330\025\026\330\024\034\230A\367\330\024\027\344@:\240T\250\375\024\236@\030#\2401\240G\377\2503\250c\260\022\2601\372\030\001u\330@Q\230e\2403\353\240i\313 \007\307\000\007\270v\377\300R\300q\330\030$\240}A\361@\005\250Q\250aB\001\337s\230#\230S\211@$\250\377d\260-\270q\300\001\300\277\024\300X\310R\310%\002C\376\322A\250D\260\001\330\030\033\377\2304\230t\2408\2501\337\330\034#\240<\240@\001\260\275\024\317`\030\034\230O\021\000""\020\347\023\2204\365`y\000\030\230\013\346\212\000A\340\331d\336\003\020\024\220\367H\230A\250@\014\000\t\021|\224\205\001\376!w\220c\230\024\250 \337\024\240X\250TJ\000T\270\363\030\300\371`\257\205\001t\230:\240\332\243`\021\343\001v\230\255`\027\220\261\177\234`\365\002\325 H\220\300B6\000\317b\210\204\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2655, 3433);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2694 bytes) */
+static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)))\177: some s\005\373thy\000can w\177rite to4\001\375 \202\000ory ha\377s spoile\377d it, , \377is impos\377sible (.\317: : \221\006+\001?N\237oneNoG\001V\001C\337ython3\001de\377liberate\377ly stric\347ter\242\000x\000PEP\377-484 and\277 rejec\273\000s\377ubclasse\375s\225!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\250 n set\306\002\047\376\310 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\245@\231Dsa \377wordadd_]n\357\000all\300\000o\246@}r\326&remov\242\001\\\273@\317D, o\364\001e\326C\240\325C\324 \205d\207`Q\000k\311Ed\267isa\347 en\001\002r\275r8\000gcis\n\003dR\251d.\250e\010\005e%\001s\026\005\257text\323d/\323d/\374\343`\212@ship.p\377yxno def\377ault __r\377educe__ {du\213bnon-\254@\357vial\033\000cinOit__\223\204\002\246bt\320\007\351s\227\204\002\255\"d\253\204\001regx\363 \301b_\000room\341!\266\245\204\005s:\343 ke\326` \273by\301\204\007ser\225@-\375-\334% SIZE`\364\260\"$\000D\265Bory.Wcre\311`(\203E=#\001\335)k\010is y\016is\336\326@pped\203\002recad\214`\343B+\013ma\020\022\243: \246 \364\003\256\205\001b\324\205\001e\315e\340\010\047s\324\006\242\206\002of\177 a vers\203!\366\345\205\002isA\000t kn\377own here\343th\362G<\000\322#amo\367ng \315*was ?freed,\252!\006\001\346\376#()\313a\276 a n\367ew \271\"r on|\274\206\010/\000ecaus\346\"\376D\001silent:\337 openX\013ag\267ain\207\tor\206\205\002r\373ef<\001a com\177pare-ex\240\210\001\365g\273@n\340\000gues\323t\047\327#\315\"f\301\207\002de\377vice, wh\177ich que$\000\276\340\206\002calls\272\206\002:\352\340\205\003a\207\210\006o5\003hosst \223\210\001\346\210\001 fr\270`;itB\003bel\233 \363\206\004*\233\211\001 \014\ts\277\210\001p\014\010\355\"\350\302\211\003\234@\364 C\327\211\003Cor\257rupt\007\004E\327\205\001C""\332\350\206\001d\006\002De\231 de\253nt\000\006.\221\205\006c\317\210\002_\375_\017\tsetsta\227te_\025\005I\305\212\003S\002M\003em\346\205\004\000\007=\017\017\n?\016/\010\300\216\210\002?\010\203gT\010\263\213\003e\010ru\377nNO_AREA\373No\374\004sNoIn\233te\203\"sR\250\206\002\203\"W\377eakKeyDi\375c\262\211\001ary__P\363yx\001\000\016\001_Nex\277tRef__\322\211\004e\377____dict\322\004\001eL\001\004\002x\243\207\001__/func\035\001g\231%+\000\371m\342`1\001moduln:\002nam\002\003ewJ\001\375pk\000checks\357um__\n\001res\007ult\006\003\343#\022\002\214\213\001\033\003?unpickK\000\261F\3463\003vt\274\211\001\237\001quaal`\005\334\210\005\303N\366\210\006ex\323\001/set_\224\005s\267\010\336N\337__tes\376\001af\317ter_\310\213\001\216#do\377orbell_n\377owait_is\377_corouti\273ne&\003in_\357\213\002a\377llasynci\373o.\031\006satbe\257atcl+\000_&\000t\377raceback\374\222\214\002\344\211\003codeco\376\305@xtlibco\377untcurre\365nj\000d\027\001deen\356!\001end\000\000poi\366\357Bor\240\213\003even_tfdsf6\000d\316\207\007|\255@\260@pidii\203\205\001\317ityi<\000\322@em\371s\347\213\r\303\213\007lease\367lef\207\000mitl\377ocalmach\334\351\000\317\211\001ing\323\217\003mu\373te\357Anext_\366\335\001nu\236\205\001offs\377etoneosp\347eer\367\220\002\373\220\003pla\377inpopran\237dbits\324\213\003\334\213\001s\266\353!at\355\"re\252\221\002r\337ing_a\352&ru\377nsecrets\370\230\000]\001\344\214\004signayl\206\211\003\267\206\002supp\345`\336O\000xtth\227\213\004up\377dateuse_\376\333\206\005valuesv\377ectorwea\377krefint \377(void *,\377 int64_t\363)\000\203\002\370A\200\001\330\004\277\005\330\004\022\220!\006\001\n\357\210+\220Q\017\001\047\240q\377\250\006\250a\200\001\340\004\377\037\230q\320 0\260\013\377\270;\300k\320QR\330\377\004\023\2209\230H\240A\377\240Q\330\004\007\200|\220\3777\230!\330\010+\2501\377\250L\270\016\300a\330\004\377\013\2101\200\001\360\010\000\373\n\033\025\001\020\220\001\330\010\377\020\220\007\220q\230\006\230\367l\250!0\001v\210W\220\177E\230\024""\230Q\330\010u\000?\330\010\027\220q\340\001\001L\001\377q\330\010\017\320\017*\250\377$\250a\250w\260k\300\357\027\310\001\340\004\013\021\200A\377\340\010&\240a\240t\250\3777\260%\260q\360\n\000\237\t\r\210F\220\203\000h\002\014\377\210E\220\025\220a\220t\377\2307\240%\240q\330\014\377\021\320\021!\240\021\240!\377\2404\240w\250g\260Q_\330\014\025\220\\\016\000(\213\000\377\014\017\210}\230A\230X\377\240S\250\002\250#\250]\277\270!\2708\3003\304\000\020\377\021\330\014\023\220<\230q\177\240\010\250\003\2502\2503\000W\021\220\031\350\000\014\003\001-\234 \367\001\330\014\263 \2206\230\023\377\230G\2401\330\014\036\230\377a\230x\240s\250\"\320\317,@\300\006\207 =\000=\240\377\001\240\026\240r\320);\357\2703\270a\210\000\220\027\230\373\001\330Y\000\020\025\220Q\330\377\020\034\230D\240\n\250!\377\250<\260q\330\020\035\230\377Q\230f\240B\240a\330\377\020\030\230\n\240-\250q\377\260\006\260c\270\023\270B\3707\000\031\002\274 \2508\2603\260\373b\270A\000\024\220G\2301\374v\001\234 \210q\200A\360\006\376\376\006\013\2106\220\023\220D\277\230\007\230u\240A\242\001*\376\336\002Q\320&;\2701\270\377D\300\007\300u\310A\330\177\010\013\2104\210x\220\236 \367\022\220+y\000a\330\010\021{\220\034\222@\014\r\210T\245\000\377\005\230Y\320&6\260a\377\260q\270\004\270G\3007\367\310!\3400\000=\230\001\230\367\030\240\023\245\000c\250\024\320\347-?\270\336 *\003\007\230w\367\240a\340\262 1\330\010\033\376\230\000A\230T\240\021\330\010\365\014\225C\017\237\002\010\000\t\"\232:\000A\234`\t\014|\000\370!Q\177\230d\240!\330\014\r\215\001\3776\220\030\230\021\230$\230\237i\240r\250\021\252`\241\000:v\246 \010\t\350!$\220d\350`\375\020\253`\330\025\026\330\024\034\337\230A\330\024\027\344@:\240\367T\250\024\236@\030#\2401\377\240G\2503\250c\260\022\353\2601\030\001u\330@Q\230e\257\2403\240i\313 \007\307\000\007\377\270v\300R\300q\330\030\367$\240A\361@\005\250Q\250}aB\001s\230#\230S\211@\377$\250d\260-\270q\300\377\001\300\024\300X\310R\310\372%\002C\322A\250D\260\001\330\377\030\033\2304""\230t\2408\177\2501\330\034#\240<\240@\367\001\260\024\317`\030\034\230O\236\021\000\020\023\2204\365`y\000\030\233\230\013\212\000A\340\331d\336\003\020\337\024\220H\230A\250@\014\000\363\t\021\224\205\001\376!w\220c\230}\024\250 \024\240X\250TJ\000\317T\270\030\300\371`\257\205\001t\230k:\240\243`\021\343\001v\230\255`\307\027\220\177\234`\365\002\325 H\220\002\300B6\317b\210\204\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2694, 3509);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3433 bytes) */
-static const char bytes[] = " at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, is impossible (, which belongs to slot .: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_i""n_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*""\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3509 bytes) */
+static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to place which is no place\047s ownChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____set""state_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000""\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 156; i++) {
+    for (int i = 0; i < 163; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 41) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 47) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -15947,8 +16414,8 @@ static const char bytes[] = " at  of ivshmem_channel.h places of the area are ta
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 156; i < 166; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-156].length;
+    for (int i = 163; i < 173; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-163].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -15958,14 +16425,14 @@ static const char bytes[] = " at  of ivshmem_channel.h places of the area are ta
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 166; i++) {
+    for (Py_ssize_t i = 0; i < 173; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 156;
+      PyObject **table = stringtab + 163;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -16053,9 +16520,9 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 63};
     PyObject* const varnames[] = {0};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -16068,22 +16535,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 327};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 328};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 422};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 423};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 456};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 457};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 477};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
@@ -18691,6 +19158,183 @@ bad:
 #endif
 }
 
+/* RaiseTooManyValuesToUnpack */
+static CYTHON_INLINE void __Pyx_RaiseTooManyValuesError(Py_ssize_t expected) {
+    PyErr_Format(PyExc_ValueError,
+                 "too many values to unpack (expected %" CYTHON_FORMAT_SSIZE_T "d)", expected);
+}
+
+/* RaiseNeedMoreValuesToUnpack */
+static CYTHON_INLINE void __Pyx_RaiseNeedMoreValuesError(Py_ssize_t index) {
+    PyErr_Format(PyExc_ValueError,
+                 "need more than %" CYTHON_FORMAT_SSIZE_T "d value%.1s to unpack",
+                 index, (index == 1) ? "" : "s");
+}
+
+/* IterFinish */
+static CYTHON_INLINE int __Pyx_IterFinish(void) {
+    PyObject* exc_type;
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    exc_type = __Pyx_PyErr_CurrentExceptionType();
+    if (unlikely(exc_type)) {
+        if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration)))
+            return -1;
+        __Pyx_PyErr_Clear();
+        return 0;
+    }
+    return 0;
+}
+
+/* UnpackItemEndCheck */
+static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected) {
+    if (unlikely(retval)) {
+        Py_DECREF(retval);
+        __Pyx_RaiseTooManyValuesError(expected);
+        return -1;
+    }
+    return __Pyx_IterFinish();
+}
+
+/* PyObjectCompare */
+#ifndef __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareFloatIntBoolEq
+static int __Pyx_PyObject_CompareFloatIntBoolEq(PyObject *op1, PyObject *op2) {
+    double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(float_op1 == -1. && PyErr_Occurred())) return -1;
+    #endif
+    #if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsCompact(op2)) {
+        Py_ssize_t iop2 = __Pyx_PyLong_CompactValue(op2);
+        if (float_op1 == ((double)iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+    }
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int sign2 = __Pyx_PyLong_Sign(op2);
+        if (float_op1 >= 0.) {
+            if (sign2 < 0) goto __pyx_return_false;
+            if (float_op1 < (double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        } else {
+            if (sign2 > 0) goto __pyx_return_false;
+            if (float_op1 > -(double) (1L << PyLong_SHIFT)) goto __pyx_return_false;
+        }
+    }
+    #else
+    if (unlikely(!__Pyx_isfinite(float_op1))) {
+        if (float_op1 == 0.0) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        int overflow2;
+        long iop2 = PyLong_AsLongAndOverflow(op2, &overflow2);
+        if (likely(!overflow2)) {
+            if ((long long) iop2 >= (1LL << 53)) {
+                overflow2 = 1;
+            } else if ((long long) iop2 <= - (1LL << 53)) {
+                overflow2 = -1;
+            } else {
+                if (float_op1 == ((double) iop2)) goto __pyx_return_true; else goto __pyx_return_false;
+            }
+        }
+        if (overflow2 > 0) {
+            if (float_op1 < ((double) (1LL << 53))) goto __pyx_return_false;
+        } else {
+            if (float_op1 > - ((double) (1LL << 53))) goto __pyx_return_false;
+        }
+    }
+    #endif
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#if CYTHON_USE_PYLONG_INTERNALS
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
+    Py_ssize_t cmp = __Pyx_PyLong_CompareSignAndSize(op1, op2);
+    if (cmp == 0) {
+        Py_ssize_t size = __Pyx_PyLong_DigitCount(op1);
+        if (size > 0) {
+            const digit* digits1 = __Pyx_PyLong_Digits(op1);
+            const digit* digits2 = __Pyx_PyLong_Digits(op2);
+            if (size == 1) {
+                cmp = (Py_ssize_t) digits1[0] - (Py_ssize_t) digits2[0];
+            } else if ((size == 2) && (8 * sizeof(Py_ssize_t) >= 2 * PyLong_SHIFT)) {
+                cmp = (Py_ssize_t) (((((size_t)digits1[1]) << PyLong_SHIFT) | (size_t)digits1[0])) - (Py_ssize_t) (((((size_t)digits2[1]) << PyLong_SHIFT) | (size_t)digits2[0]));
+            } else {
+                for (Py_ssize_t i=size-1; i >= 0 && !cmp; --i) {
+                    cmp = (Py_ssize_t) digits1[i] - (Py_ssize_t) digits2[i];
+                }
+            }
+        }
+        if (cmp == 0) return 1;
+        if (__Pyx_PyLong_IsNeg(op1)) cmp = -cmp;
+    }
+    return 0;
+}
+#endif
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CompareIntIntEq(PyObject *op1, PyObject *op2) {
+    int result = __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
+    if (unlikely(result == -1)) return NULL;
+    return __Pyx_NewRef(result ? Py_True : Py_False);
+}
+#endif
+#else
+#ifndef __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+#define __Pyx_DEFINED_PyObject_CompareIntIntBoolEq
+static int __Pyx_PyObject_CompareIntIntBoolEq(PyObject *op1, PyObject *op2) {
+    int overflow1, overflow2;
+    long long iop1 = PyLong_AsLongLongAndOverflow(op1, &overflow1);
+    long long iop2 = PyLong_AsLongLongAndOverflow(op2, &overflow2);
+    if (likely(!(overflow1 | overflow2))) {
+        if (iop1 == iop2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else if (overflow1 != overflow2) {
+        if (overflow1 == overflow2) goto __pyx_return_true; else goto __pyx_return_false;
+    } else {
+        return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+    }
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_object_int(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op2 == Py_None)) {
+        if (op1 == Py_None) goto __pyx_return_true; else goto __pyx_richcmp;
+    }
+    if (op1 == op2) goto __pyx_return_true;
+    if (PyFloat_CheckExact(op1)) {
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareFloatIntBoolEq(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    if (likely(PyLong_CheckExact(op1))) {
+        if (op1 == op2) goto __pyx_return_true;
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareIntIntBoolEq(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_EQ);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+
 /* PyObjectFormatAndDecref */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
     if (unlikely(!s)) return NULL;
@@ -19983,7 +20627,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__4);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__6);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }

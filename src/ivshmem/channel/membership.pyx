@@ -42,6 +42,7 @@ import weakref
 from ..errors import (
     ChannelCorrupt, ChannelError, ClosedError, IvshmemError, NoChannels, NoInterrupts, RegionError,
 )
+from ..text import plain
 from . import identity
 
 
@@ -529,15 +530,25 @@ cdef class Membership:
             self.mapping.give_back()
         free(self.pulses)
 
+    cdef str whose(self, uint64_t owner):
+        """Say to which place a word belongs, by the owner word of its slot."""
+        cdef ivshmem_place place = ivshmem_place_of(owner)
+        if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+            return "which is no place's own"
+        for index, epoch, _, _, _, process, name in self.places():
+            if index == place.index and epoch == place.epoch:
+                return f"which belongs to place {index} (process {process}, {plain(name)!r})"
+        return f"which belonged to place {place.index}"
+
     cdef object fail(self, int code, ivshmem_channel *channel, str name):
         """Return the exception for a result of the header."""
         of = f"channel {name!r}: " if name else ""
         if code == IVSHMEM_CORRUPT and channel != NULL:
             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
             return ChannelCorrupt(
-                f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
-                f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
-                " can write to the memory has spoiled it"
+                f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
+                f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
+                " has spoiled it"
             )
         if code == IVSHMEM_NO_AREA:
             return NoChannels(NO_AREA)

@@ -130,7 +130,7 @@ static inline int ivshmem_is_listened_to(const struct ivshmem_member *member,
                                          const struct ivshmem_channel *channel)
 {
     for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
-        uint64_t owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+        uint64_t owner = ivshmem_reader_owner(channel, i);
         if (ivshmem_is_owned(channel, owner) && !ivshmem_is_silent(member, ivshmem_place_of(owner)))
             return 1;
     }
@@ -143,7 +143,7 @@ static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
 {
     const struct ivshmem_channel *channel = listener->channel;
     ivshmem_slot_free(
-        channel, channel->layout.reader_owners + 8u * listener->slot,
+        channel, ivshmem_reader_owner_at(channel, listener->slot),
         ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN, listener->epoch));
     if (ivshmem_is_listened_to(listener->member, channel))
         return;
@@ -303,9 +303,9 @@ static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
         other->receives_no_more = (ivshmem_flags(tail) & IVSHMEM_FIN) != 0;
     }
     if (ivshmem_ahead(other->sent, stream->received) > buffer)
-        return ivshmem_corrupt(channel, "head", at, head, stream->connection);
+        return ivshmem_corrupt(channel, "head", at, head, owner);
     if (ivshmem_ahead(stream->sent, other->received) > buffer)
-        return ivshmem_corrupt(channel, "tail", at + 8u, tail, stream->connection);
+        return ivshmem_corrupt(channel, "tail", at + 8u, tail, owner);
     return 0;
 }
 

@@ -46,7 +46,7 @@ static inline int ivshmem_reply(struct ivshmem_reader *server, const struct ivsh
                                                    server->epoch)))
         return IVSHMEM_OVERTAKEN;
     ivshmem_full_fence(&channel->area.memory);
-    ivshmem_wake_one(server->member, channel, channel->layout.writer_owners + 8u * caller,
+    ivshmem_wake_one(server->member, channel, ivshmem_writer_owner_at(channel, caller),
                      channel->layout.writer_sleepers + 8u * caller, &server->rung.words[caller]);
     return 0;
 }
@@ -69,7 +69,8 @@ static inline int ivshmem_call_look(struct ivshmem_writer *caller, uint64_t posi
     uint64_t claim = ivshmem_get(channel, at), word;
     unsigned state = ivshmem_flags(claim);
     if (!ivshmem_claim_is_of(claim, position) || state == IVSHMEM_CLAIM_NONE)
-        return ivshmem_corrupt(channel, "claim", at, claim, caller->slot);
+        return ivshmem_corrupt(channel, "claim", at, claim,
+                               ivshmem_writer_owner(channel, caller->slot));
     if (state == IVSHMEM_CLAIM_TAKEN &&
         ivshmem_is_gone(&channel->area, ivshmem_claimer(channel, claim)))
         return ivshmem_claim_exchange(channel, at, claim,
@@ -84,7 +85,7 @@ static inline int ivshmem_call_look(struct ivshmem_writer *caller, uint64_t posi
         ivshmem_value(word) > channel->record.geometry.limit)
         return ivshmem_corrupt(channel, "reply",
                                ivshmem_reply_word_at(channel, caller->slot, position), word,
-                               (unsigned)ivshmem_value(claim) & 0xfffu);
+                               ivshmem_claimer_owner(channel, claim));
     *length = (uint32_t)ivshmem_value(word);
     *status = ivshmem_flags(word);
     return 0;

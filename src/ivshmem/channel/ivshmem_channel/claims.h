@@ -60,16 +60,19 @@ static inline uint64_t ivshmem_claim_age(uint64_t head, uint64_t claim)
     return age <= 0x7ffffffu ? age : 0;
 }
 
+/* The owner word of the reader's slot that a claim names; 0: there is no such slot. */
+static inline uint64_t ivshmem_claimer_owner(const struct ivshmem_channel *channel, uint64_t claim)
+{
+    unsigned reader = (unsigned)ivshmem_value(claim) & 0xfffu;
+    return reader < channel->record.geometry.readers ? ivshmem_reader_owner(channel, reader) : 0;
+}
+
 /* The place of the reader that has a claim; one that is gone, if its slot has another owner. */
 static inline struct ivshmem_place ivshmem_claimer(const struct ivshmem_channel *channel,
                                                    uint64_t claim)
 {
-    struct ivshmem_place gone = {~0u, 0};
-    unsigned reader = (unsigned)ivshmem_value(claim) & 0xfffu;
-    uint64_t owner;
-    if (reader >= channel->record.geometry.readers)
-        return gone;
-    owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * reader);
+    const struct ivshmem_place gone = {~0u, 0};
+    uint64_t owner = ivshmem_claimer_owner(channel, claim);
     if (ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN || ivshmem_epoch(owner) != ivshmem_epoch(claim))
         return gone;
     return ivshmem_place_of(owner);

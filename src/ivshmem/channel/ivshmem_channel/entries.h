@@ -135,7 +135,8 @@ static inline int ivshmem_entry_read(struct ivshmem_channel *channel, uint64_t a
     message->lost = 0;
     if (word >> 47 >= channel->layout.cells_each ||
         message->length > channel->record.geometry.limit)
-        return ivshmem_corrupt(channel, "cell", at + IVSHMEM_ENTRY_CELL, word, writer);
+        return ivshmem_corrupt(channel, "cell", at + IVSHMEM_ENTRY_CELL, word,
+                               ivshmem_writer_owner(channel, writer));
     message->offset = channel->at + ivshmem_cell_at(channel, writer, (uint32_t)(word >> 47));
     return 0;
 }

@@ -101,7 +101,7 @@ static inline int ivshmem_queue_claim(struct ivshmem_reader *reader, unsigned wr
                               position, reader->sources[writer].epoch, &taken->message);
     if (code == IVSHMEM_OVERTAKEN) /* no writer overtakes a claim: a word is spoiled */
         code = ivshmem_corrupt(channel, "stamp", ivshmem_entry_at(channel, writer, position),
-                               taken->message.stamp, writer);
+                               taken->message.stamp, ivshmem_writer_owner(channel, writer));
     if (code != 0) /* no reader can read it: remove it */
         ivshmem_claim_exchange(channel, taken->claim_at, taken->claim,
                                ivshmem_claim_word(position, 0, IVSHMEM_CLAIM_NONE, 0));
@@ -146,7 +146,7 @@ static inline int ivshmem_queue_take(struct ivshmem_reader *reader, enum ivshmem
         uint64_t head = ivshmem_head(channel, writer), newest = ivshmem_value(head);
         reader->turn = writer + 1 < g->writers ? writer + 1 : 0;
         if (ivshmem_epoch(head) != source->epoch) {
-            uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+            uint64_t owner = ivshmem_writer_owner(channel, writer);
             if (ivshmem_epoch(owner) != ivshmem_epoch(head))
                 continue; /* not stored yet, or a former owner's late store */
             source->epoch = ivshmem_epoch(head);

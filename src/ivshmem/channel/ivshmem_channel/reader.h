@@ -83,7 +83,7 @@ static inline int ivshmem_reader_count(struct ivshmem_reader *reader)
         if (ivshmem_exchange(&channel->area.memory, channel->at + IVSHMEM_JOINS, joins, joins + 1))
             return 0;
         if (tries == 10000)
-            return ivshmem_corrupt(channel, "joins", IVSHMEM_JOINS, joins, reader->slot);
+            return ivshmem_corrupt(channel, "joins", IVSHMEM_JOINS, joins, 0);
     }
 }
 
@@ -128,7 +128,7 @@ static inline int ivshmem_source_read(struct ivshmem_reader *reader, unsigned wr
     int code = ivshmem_entry_read(channel, at, writer, source->next, source->epoch, message);
     if (code != IVSHMEM_OVERTAKEN)
         return code;
-    owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+    owner = ivshmem_writer_owner(channel, writer);
     if (ivshmem_epoch(owner) == source->epoch)
         return code;
     code = ivshmem_entry_read(channel, at, writer, source->next, ivshmem_epoch(owner), message);
@@ -247,7 +247,7 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
             uint64_t head_at = ivshmem_source_head_at(reader, writer);
             uint64_t head = ivshmem_get(channel, head_at);
             if (ivshmem_epoch(head) != source->epoch) {
-                uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+                uint64_t owner = ivshmem_writer_owner(channel, writer);
                 if (ivshmem_epoch(owner) != ivshmem_epoch(head))
                     break; /* not stored yet, or a former owner's late store */
                 source->epoch = ivshmem_epoch(head);
@@ -256,7 +256,8 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
             if (ahead == 0)
                 break;
             if (ahead > IVSHMEM_VALUE_MASK / 2)
-                return ivshmem_corrupt(channel, "head", head_at, head, writer);
+                return ivshmem_corrupt(channel, "head", head_at, head,
+                                       ivshmem_writer_owner(channel, writer));
             source->head = ivshmem_value(head);
         }
         if (ahead > most) { /* the more rounds, the nearer to the newest */
@@ -411,7 +412,7 @@ static inline void ivshmem_reader_close(struct ivshmem_reader *reader)
     const struct ivshmem_channel *channel = reader->channel;
     if (reader->slot == IVSHMEM_NO_SLOT)
         return;
-    ivshmem_slot_free(channel, channel->layout.reader_owners + 8u * reader->slot,
+    ivshmem_slot_free(channel, ivshmem_reader_owner_at(channel, reader->slot),
                       ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch));
     ivshmem_wake_writers(reader->member, channel, &reader->rung);
     for (unsigned i = 0; i < channel->record.geometry.writers; i++)

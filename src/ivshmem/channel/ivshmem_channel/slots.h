@@ -22,6 +22,26 @@ static inline uint64_t ivshmem_get(const struct ivshmem_channel *channel, uint64
     return ivshmem_load(&channel->area.memory, channel->at + offset);
 }
 
+static inline uint64_t ivshmem_writer_owner_at(const struct ivshmem_channel *channel, unsigned slot)
+{
+    return channel->layout.writer_owners + 8u * slot;
+}
+
+static inline uint64_t ivshmem_reader_owner_at(const struct ivshmem_channel *channel, unsigned slot)
+{
+    return channel->layout.reader_owners + 8u * slot;
+}
+
+static inline uint64_t ivshmem_writer_owner(const struct ivshmem_channel *channel, unsigned slot)
+{
+    return ivshmem_get(channel, ivshmem_writer_owner_at(channel, slot));
+}
+
+static inline uint64_t ivshmem_reader_owner(const struct ivshmem_channel *channel, unsigned slot)
+{
+    return ivshmem_get(channel, ivshmem_reader_owner_at(channel, slot));
+}
+
 /* Whether a slot's owner is there, at work or silent. */
 static inline int ivshmem_is_owned(const struct ivshmem_channel *channel, uint64_t owner)
 {
@@ -68,10 +88,10 @@ static inline int ivshmem_is_in_use(const struct ivshmem_channel *channel)
     const struct ivshmem_geometry *g = &channel->record.geometry;
     int of_bytes = g->kind == IVSHMEM_BYTES;
     for (unsigned i = 0; i < g->readers; i++)
-        if (ivshmem_has_owner(channel, channel->layout.reader_owners + 8u * i))
+        if (ivshmem_has_owner(channel, ivshmem_reader_owner_at(channel, i)))
             return 1;
     for (unsigned i = 0; i < (of_bytes ? 0 : g->writers); i++)
-        if (ivshmem_has_owner(channel, channel->layout.writer_owners + 8u * i))
+        if (ivshmem_has_owner(channel, ivshmem_writer_owner_at(channel, i)))
             return 1;
     for (unsigned i = 0; i < (of_bytes ? 2u * g->writers : 0); i++)
         if (ivshmem_has_owner(channel, ivshmem_end_owner_at(channel, i / 2, i % 2)))
@@ -104,12 +124,12 @@ static inline int ivshmem_remove(const struct ivshmem_member *member,
 }
 
 static inline int ivshmem_corrupt(struct ivshmem_channel *channel, const char *word,
-                                  uint64_t offset, uint64_t seen, unsigned slot)
+                                  uint64_t offset, uint64_t seen, uint64_t owner)
 {
     channel->fault.word = word;
     channel->fault.offset = channel->at + offset;
     channel->fault.seen = seen;
-    channel->fault.slot = slot;
+    channel->fault.owner = owner;
     return IVSHMEM_CORRUPT;
 }
 
@@ -188,7 +208,7 @@ static inline int ivshmem_is_rung_always(const struct ivshmem_member *member,
     if (!(channel->record.geometry.options & IVSHMEM_RING_ALWAYS))
         return 0;
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
-        uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * i);
+        uint64_t owner = ivshmem_writer_owner(channel, i);
         unsigned index = ivshmem_place_of(owner).index;
         uint64_t machine;
         if (!ivshmem_is_owned(channel, owner))
@@ -215,7 +235,7 @@ static inline int ivshmem_take_reader_slot(const struct ivshmem_channel *channel
                                       unsigned *epoch, struct ivshmem_sleep *sleep)
 {
     for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
-        uint64_t at = channel->layout.reader_owners + 8u * i;
+        uint64_t at = ivshmem_reader_owner_at(channel, i);
         uint64_t owner = ivshmem_get(channel, at);
         if (ivshmem_is_owned(channel, owner))
             continue;

@@ -20,7 +20,7 @@ static inline int ivshmem_value_look(struct ivshmem_reader *reader,
     struct ivshmem_source *source = &reader->sources[0];
     for (unsigned tries = 0; tries < 64; tries++) {
         uint64_t head = ivshmem_head(channel, 0), position, entry;
-        uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners);
+        uint64_t owner = ivshmem_writer_owner(channel, 0);
         int code;
         if (ivshmem_value(head) == 0 || ivshmem_epoch(owner) != ivshmem_epoch(head))
             return IVSHMEM_AGAIN;

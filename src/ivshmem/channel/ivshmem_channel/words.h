@@ -25,12 +25,12 @@ enum ivshmem_error {
     IVSHMEM_BAD = -14       /* an argument */
 };
 
-/* Which word was impossible, and to which slot it belongs. Any peer may have spoiled it. */
+/* Which word was impossible, and whose it is. Any peer may have spoiled it. */
 struct ivshmem_fault {
     const char *word; /* "head", "entry", .. */
     uint64_t offset;  /* in the region */
     uint64_t seen;
-    unsigned slot;    /* the writer's or reader's */
+    uint64_t owner;   /* the owner word of the slot that it belongs to; 0: it is all readers' */
 };
 
 /* Each shared word has one writer, or is changed by compare-exchange alone:

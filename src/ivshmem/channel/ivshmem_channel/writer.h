@@ -48,7 +48,7 @@ struct ivshmem_writer {
 static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
                                        const struct ivshmem_channel *channel, unsigned slot)
 {
-    uint64_t at = channel->layout.writer_owners + 8u * slot, owner = ivshmem_get(channel, at);
+    uint64_t at = ivshmem_writer_owner_at(channel, slot), owner = ivshmem_get(channel, at);
     if (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE || ivshmem_is_owned(channel, owner))
         return;
     if (ivshmem_has_claims(channel)) {
@@ -57,7 +57,7 @@ static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
                 return;
     } else if (channel->record.geometry.kind == IVSHMEM_MESSAGES)
         for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
-            uint64_t reader = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+            uint64_t reader = ivshmem_reader_owner(channel, i);
             uint64_t tail;
             if (!ivshmem_is_owned(channel, reader) ||
                 ivshmem_is_silent(member, ivshmem_place_of(reader)))
@@ -121,7 +121,7 @@ static inline int ivshmem_writer_slot(const struct ivshmem_channel *channel,
                                       unsigned *epoch)
 {
     for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
-        uint64_t at = channel->layout.writer_owners + 8u * i, owner;
+        uint64_t at = ivshmem_writer_owner_at(channel, i), owner;
         ivshmem_writer_reap(member, channel, i);
         owner = ivshmem_get(channel, at);
         if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE)
@@ -259,7 +259,7 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
     if (!(g->overflow & (IVSHMEM_BLOCK | IVSHMEM_DISCARD)))
         return 0;
     for (unsigned i = 0; i < g->readers; i++) {
-        uint64_t owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+        uint64_t owner = ivshmem_reader_owner(channel, i);
         uint64_t row = channel->layout.rows + channel->layout.row_bytes * i;
         uint64_t policy, tail, ahead, room;
         if (!ivshmem_is_owned(channel, owner))
@@ -292,7 +292,7 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
         ahead = ivshmem_ahead(writer->next, ivshmem_value(tail));
         if (ivshmem_is_behind(writer->next, ivshmem_value(tail)))
             return ivshmem_corrupt(channel, "tail", ivshmem_row_at(channel, i, writer->slot), tail,
-                                   i);
+                                   owner);
         if (ahead >= slots && !ivshmem_is_silent(writer->member, ivshmem_place_of(owner))) {
             writer->bound = writer->next;
             return IVSHMEM_AGAIN;
@@ -346,7 +346,7 @@ static inline void ivshmem_backlogs_add(struct ivshmem_writer *writer,
         if (ivshmem_epoch(tail) == backlog->epoch)
             ivshmem_backlog_advance(writer, i, ivshmem_value(tail));
         if (ivshmem_ahead(backlog->head, backlog->tail) == slots) {
-            owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+            owner = ivshmem_reader_owner(channel, i);
             if (!ivshmem_is_owned(channel, owner) || ivshmem_epoch(owner) != backlog->epoch) {
                 ivshmem_backlog_advance(writer, i, backlog->head);
                 backlog->is_open = 0;
@@ -474,7 +474,7 @@ static inline void ivshmem_writer_beat(struct ivshmem_writer *writer)
 static inline void ivshmem_writer_close(struct ivshmem_writer *writer)
 {
     const struct ivshmem_channel *channel = writer->channel;
-    uint64_t at = channel->at + channel->layout.writer_owners + 8u * writer->slot;
+    uint64_t at = channel->at + ivshmem_writer_owner_at(channel, writer->slot);
     struct ivshmem_place place = writer->member->place;
     ivshmem_exchange(&channel->area.memory, at,
                      ivshmem_place_word(place, IVSHMEM_SLOT_OPEN, writer->epoch),
