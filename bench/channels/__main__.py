@@ -22,7 +22,7 @@ from .. import floor
 from ..report import machine, machine_line
 from ..roundtrips import Suite
 from ..ways import FLOOR, Floor
-from . import geometries, in_c, local, readers, system_calls, tables
+from . import geometries, in_c, local, polling, readers, system_calls, tables
 
 ROUNDS, SECONDS, TURNS = 7, 0.2, 20_000
 
@@ -174,10 +174,19 @@ class Report:
             print(f"| `{one.words}` | {one.payload} | {one.size} | {one.touched} |")
         print(flush=True)
 
+    def polling(self) -> None:
+        found = polling.waited()
+        self.figures["polling"] = found
+        print("**Without interrupts**\n\n| | |\n|---|---|")
+        for name, figure in found.items():
+            shown = f"{figure:.2%}" if name.endswith("core") else f"{figure * 1e6:.0f} µs"
+            print(f"| {name.removesuffix(' seconds')} | {shown} |")
+        print(flush=True)
+
 
 TABLES = (
     *("streams", "spinning", "sleeping", "loops", "large"),
-    *("copies", "loans", "readers", "calls", "memory"),
+    *("copies", "loans", "readers", "calls", "memory", "polling"),
 )
 
 
