@@ -15,6 +15,7 @@ CHANNEL = (
     "membership",
     "records",
     "ends",
+    "sleeping_tasks",
     "roles",
     "writers",
     "views",

@@ -2247,10 +2247,23 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   unsigned int writer;
   uint64_t position;
 };
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
+
+/* "sleeping_tasks.pxd":6
+ * 
+ * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_in_time(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
+ * )
+*/
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
+  int __pyx_n;
+  PyObject *options;
+};
 struct __pyx_t_7ivshmem_7channel_5calls_Probed;
 
 /* "ivshmem/channel/calls.pyx":27
- * from . import asynchronous
+ * from ..text import plain
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     # The status of a reply: what the bytes are.
@@ -2539,6 +2552,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2581,6 +2595,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2751,7 +2766,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Call {
 
 
 /* "ivshmem/channel/calls.pyx":260
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
@@ -3095,6 +3110,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -4640,6 +4658,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.queues" */
 static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *(*__pyx_f_7ivshmem_7channel_6queues_taken_of)(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
 
+/* Module declarations from "ivshmem.channel.sleeping_tasks" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args); /*proto*/
+
 /* Module declarations from "ivshmem.channel.calls" */
 static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4806,7 +4828,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
     PyObject *__pyx_codeobj_tab[26];
-    PyObject *__pyx_string_tab[163];
+    PyObject *__pyx_string_tab[159];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4902,147 +4924,143 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_enable __pyx_string_tab[19]
 #define __pyx_kp_u_gc __pyx_string_tab[20]
 #define __pyx_kp_u_isenabled __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[25]
-#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[26]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[27]
-#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[28]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[29]
-#define __pyx_kp_u_the_server_ends __pyx_string_tab[30]
-#define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[31]
-#define __pyx_n_u__3 __pyx_string_tab[32]
-#define __pyx_n_u_Call __pyx_string_tab[33]
-#define __pyx_n_u_Call___exit __pyx_string_tab[34]
-#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_Call_done __pyx_string_tab[37]
-#define __pyx_n_u_Call_fail __pyx_string_tab[38]
-#define __pyx_n_u_Call_give_back __pyx_string_tab[39]
-#define __pyx_n_u_Call_reply __pyx_string_tab[40]
-#define __pyx_n_u_CallFailed __pyx_string_tab[41]
-#define __pyx_n_u_CallServer __pyx_string_tab[42]
-#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[43]
-#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[44]
-#define __pyx_n_u_CallServer_serve __pyx_string_tab[45]
-#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[46]
-#define __pyx_n_u_CallServer_take __pyx_string_tab[47]
-#define __pyx_n_u_CallServer_take_async __pyx_string_tab[48]
-#define __pyx_n_u_Caller __pyx_string_tab[49]
-#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[50]
-#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_Caller_call __pyx_string_tab[52]
-#define __pyx_n_u_Caller_call_async __pyx_string_tab[53]
-#define __pyx_n_u_Caller_submit __pyx_string_tab[54]
-#define __pyx_n_u_Caller_submit_async __pyx_string_tab[55]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[56]
-#define __pyx_n_u_PendingCall __pyx_string_tab[57]
-#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[58]
-#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[59]
-#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[60]
-#define __pyx_n_u_PendingCall_close __pyx_string_tab[61]
-#define __pyx_n_u_PendingCall_done __pyx_string_tab[62]
-#define __pyx_n_u_PendingCall_result __pyx_string_tab[63]
-#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[64]
-#define __pyx_n_u_ServerLost __pyx_string_tab[65]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[66]
-#define __pyx_n_u_annotate __pyx_string_tab[67]
-#define __pyx_n_u_await __pyx_string_tab[68]
-#define __pyx_n_u_exit __pyx_string_tab[69]
-#define __pyx_n_u_func __pyx_string_tab[70]
-#define __pyx_n_u_getstate __pyx_string_tab[71]
-#define __pyx_n_u_main __pyx_string_tab[72]
-#define __pyx_n_u_module __pyx_string_tab[73]
-#define __pyx_n_u_name __pyx_string_tab[74]
-#define __pyx_n_u_pyx_state __pyx_string_tab[75]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[76]
-#define __pyx_n_u_qualname __pyx_string_tab[77]
-#define __pyx_n_u_reduce __pyx_string_tab[78]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[79]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[80]
-#define __pyx_n_u_set_name __pyx_string_tab[81]
-#define __pyx_n_u_setstate __pyx_string_tab[82]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[83]
-#define __pyx_n_u_test __pyx_string_tab[84]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[85]
-#define __pyx_n_u_asynchronous __pyx_string_tab[86]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[87]
-#define __pyx_n_u_begun __pyx_string_tab[88]
-#define __pyx_n_u_call __pyx_string_tab[89]
-#define __pyx_n_u_call_async __pyx_string_tab[90]
-#define __pyx_n_u_cancel __pyx_string_tab[91]
-#define __pyx_n_u_cell __pyx_string_tab[92]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[93]
-#define __pyx_n_u_close __pyx_string_tab[94]
-#define __pyx_n_u_data __pyx_string_tab[95]
-#define __pyx_n_u_decode __pyx_string_tab[96]
-#define __pyx_n_u_done __pyx_string_tab[97]
-#define __pyx_n_u_encode __pyx_string_tab[98]
-#define __pyx_n_u_error __pyx_string_tab[99]
-#define __pyx_n_u_errors __pyx_string_tab[100]
-#define __pyx_n_u_fail __pyx_string_tab[101]
-#define __pyx_n_u_function __pyx_string_tab[102]
-#define __pyx_n_u_g __pyx_string_tab[103]
-#define __pyx_n_u_get __pyx_string_tab[104]
-#define __pyx_n_u_give_back __pyx_string_tab[105]
-#define __pyx_n_u_how __pyx_string_tab[106]
-#define __pyx_n_u_items __pyx_string_tab[107]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[108]
-#define __pyx_n_u_kind __pyx_string_tab[109]
-#define __pyx_n_u_left __pyx_string_tab[110]
-#define __pyx_n_u_limit __pyx_string_tab[111]
-#define __pyx_n_u_monotonic __pyx_string_tab[112]
-#define __pyx_n_u_never __pyx_string_tab[113]
-#define __pyx_n_u_next __pyx_string_tab[114]
-#define __pyx_n_u_plain __pyx_string_tab[115]
-#define __pyx_n_u_pop __pyx_string_tab[116]
-#define __pyx_n_u_replace __pyx_string_tab[117]
-#define __pyx_n_u_reply __pyx_string_tab[118]
-#define __pyx_n_u_result __pyx_string_tab[119]
-#define __pyx_n_u_result_async __pyx_string_tab[120]
-#define __pyx_n_u_self __pyx_string_tab[121]
-#define __pyx_n_u_send __pyx_string_tab[122]
-#define __pyx_n_u_serve __pyx_string_tab[123]
-#define __pyx_n_u_serve_async __pyx_string_tab[124]
-#define __pyx_n_u_server __pyx_string_tab[125]
-#define __pyx_n_u_setdefault __pyx_string_tab[126]
-#define __pyx_n_u_spin __pyx_string_tab[127]
-#define __pyx_n_u_submit __pyx_string_tab[128]
-#define __pyx_n_u_submit_async __pyx_string_tab[129]
-#define __pyx_n_u_take __pyx_string_tab[130]
-#define __pyx_n_u_take_async __pyx_string_tab[131]
-#define __pyx_n_u_taken __pyx_string_tab[132]
-#define __pyx_n_u_text __pyx_string_tab[133]
-#define __pyx_n_u_throw __pyx_string_tab[134]
-#define __pyx_n_u_time __pyx_string_tab[135]
-#define __pyx_n_u_timeout __pyx_string_tab[136]
-#define __pyx_n_u_until_in_time __pyx_string_tab[137]
-#define __pyx_n_u_until_something __pyx_string_tab[138]
-#define __pyx_n_u_value __pyx_string_tab[139]
-#define __pyx_n_u_values __pyx_string_tab[140]
-#define __pyx_n_u_view __pyx_string_tab[141]
-#define __pyx_n_u_why __pyx_string_tab[142]
-#define __pyx_kp_b__3 __pyx_string_tab[143]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[144]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[145]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_HA __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_1_IQ __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1 __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_IYa __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[162]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[24]
+#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[25]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[26]
+#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[27]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[28]
+#define __pyx_kp_u_the_server_ends __pyx_string_tab[29]
+#define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[30]
+#define __pyx_n_u_Call __pyx_string_tab[31]
+#define __pyx_n_u_Call___exit __pyx_string_tab[32]
+#define __pyx_n_u_Call___reduce_cython __pyx_string_tab[33]
+#define __pyx_n_u_Call___setstate_cython __pyx_string_tab[34]
+#define __pyx_n_u_Call_done __pyx_string_tab[35]
+#define __pyx_n_u_Call_fail __pyx_string_tab[36]
+#define __pyx_n_u_Call_give_back __pyx_string_tab[37]
+#define __pyx_n_u_Call_reply __pyx_string_tab[38]
+#define __pyx_n_u_CallFailed __pyx_string_tab[39]
+#define __pyx_n_u_CallServer __pyx_string_tab[40]
+#define __pyx_n_u_CallServer___reduce_cython __pyx_string_tab[41]
+#define __pyx_n_u_CallServer___setstate_cython __pyx_string_tab[42]
+#define __pyx_n_u_CallServer_serve __pyx_string_tab[43]
+#define __pyx_n_u_CallServer_serve_async __pyx_string_tab[44]
+#define __pyx_n_u_CallServer_take __pyx_string_tab[45]
+#define __pyx_n_u_CallServer_take_async __pyx_string_tab[46]
+#define __pyx_n_u_Caller __pyx_string_tab[47]
+#define __pyx_n_u_Caller___reduce_cython __pyx_string_tab[48]
+#define __pyx_n_u_Caller___setstate_cython __pyx_string_tab[49]
+#define __pyx_n_u_Caller_call __pyx_string_tab[50]
+#define __pyx_n_u_Caller_call_async __pyx_string_tab[51]
+#define __pyx_n_u_Caller_submit __pyx_string_tab[52]
+#define __pyx_n_u_Caller_submit_async __pyx_string_tab[53]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[54]
+#define __pyx_n_u_PendingCall __pyx_string_tab[55]
+#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[56]
+#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[57]
+#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[58]
+#define __pyx_n_u_PendingCall_close __pyx_string_tab[59]
+#define __pyx_n_u_PendingCall_done __pyx_string_tab[60]
+#define __pyx_n_u_PendingCall_result __pyx_string_tab[61]
+#define __pyx_n_u_PendingCall_result_async __pyx_string_tab[62]
+#define __pyx_n_u_ServerLost __pyx_string_tab[63]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[64]
+#define __pyx_n_u_annotate __pyx_string_tab[65]
+#define __pyx_n_u_await __pyx_string_tab[66]
+#define __pyx_n_u_exit __pyx_string_tab[67]
+#define __pyx_n_u_func __pyx_string_tab[68]
+#define __pyx_n_u_getstate __pyx_string_tab[69]
+#define __pyx_n_u_main __pyx_string_tab[70]
+#define __pyx_n_u_module __pyx_string_tab[71]
+#define __pyx_n_u_name __pyx_string_tab[72]
+#define __pyx_n_u_pyx_state __pyx_string_tab[73]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[74]
+#define __pyx_n_u_qualname __pyx_string_tab[75]
+#define __pyx_n_u_reduce __pyx_string_tab[76]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[77]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[78]
+#define __pyx_n_u_set_name __pyx_string_tab[79]
+#define __pyx_n_u_setstate __pyx_string_tab[80]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[81]
+#define __pyx_n_u_test __pyx_string_tab[82]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[83]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[84]
+#define __pyx_n_u_begun __pyx_string_tab[85]
+#define __pyx_n_u_call __pyx_string_tab[86]
+#define __pyx_n_u_call_async __pyx_string_tab[87]
+#define __pyx_n_u_cancel __pyx_string_tab[88]
+#define __pyx_n_u_cell __pyx_string_tab[89]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[90]
+#define __pyx_n_u_close __pyx_string_tab[91]
+#define __pyx_n_u_data __pyx_string_tab[92]
+#define __pyx_n_u_decode __pyx_string_tab[93]
+#define __pyx_n_u_done __pyx_string_tab[94]
+#define __pyx_n_u_encode __pyx_string_tab[95]
+#define __pyx_n_u_error __pyx_string_tab[96]
+#define __pyx_n_u_errors __pyx_string_tab[97]
+#define __pyx_n_u_fail __pyx_string_tab[98]
+#define __pyx_n_u_function __pyx_string_tab[99]
+#define __pyx_n_u_g __pyx_string_tab[100]
+#define __pyx_n_u_get __pyx_string_tab[101]
+#define __pyx_n_u_give_back __pyx_string_tab[102]
+#define __pyx_n_u_how __pyx_string_tab[103]
+#define __pyx_n_u_items __pyx_string_tab[104]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[105]
+#define __pyx_n_u_kind __pyx_string_tab[106]
+#define __pyx_n_u_left __pyx_string_tab[107]
+#define __pyx_n_u_limit __pyx_string_tab[108]
+#define __pyx_n_u_monotonic __pyx_string_tab[109]
+#define __pyx_n_u_never __pyx_string_tab[110]
+#define __pyx_n_u_next __pyx_string_tab[111]
+#define __pyx_n_u_plain __pyx_string_tab[112]
+#define __pyx_n_u_pop __pyx_string_tab[113]
+#define __pyx_n_u_replace __pyx_string_tab[114]
+#define __pyx_n_u_reply __pyx_string_tab[115]
+#define __pyx_n_u_result __pyx_string_tab[116]
+#define __pyx_n_u_result_async __pyx_string_tab[117]
+#define __pyx_n_u_self __pyx_string_tab[118]
+#define __pyx_n_u_send __pyx_string_tab[119]
+#define __pyx_n_u_serve __pyx_string_tab[120]
+#define __pyx_n_u_serve_async __pyx_string_tab[121]
+#define __pyx_n_u_server __pyx_string_tab[122]
+#define __pyx_n_u_setdefault __pyx_string_tab[123]
+#define __pyx_n_u_spin __pyx_string_tab[124]
+#define __pyx_n_u_submit __pyx_string_tab[125]
+#define __pyx_n_u_submit_async __pyx_string_tab[126]
+#define __pyx_n_u_take __pyx_string_tab[127]
+#define __pyx_n_u_take_async __pyx_string_tab[128]
+#define __pyx_n_u_taken __pyx_string_tab[129]
+#define __pyx_n_u_text __pyx_string_tab[130]
+#define __pyx_n_u_throw __pyx_string_tab[131]
+#define __pyx_n_u_time __pyx_string_tab[132]
+#define __pyx_n_u_timeout __pyx_string_tab[133]
+#define __pyx_n_u_value __pyx_string_tab[134]
+#define __pyx_n_u_values __pyx_string_tab[135]
+#define __pyx_n_u_view __pyx_string_tab[136]
+#define __pyx_n_u_why __pyx_string_tab[137]
+#define __pyx_kp_b__3 __pyx_string_tab[138]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[139]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[140]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[141]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ __pyx_string_tab[142]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[143]
+#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[144]
+#define __pyx_kp_b_iso88591_A_F_1D_xwixq_t5_AT_HA __pyx_string_tab[145]
+#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[146]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[147]
+#define __pyx_kp_b_iso88591_A_T_t6_D_5_4t7_q_1Jat1_t_1AT_G9G __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_A_T_a_4xs_Q __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_Q_F_6_wa_6_gQa_t5_q __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_1_T_t5_1_l_Qd2H_PQ_t7_d_4z_WF_Z __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_1_AV4y __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1 __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_AV4y __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[158]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5100,7 +5118,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<163; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<159; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5170,7 +5188,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<163; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<159; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -7254,7 +7272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
- *         return asynchronous.until_in_time(self, self.result, timeout)
+ *         return until_in_time(self, self.result, timeout, ())
 */
 
 /* Python wrapper */
@@ -7351,9 +7369,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7362,48 +7377,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   /* "ivshmem/channel/calls.pyx":143
  *     def result_async(self, timeout=None):
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
- *         return asynchronous.until_in_time(self, self.result, timeout)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self, self.result, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":141
@@ -7411,15 +7402,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
- *         return asynchronous.until_in_time(self, self.result, timeout)
+ *         return until_in_time(self, self.result, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.result_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7429,7 +7418,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
 }
 
 /* "ivshmem/channel/calls.pyx":145
- *         return asynchronous.until_in_time(self, self.result, timeout)
+ *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
  *         return self.result_async().__await__()
@@ -7504,7 +7493,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":145
- *         return asynchronous.until_in_time(self, self.result, timeout)
+ *         return until_in_time(self, self.result, timeout, ())
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
  *         return self.result_async().__await__()
@@ -9652,7 +9641,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
 */
 
 /* Python wrapper */
@@ -9762,8 +9751,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9772,48 +9759,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   /* "ivshmem/channel/calls.pyx":258
  *     def submit_async(self, data, timeout=None):
  *         """The twin of `submit` for asyncio: a coroutine."""
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self, self.submit, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     async def call_async(self, data, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_data);
+  __Pyx_GIVEREF(__pyx_v_data);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 258, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_data};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 258, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":256
@@ -9821,7 +9790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
 */
 
   /* function exit code */
@@ -9829,7 +9798,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.calls.Caller.submit_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9840,7 +9808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
 /* "ivshmem/channel/calls.pyx":260
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
@@ -10459,7 +10427,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
   /* "ivshmem/channel/calls.pyx":260
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
@@ -12172,7 +12140,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
 
 /* Python wrapper */
@@ -12269,9 +12237,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12280,48 +12245,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   /* "ivshmem/channel/calls.pyx":345
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 345, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 345, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 345, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":343
@@ -12329,15 +12270,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.take_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -12347,7 +12286,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
 }
 
 /* "ivshmem/channel/calls.pyx":347
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -12393,7 +12332,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   goto __pyx_L0;
 
   /* "ivshmem/channel/calls.pyx":347
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -16213,6 +16152,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct___pyx_obj_7ivshm);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 297;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -16559,8 +16518,8 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/calls.pyx":21
- * from .roles cimport WriterEnd
+  /* "ivshmem/channel/calls.pyx":22
+ * from .sleeping_tasks cimport until_in_time, until_something
  * 
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
@@ -16568,61 +16527,37 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
     __pyx_t_5 = 0; {
-      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/calls.pyx":23
- * from time import monotonic
- * 
- * from ..errors import CallFailed, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
- * from ..text import plain
- * from . import asynchronous
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
-  }
-  __pyx_t_4 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_4);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    for (__pyx_t_5=0; __pyx_t_5 < 3; __pyx_t_5++) {
-      __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/calls.pyx":24
+ * from time import monotonic
  * 
- * from ..errors import CallFailed, MessageTooLong, ServerLost
- * from ..text import plain             # <<<<<<<<<<<<<<
- * from . import asynchronous
+ * from ..errors import CallFailed, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
+ * from ..text import plain
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
-    __pyx_t_5 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    for (__pyx_t_5=0; __pyx_t_5 < 3; __pyx_t_5++) {
       __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 24, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
@@ -16632,20 +16567,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/calls.pyx":25
+ * 
  * from ..errors import CallFailed, MessageTooLong, ServerLost
- * from ..text import plain
- * from . import asynchronous             # <<<<<<<<<<<<<<
+ * from ..text import plain             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_plain};
     __pyx_t_5 = 0; {
       __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
@@ -16696,7 +16631,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
- *         return asynchronous.until_in_time(self, self.result, timeout)
+ *         return until_in_time(self, self.result, timeout, ())
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -16827,7 +16762,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -16839,7 +16774,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/calls.pyx":260
- *         return asynchronous.until_in_time(self, self.submit, timeout, data)
+ *         return until_in_time(self, self.submit, timeout, (data,))
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
@@ -16960,7 +16895,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 343, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -17261,41 +17196,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{16},{14},{12},{25},{27},{73},{63},{63},{15},{24},{0},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{13},{15},{5},{6},{4},{3}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{163},{9},{55},{49},{237},{53},{9},{11},{122},{29},{58},{108},{23},{138},{22},{109},{24},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{111},{38},{34},{11},{26},{8},{7},{6},{2},{9},{14},{12},{25},{27},{73},{63},{63},{15},{24},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{5},{4},{10},{6},{4},{18},{5},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{5},{6},{4},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{326},{163},{9},{55},{49},{237},{53},{9},{11},{122},{29},{58},{108},{22},{138},{22},{109},{22},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1699 bytes) */
-static const char cstring[] = "x\332\235VKs\333F\022\226b\255M\311\262MZZ9v^C;~\310\3662\305X\266*Ne7,+\2627\225\207\270aVe;\025x\010\014ID @b\006|d\223*\037u\304q\216s\304\021G\036y\324\021G\036\375\023\364\023\266{@R\224\024\037\022VQ\354\351\351\236\376\372\353\356\031\221j_0~\237P\327\"\242\301\210\331\240\256\313\234\333\2348v\323\026\304\346\204p\302?\047w\204\317\030\251\371\264\336d\256X/<&\217\t\354w)\047&uM\3468\314zL\\\217\370\254\345\364\211\355\302>\036\310\231\337a>\251Q[\033\034S\212\006\025\244A-Re\365\300%][4H\032\263\356\271\354s\322m0\260\366Qg\331)\276\256\347\357\241\201\353\t\262\347z]\367_\337\201\351\216m\3569\266[\047^\215p\341\007\246 M\326\2542\037\240\007f\203\000H\316\234Z\241\3118\247uv_/\004\335c.i\006\\@|\302z-\3076m\001\330}\326\016\030\027\314J\021}I\003\341\031-\014\301\356T\374\200\255S\262\303\\\013\342=\241\216\203h\232\324b\244\332\047\270f~\201\007U\340\216\0021\260\r\226<=\350\225\246\346\025\361|\362\n\371xE\307d\001j:\341\244\001X\217\321\241\017\001\013\313\346\264\3520\346\342\337\272i\363T\262\354\016o@\262\205q\345\n\2235\363}\317\347\223\225`=1\226?\031[~\202\047\363B\253\337\203\252\275-\272f\252\301\034+\345\314g\220\251\217\025\307\002\000m\246\347\202\037r%<Hb\247/\032\236K\274\352/\014jP\203L[\343\322h\367\226\357U\301\364\257\272w}[\374\265\3503M\207\365\230Y\326i\207M\333\026\353\207\337\202a\260\236-\014c\274\360\231\025\230\3140\365\371S-g\202\013*N\350-\350G-`\211\265P\267;\314\250RsO\257\246\201\266\365H\240\364\203\206r$\375q\304\351\336\037\306\035\357\352\254N\256\r\312\373\2569\243\305\326?\261<\262I\221\274\r\305\333\021\300\2169\346o,\316\2369\036\212c\213t\377\333t(+\236\367\215\347\326g&kF<\215\345\370\346)@\263\333\351\375tL\343x\234\315*\260h\263k\237\361\300\021\2475)\342\224\266o<\016\035\262\323\357\301w\3136\205\361\035\314\330\177X\3150t\177\"\032\370\320.\305F\2324\224a\324\002\327\304\337\372\0042|\232\324v\365\257g\005\216\326\270\264\251\177a:\215\261\031\212\035\2013\217\033\355\200:\023\24315\306)\222\246\n\326\303""\005\2604=\230\317\204?\305\236a\300\243\200hmn\230\236\357\005\302v\231N\275\341{\256\027p-\333^a\272\311\365\255\201E?*|\312;>\r&\314 3 G\341S\223\341(\350\nXT\300ubz\026C\376\231\213\222\276\266\322\273\013\007\010\331\0226\364\005\3205\235\243\206\007\267\023k\362\223W\237\276\320\366l\327rXM\350\367\253\th\205\347\332\246\313\240b.\024\250\345\000\327-\257\205c\010X\3644\246\265\235\2550^7\034o\n\254\364\314\014\245\227\006\360e\261\032\005k\336\262\335\264\227g;\032\347\351h\246\364;\203\367\257\000\362\272\302n2\374\002m\201+lG\263\002\353t\301=\330m@\317u\250\0230\375\207wl\326\3556\372\343w-\355\003\270\342\214\315q\372\306\3468\177\343\021\274[\340`T\364\313v\367\316N\277\322o\261\357\323\353\360\356}\362\047\216x\00245\001\307W\360\177\301\221\347\304<}:\341\366\205\267\363\356\372\234^\032^\355\365\374hai\377^X~]\032e\316\357o\354w\302\212\\\225\317\225\031\345F\313\331\360oay\224-D,~\020\3772|g\230\037n\014\177K~\250$\225\347\311\363\027\311\213\227\340\366\336z\224;|\177nqY{\227\223\265{\321g\361\366 ?(\216\226W\302\342(si\277\027\266\345YYS%\205qn\024\343\334\341\265\271\305\017ey\022sW\226\320x#\014\344SUT%t\372\237\274\243\362\n\374\227\367\237\205\240\271&\363\362\221\312\251[\321\374(\263\210\340\316\206t\264|i\377W\000\374\243\272\256\266\242L|.\356\017\347G\331\265\320\222\353p\320\026\330\202\341\022\270\026\345\266Z\217\000\323\3450\017\2018\2506\325\307\252\026m\305\023\033\374\271(-\245\205\363rC\266Q\310\310\005D\207\2026\\\226[\352\234j\317h\200\244\260\006\332\263\212\352\224\337,\277/K\262,\351\353\322\033@\277\035\346G\031P\207[\362\234\354\251nd\307\275A\033S\024\341C9/W\300\270\242\256D\357D\327\243gq)uz\032\026Q\270\270o\003w\363(^\225\271\321\205\233\252\202\205A\327G\340\270\2452\321\231\350a|&\336\210\305`sx\373 7\312^\tg\301-\312k@\304\327\021\215D\\\324\236\311\312\r\344\030N\272\022/\016V\007/\017\346\321m5|*?SO\243b\312\310\212\016\200h&A\307\204c\231z\222\253\033\252\234,\000\250\303\313s\213\327\325\252*\217&\271\236\337""\177\024\256\205]I\323S\376.\353\252\014\324L\023^\223\355d\341\003\371sT\2046\270x\353(%\334\274\n\005>\003u\202\032:P\377\307Q9\262\222O\237\001\306+\311N9\265\333\224\267U.\255r>\005\364+\000\330\215\266\343\033\361\213\201\030n\036\334<\350&\377\335Mv_&/\177J\026\362*\367\006\242\377\226\274w\017\322\333\216?\216\353\2032\252?\214\332\207\357\316-\346\200\2455\371{TJ1n\352N\273\032\335\214\332\272\323&\031\257G\017\242j\234\031\234\0354\017\212\251\032\222\224\035\365c\224\037]\312Bk%\227\037@%\272\203\306\220b\243\335\007\n\262\330\267\033\311G\017\3432D\335\035\226\206\345\321\312\2526\317\206\347\260T\027\222\005(\210\006(\377\031\345\242[\361B\374o\304wK\271q\351punqi2\034%\230L\026\3512\006\341\023p\316\002s\027F\331weF\315\003\005\232\311\225\360\0135\217\365\374J\346\344u\335\\85\313q)\326\241\307;yp~\003\3626\016G\262\000S|\022\302\363!M\226\376\021\225\223\245O\343\374\377\001e\211\330W";
-    PyObject *data = __Pyx_DecompressString(cstring, 1699, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1747 bytes) */
+static const char cstring[] = "x\332\275VKs\033\307\021&-F\002)J\002D\206\262\024\307\036H\221D\312\014]\260 \261,W*A\211\246T)\307!b\330,I\251\254\006\273\003`\315\305.\2603x9qEG\036\3678\3079\356q\2178\342\310\343\036q\324O\340OH\367\354\002\004E\321\345\362!\250\002\321\323\323\217o\276\356\236!\251\016\004\343\233\204\272\026\021\rF\314\006u]\346\334\347\304\261\233\266 6\047\204\023\376%Y\027>c\244\346\323z\223\271bc\353\tyB`\277G91\251k2\307a\326\023\342z\304g-g@l\027\3661 g~\227\371\244FmmpJ)\032T\220\006\265H\225\325;.\351\331\242A\222\234u\317e_\222^\203\201\265\217:\313N\360\365<\377\000\r\\O\220\003\327\353\271\177\376\006L\367l\363\300\261\335:\361j\204\013\277c\n\322d\315*\363\001z\307l\020\000\311\231S\333j2\316i\235m\352\205\240\007\314%\315\016\027\220\237\260~\313\261M[\000v\237\265;\214\013f%\210\376B;\3023Z\230\202\255W\374\016\333\240d\217\271\026\344{J\035\007\3214\251\305Hu@p\315\374-\336\251\002w\024\210\201m\260\344I\240\327\232\232\327\304\363\311k\344\3435M\311\002\324t\302I\003\260\236\242C\007\001\013\313\346\264\3520\346\342\337\272i\363D\262\354.o\300a\267\230\357{>\237\254\004\353\213T\376,\255\351g\030\211o\265\006}\250\322y\33143\r\346X\tG>\203\223\371Xa$\034h2=\027\374\220\033\341\001\350\275\201hx.\361\252?0\340\274\006\047k\245\245\320\356-\337\253\202\351\257u\357\371\266\370u\331g\232\014\371\237Y\326i\227M\333\024\353\205\337-\303`}[\030F\272\360\231\3251\231a\352\370S-g\202\013*\336\321[\320\177Z\300\222j\241nw\231Q\245\346\201^M\023\355\352\021@\351[\r\345Dz\177\306\351\336{\363\246\273\372T\357\256\r\312\007\2569\243\305V\177gyb\223 9\017\305\371\010`\307L\371K\305\331\230\351\020\234Z$\373\177K\206\260\342y_{n}f\222f\304\263XNo\236\0014\273\235\334G\2474\216\307\331\254\002\2136\273\366\031\3578\342\254&A\234\320\366\265\307\241C\366\006}\370\356\330\2460\276\201\031\373\007\253\031\206\356OD\003\037\332\243\330H\223\2062\214Z\3075\361\267>\201\014\237&\265]\375\353Y\035Gk\\\332\324\2770\235Fj\206bW\340\214\343F\273C\235\211QJ\215q\206\244\251\202\365q""\001,M\003\363\231\364g\3303\014x\004\020\255\315\r\323\363\275\216\260]\246\217n{[S\005\3277\005\026\372\244\330\t\327x\375\2330w\314\200s\t\237\232\014\333_\263nQ\001W\210\351Y\0149g.J\372\252J\356+\034\032dH\330\320\013@\321tv\032\036\334H\2549\275\320\322KL\367\031?\260]\313a5\241\337\250\246\007\354{\256m\272\014\252\344BQZ\016\360\333\362Z8z\200EO`R\317\331\252\342\025\303\361v\300\352\316\314MrQ\000G\026\253Q\260\346-\333M\372w\266\213q\206N\346H\277%x\347\212\206\357\365\204\335d\370\005\332\272\324\3510\375\207wm\326\3535\006{\203\277\047\367\325\203\365\364\251JJ\r\267\230\261\235\236\326\330N\217k\024\021\240\3614Y}\005\217\364\203Mr\022\341<yc\356\377\221e\223\234\016\335\002j\374:\177O\374B\221\303\313\005<\326\rA\371\0017:\256\260\035\335,@\023y0\r\000]@\035\035ec.\261\341\036p\331\000\317\271S>\277\340P\217\341\025\007\332\215\212~\347\037\254\357\r*\203\026;\017\374\317\206x\n\r\325\004\014)5\251\347\304<\371G\002\336&\256\251\327K\303\253\275\231\037/,\035~\032\224\337\224\306\231\313\207\305\303nP\221\253\362\2052\303\334x9\033\374&(\217\263[!\213\036F?\214>\030\345G\305\321\177\342o+q\345E\374\342e\374\362\025\270\375n#\314\035\1774\267\270\254\275\313\361\332\247\341\027\321\3560?,\214\227W\202\3028s\355\260\037\264\345EYS%\205y\356\024\242\334\361\255\271\305\217ey\222s_\226\320\270\030t\3443UP%t\372\267\\Wy\005\376\313\207\317\003\320\334\222y\371X\345\324\275p~\234YDp\027\003:^\276v\370#\000\376N\335V;a&\272\024\rF\363\343\354Z`\311\r\010\264\003\266`\270\004\256\005\271\2536B\300t=\310C\"\016\252m\365\007U\013w\242\211\r\376\\\225\226\322\302eY\224m\0242r\001\321\241\240\r\227\345\216\272\244\3323\032 )\250\201\366\242\242\372\310o\227?\222%Y\226\364M\351-\240\337\r\362\343\014\250\203\035yI\366U/\264\243\376\260\215G\024\301#9/W\300\270\242n\204\037\204\267\303\347Q)qz\026\024P\270zh\003w\363(\336\224\271\361\225\273\252\202\205A\327\307\340\270\2432\341\205\360Qt!*Fb\270=\272\177\224\033go\004\263\340\026\345- \342\257!\rET\320\236\361\312""\035\344\030\"\335\210\026\207\253\303WG\363\350\266\032<\223_\250ga!adE\047@4\223\244)\341X\246\276\344\352\216*\307\013\000\352\370\372\334\342m\265\252\312\343\311Y/\037>\016\326\202\236\244I\224\337\312\272*\0035\323\003\257\311v\274\360{\371\257\260\000mp\365\336\311\221p\363&\024\370\002\324\tj\350@\375\237\204\345\320\212?\177\016\030o\304{\345\304n[\336W\271\244\312\371\004\320\217\000`?\334\215\356D/\207b\264}t\367\250\027\177\277\037\357\277\212_\3753^\310\253\334[\310\376_Ie7=v\016\265\037\207\355\343\017\347\026s@\322\232\374),%\020\267u\243\335\014\357\206m\335h\223\003o\204\017\303j\224\031^\0346\217\n\211\272\247#~\027\346\307\327\262\320Y\361\365\207P\210\336\2601\242\330g\233\300@\026\333\266\030\177\362(*G\365\341\376\2504*\217WV\265y6\270\204\225\272\022/@=\020\337O\320\010\337\253\242\032$\370\356)7*\035\257\316-.Mf\243\004\203\311B]\305N\360\024\234\263@\334\225q\366C\231Q\363\300\200&r%\370\223\232\307r~%s\362\266\356-\034\232\345\250\024\351\324\351N\036\234\337\202\274\213\263\021/\300\020\237\206\2604\314\307K\177\014\313\361\322\347Q\376\177\003\0306]";
+    PyObject *data = __Pyx_DecompressString(cstring, 1747, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2180 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\253sh\352\000.\263D.\010\005e\337rrors\026\005te\253xt#\004/\335D/V\001s\217.pyx\263@f\025\262\"h\267eld\256#re\347\000r4\356A\375!b\255`on\334@\250!\367to \225 ytho\277n obje\201@f\362\347\000p\224D\373\"prob\370\324 \256`\n2write\360I2\377h\214A\216\204\010gave\370\256\204\006\314A\320A.__ex\357it__\006\004red\237uce_c\331\002\r\006s\277etstat\t\014d\307one?\002\357\204\001H\002gi\177ve_backV\002$\233\205\002\265aF\216\205\002\277aS\237\205\002\000\007\000|\000_\020 \003\230\000c\022\027\004\352\205\002?\010~\372\205\002_asyncU\010\330\367\204\001\000\014\032\007er\300\204\004__v\345\020erj\025er.\250\204\001@\375\204\004\263\204\001H\t\216\205\004\225\205\n\222\003M\217\206\003\177TooLong\317\205\010\200\332\205\010\200/\017\013\372.0\t\232\210\003\005\nl\307oseS\t\261Ac\tre\217sult\000\017\304#\252CL\373os\237`Pyx_P\377yDict_Ne\377xtRef__a\327nno\224b_\t\000wa\374\305a\311e__func\346\025\000_g\266e\"\000mai\375n\020\001module.\032\001nam\003\002p\\\000\337c\315_\007\001vt\200\207\001;\001qu\223al\035\005\230\204\004_\240N\271Fe\275xo\001set_Q\005s\274t\010\270\204\016__te\331\001_\377is_corou\357tine\300bhro\357nous\314bio.\202\024\006s\276\212\002\250\210\001\357G\222\213\003\227\213\001c\365l=\000_\341\000trac\365e\207\205\001c\376!data\277decode\261\205\001e\301n\006\001\262\210\002""\266\210\003\260\213\001\252!ti\370\225`\254 \277\205\006howit\347ems\353\210\r\314\210\002kin_dleft\273\214\002m\253\000\377tonicnev\377ernextpl\016\351 pop\243\214\001\211\000\251\214\002\350C\010\356C\246\205\003\252\213\001s\266\212\001\272\214\001\271\205\010\310\214\003\177setdefa\237`\017spin\350\212\003\356\212\003\344\205\003\326\213\001\324\332\213\001\004\007n\374\211\001t\272 wt\347ime\000\001\321 untcil\221\"\021\000\007\003so\033\000\377hingvalu\375e\000\002svieww\353hy\321\214\004_\203bobj\333_7\363\212\004_7\256\216\004_6\377queues_T\376\325\214\002*(PyTyp\273eO\207\212\003*, \030(C\376\244 mingEnd\361 0\007j\005\265\215\003cons\337t *)\000\305\215\002_o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\013\210\3774\210v\220T\230\024\230\377Y\240c\250\021\330\014\020\377\220\005\220Q\330\020.\250\377e\2603\260j\300\002\300\377!\3004\300|\320ST\377\320TY\320YZ\320Z\375[4\000\033)\250\021\360\034\367\000\t\0149\002Q\320\026+\377\2509\260F\270!\2701\377\330\014\023\2201\330\010\017\377\210x\220q\230\006\230f\367\240A\240d\001#1\260\021\177\360\032\000\t\036\230Ql\005\367W\230A)\0014\220u\230\357G\2401\240\211\000\017\210{\337\230(\240!\240=\000\014\210\373H\220\233\000\032\230!\2306\377\240\021\240&\250\001\330\010\375\t\231\001\006\220a\330\014\017\373\210z\256\000U\240\"\240D\377\250\010\260\007\260y\300\001\177\330\020\026\220d\230)F\000\351D)\000\303\000\n8\0001\230F\367\240)\250\221\000\022\220!\220\3674\220sK\0007\240$\240?f\250D\260\001\330\036\003\355\001\337\016\230d\240!\366\001\013\230w4\230q\377\001\010\230\004\232\001\357\020\220\010\230$\002\014\230D\327\240\007\240\024\004\001\236$\220f\356\023\000\006\240a\356\002\340\014\034\377\230A\230Q\230a\200A\377\340\010\014\210F\220!\330\375\010\207 \220D\230\007\230x\377\240w\250i\260x\270q\376\224!t\2205\230\001\230\023\376*\000T\240\027\250\002\250\"\357\250H\260A/\003G\2201\256:\001\016\210i\271 \001E\001\031\177\230\021\330\r%\240T\225A\337\017\210t\22066\000D\240\377\010\250\003\2505\260""\003\260\3774\260t\2707\300\047\310\337\021\330\020\027\220\221\t\t\230\375\032\317 J\250a\250t\260\234\217@7\000\320\023#\340!G\000\027\377\260\t\270\024\270[\310\001\3763\001\024\220G\2309\240G\213\2501\214#\023\\\002\212\001m\005\020\365\220\354\"\023\273 x\230s\240\337#\240Q\320\004\222\000\360\022?\000\t\"\240\024\240\312@\345\004\377\013\2106\220\026\220w\230\376\211\"6\230\025\230g\240Q\370\230 \206`\353\003\026\230q\320\004\337\035\230^\2501\204`\016&\224\311\007\212!\031\336@\003\245@\301@l\376\375@:\250Q\250d\3202\275H\241\000\027\320PQ\354At\277\2207\230\047\240\021\340C!\372\262cz~\000W\250F\260#\377\260Z\270t\3007\310%\377\310w\320VW\320W[\377\320[\\\320\004!\240\021\377\340\010\017\210|\320\033+~\334\000F\260$\260g\270\272\000\377!\240\036\250q\360\030\000\377\t\021\220\t\230\026\230}\361\250\363b[\001\346a\031\250%\250\371q\345b\352\005)\2503\250b\177\260\010\270\006\270m\310\330\204\002\3754\341\001\230v\240U\250!\377\330\017\020\330\014\022\320\022}3\207@w\270h\300a\013\000\353\220,\200 \020\264\204\0014\320\037\3675\260Qs\000W\300A\300\357Q\330\023\024*\002\020\220\007\316\247A\r\320\004\216@\234\002\230>\377\250\021\250&\260\004\260I\376\234\001&\240n\260A\360\024\367\000\t\n\225\205\005A\230Y\240}e\301\204\001\017\210u\220C\345@\377\020\021\330\014\r\330\020\030\317\230\010\240\001\201@\230b\023\220\377=\240\001\330\020\024\220E\317\230\021\230\"\330b\262\205\001\014\260\363A\260v\002\023\004!\330\020\021\365\340#\000F\231\205\001\320\004)\250\375\021s\rY\300a\320\n-\177\250Q\320\n2\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2180, 3191);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2249 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.message\375,\010\002taken \357must}\000 ex\277plicit\271\000r\377equested\376\214\003@auto_p\376_\001e(True)\277a Pendm\000C\367all\237!made\372\307  \014\001er.suEb\271 a\226 \034\000\047\000s\325\003\375`\226\"` or `f\214!`a\246$\263\000a \242$\311h\316 \202*c`\001\325\000di\177sableen\002\001\357gcis\004\003div\373sh\352\000.erro{rs\006\005text\023\004\365/\315D/F\001s.py\361x\243@V\025\242\"held\226\236#re\327\000r\336A\355!b\346\235`on\314@\230!to \376\205 ython oWbje\361 f\327\000p\204D\036\353\"prob\304 \236`\n2\037writeI2\357h\374!\036\376hgave\236\204\006\274A\300A\377.__exit_\375_\006\004reduce\363_c\331\002\r\006sets\367tat\t\014done\370?\002\337\204\001H\002give_\217backV\002\213\205\002\245aF\004\376\204\002\257aS\217\205\002\000\007|\000_\020 \003\300\230\000c\022\027\004\332\205\002?\010\352\205\002_a\017syncU\010\347\204\001\000\014\032\007\333er\260\204\004__\345\020er\016j\025er.\230\204\001\355\204\004\243\204\001H\t\350\376\204\004\205\205\n\222\003M\377\205\003Too\017Long\277\205\010\312\205\010\200/\017\013\360\372.0\t\212\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\360\206\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin]e\300bio.\010\006s\242\212\002\260\214\210\001\343G\366\212\003\373\212\001cl1\000_\276\325\000trace\373\204\001c\376\362!datadec7ode\245\205\001en\006\001\246\210\002\030\252\210\003\224\213\001\236!ti\211`""\240 \263\205\006\177howitem\310\210\006\374\222\214\004\356bskindl\367eft\237\214\002mono\377tonicnev\377ernextpl\016\335 pop\207\214\001\211\000\215\214\002\334C\010\342C\232\205\003\216\213\001s\232\212\001\236\214\001\255\205\010\254\214\003\177setdefa\223`\017spin\314\212\003\322\212\003\330\205\003\272\213\001\364\276\213\001\004\007n\360\211\001thro\237wtime\000\001\305 v\357alue\000\002svi\377ewwhyPyO\326\250\211\003*(\244\214\004_\346Bob\267j_7\306\212\004_7\201\216\004_\3554\273\213\001_C\220\216\003End\217 *, 8\007\000\t\014\t)\355\000\002a, \263\013pt_\357args\263\02014s\367lee\305 g_ta\377sks_untiYl\250b\250  *\373\004p\202a\333alA\002)\000\036\003so>\311 hing\000\047\n\230\201 \3776queues_\375T\343\216\002*(PyTyCpe\365%\255\r\3512;\005C\316`\017ming\372$\334\217\004\245E\303\217\003\377const *)\375\000\323\217\002_of\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2104\210v\220\377T\230\024\230Y\240c\250\377\021\330\014\020\220\005\220Q\377\330\020.\250e\2603\260\377j\300\002\300!\3004\300\377|\320ST\320TY\320\337YZ\320Z[4\000\033)\177\250\021\360\034\000\t\0149\002\377Q\320\026+\2509\260F\377\270!\2701\330\014\023\220\3771\330\010\017\210x\220q\177\230\006\230f\240A\240d\001\377#1\260\021\360\032\000\tw\036\230Ql\005W\230A)\001\3774\220u\230G\2401\240\376\211\000\017\210{\230(\240!\275\240=\000\014\210H\220\233\000\032\377\230!\2306\240\021\240&\337\250\001\330\010\t\231\001\006\220\277a\330\014\017\210z\256\000U\377\240\"\240D\250\010\260\007\377\260y\300\001\330\020\026\220\227d\230)F\000D)\000\303\000\n~8\0001\230F\240)\250\221\000\177\022\220!\2204\220sK\000\3777\240$\240f\250D\260\363\001\330\036\003\355\001\016\230d\240}!\366\001\013\2304\230q\377\001\367\010\230\004\232\001\020\220\010\230~$\002\014\230D\240\007\240\024\004\355\001\236$\220f\023\000\006\240a\376\356\002\340\014\034\230A\230Q\377\230a\200A\340\010\014\210\337F\220!\330\010\207 \220D\377\230\007\230x\240w\250i\357\260x\270q\224!t\2205\357\230\001\230\023*\000T\240\027\377""\250\002\250\"\250H\260A\356/\003G\2201:\001\016\210i\372\271 \001E\001\031\230\021\330\r\367%\240T\225A\017\210t\220\37566\000D\240\010\250\003\250\3775\260\003\2604\260t\270\3777\300\047\310\021\330\020\027\335\220\221\t\t\230\032\317 J\250\317a\250t\260\217@7\000\320\023\371#\340!G\000\027\260\t\270\024\357\270[\310\0013\001\024\220G\277\2309\240G\2501\214#\023X\\\002\212\001m\005\020\220\354\"\023\273 \377x\230s\240#\240Q\320\375\004\222\000\360\022\000\t\"\240\363\024\240\312@\345\004\013\2106\220\357\026\220w\230\211\"6\230\025\217\230g\240Q\230 \206`\353\003\026\377\230q\320\004\035\230^\250M1\204`\016&\311\007\212!\031\336@\351\003\245@\301@l\375@:\250Q\337\250d\3202H\241\000\027\320\373PQ\354At\2207\230\047\253\240\021\340C!\262cz~\000W\377\250F\260#\260Z\270t\377\3007\310%\310w\320V\377W\320W[\320[\\\320\377\004!\240\021\340\010\017\210_\177\230a\230v\360\004\021\022\001\377\036\250q\360\030\000\t\021\177\220\t\230\026\230}\250\362b|Z\001\345a\031\250%\250q\344b\376\351\005)\2503\250b\260\010_\270\006\270m\310\327\204\0024\340\001\376O\000U\250!\330\017\020\330\337\014\022\320\0223\206@w\270\267h\300a\013\000\220,\377\000\020\376\263\204\0014\320\0375\260Q\260\377g\270W\300A\300Q\330\273\023\024*\002\020\220\007\246A\r\323\320\004\215@\234\001}\263`V\240\3474\240y\224@\235\000&\240n\177\260A\360\024\000\t\n\224\205\005\337A\230Y\240e\300\204\001\017\210\367u\220C\344@\020\021\330\014\377\r\330\020\030\230\010\240\001\374\200@\227b\023\220=\240\001\330\377\020\024\220E\230\021\230\"<\327b\261\205\001\014\260A\260v\002\023\004_!\330\020\021\340#\000F\230\205\001\337\320\004)\250\021u\013\n\270\377!\320\n-\250Q\320\n\0072\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2249, 3458);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3191 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutuntil_in_timeuntil_somethingvaluevaluesviewwhystruct __pyx_obj_7ivshmem_7channel_""6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2505\260\003\2604\260t\2707\300\047\310\021\330\020\027\220q\330\014\020\220\010\230\001\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330""\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210|\230>\250\021\250&\260\004\260I\270Q\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210|\230>\250\021\250&\260\004\260I\270Y\300a\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3458 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutvaluevaluesviewwhyPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, P""yObject *)\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_something\000until_in_timestruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330\033)\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\200A\330#1\260\021\360\032\000\t\036\230Q\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\020\220\n\230!\2301\230F\240)\2501\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\031\230\021\330\r%\240T\250\021\330\014\017\210t\2206\230\023\230D\240\010\250\003\2505\260\003\2604\260t\2707\300\047\310\021\330\020\027\220q\330\014\020\220\010\230\001\330\014\020\220\t\230\032\2401\240J\250a\250t\2601\330\014\017\210t\320\023#\2401\240A\240T""\250\027\260\t\270\024\270[\310\001\310\021\330\020\024\220G\2309\240G\2501\250D\260\001\330\014\023\2206\230\023\230A\200A\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\023\2204\220x\230s\240#\240Q\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\014\210F\220!\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\035\230^\2501\360\032\000\016&\240T\250\021\330\014\017\210t\2205\230\001\230\031\240&\250\003\2501\330\020\026\220l\240!\240:\250Q\250d\3202H\310\001\310\027\320PQ\330\014\017\210t\2207\230\047\240\021\330\020\026\220d\230!\330\014\023\2204\220z\240\024\240W\250F\260#\260Z\270t\3007\310%\310w\320VW\320W[\320[\\\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210}\230A\230V\2404\240y\260\t\270\021\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210}\230A\230V\2404\240y\260\n\270!\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 143; i++) {
+    for (int i = 0; i < 138; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 32) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -17303,8 +17238,8 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 143; i < 163; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-143].length;
+    for (int i = 138; i < 159; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-138].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -17314,15 +17249,15 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 163; i++) {
+    for (Py_ssize_t i = 0; i < 159; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 143;
-      for (Py_ssize_t i=0; i<20; ++i) {
+      PyObject **table = stringtab + 138;
+      for (Py_ssize_t i=0; i<21; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -17430,7 +17365,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 141};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
@@ -17465,7 +17400,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 256};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_IYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_AV4y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -17490,7 +17425,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 343};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};

@@ -17,12 +17,12 @@ from .header cimport *
 from .ends cimport ChannelEnd
 from .queues cimport ClaimingEnd, Taken, taken_of
 from .roles cimport WriterEnd
+from .sleeping_tasks cimport until_in_time, until_something
 
 from time import monotonic
 
 from ..errors import CallFailed, MessageTooLong, ServerLost
 from ..text import plain
-from . import asynchronous
 
 cdef enum:
     # The status of a reply: what the bytes are.
@@ -140,7 +140,7 @@ cdef class PendingCall(ChannelEnd):
 
     def result_async(self, timeout=None):
         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
-        return asynchronous.until_in_time(self, self.result, timeout)
+        return until_in_time(self, self.result, timeout, ())
 
     def __await__(self):
         return self.result_async().__await__()
@@ -255,7 +255,7 @@ cdef class Caller(WriterEnd):
 
     def submit_async(self, data, timeout=None):
         """The twin of `submit` for asyncio: a coroutine."""
-        return asynchronous.until_in_time(self, self.submit, timeout, data)
+        return until_in_time(self, self.submit, timeout, (data,))
 
     async def call_async(self, data, timeout=None):
         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
@@ -342,7 +342,7 @@ cdef class CallServer(ClaimingEnd):
 
     def take_async(self, timeout=None):
         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.take, timeout)
+        return until_something(self, self.take, timeout, ())
 
     def __iter__(self):
         return self

@@ -2210,7 +2210,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   uint32_t lock;
 };
 
-/* "ivshmem/channel/ends.pyx":41
+/* "ivshmem/channel/ends.pyx":42
  * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
  * # peer's work: after so many it sleeps all the same.
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2487,6 +2487,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2529,6 +2530,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2803,7 +2805,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ivshmem/channel/ends.pyx":46
+/* "ivshmem/channel/ends.pyx":47
  * 
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2818,7 +2820,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup;
 
 
-/* "ivshmem/channel/ends.pyx":127
+/* "ivshmem/channel/ends.pyx":130
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2838,6 +2840,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -3428,6 +3433,9 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
+/* RaiseUnboundLocalError.proto */
+static void __Pyx_RaiseUnboundLocalError(const char *varname);
+
 /* py_dict_pop_ignore.proto */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
@@ -3900,6 +3908,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, int __pyx_v_code); /* proto*/
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto*/
@@ -3965,22 +3976,17 @@ static const char __pyx_k_Internal_what_all_ends_of_channe[] = "Internal: what a
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4clear_rings(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_4ends_Wakeup(PyObject *o, 
@@ -4054,8 +4060,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_codeobj_tab[13];
-    PyObject *__pyx_string_tab[100];
+    PyObject *__pyx_codeobj_tab[8];
+    PyObject *__pyx_string_tab[83];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4127,79 +4133,62 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[24]
 #define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[25]
 #define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[26]
-#define __pyx_n_u_ChannelEnd__begin_waiting __pyx_string_tab[27]
-#define __pyx_n_u_ChannelEnd__end_waiting __pyx_string_tab[28]
-#define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[29]
-#define __pyx_n_u_ChannelEnd__sleeps_on __pyx_string_tab[30]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[31]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[32]
-#define __pyx_n_u_ClosedError __pyx_string_tab[33]
-#define __pyx_n_u_Wakeup __pyx_string_tab[34]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[35]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[36]
-#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[37]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[38]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[39]
-#define __pyx_n_u_annotate __pyx_string_tab[40]
-#define __pyx_n_u_enter __pyx_string_tab[41]
-#define __pyx_n_u_exit __pyx_string_tab[42]
-#define __pyx_n_u_func __pyx_string_tab[43]
-#define __pyx_n_u_getstate __pyx_string_tab[44]
-#define __pyx_n_u_main __pyx_string_tab[45]
-#define __pyx_n_u_module __pyx_string_tab[46]
-#define __pyx_n_u_name __pyx_string_tab[47]
-#define __pyx_n_u_pyx_state __pyx_string_tab[48]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
-#define __pyx_n_u_qualname __pyx_string_tab[50]
-#define __pyx_n_u_reduce __pyx_string_tab[51]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
-#define __pyx_n_u_set_name __pyx_string_tab[54]
-#define __pyx_n_u_setstate __pyx_string_tab[55]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
-#define __pyx_n_u_test __pyx_string_tab[57]
-#define __pyx_n_u_begin_waiting __pyx_string_tab[58]
-#define __pyx_n_u_end_waiting __pyx_string_tab[59]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[60]
-#define __pyx_n_u_membership_2 __pyx_string_tab[61]
-#define __pyx_n_u_sleeps_on __pyx_string_tab[62]
-#define __pyx_n_u_add __pyx_string_tab[63]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[64]
-#define __pyx_n_u_clear_rings __pyx_string_tab[65]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[66]
-#define __pyx_n_u_close __pyx_string_tab[67]
-#define __pyx_n_u_closed __pyx_string_tab[68]
-#define __pyx_n_u_code __pyx_string_tab[69]
-#define __pyx_n_u_error __pyx_string_tab[70]
-#define __pyx_n_u_errors __pyx_string_tab[71]
-#define __pyx_n_u_fileno __pyx_string_tab[72]
-#define __pyx_n_u_id __pyx_string_tab[73]
-#define __pyx_n_u_items __pyx_string_tab[74]
-#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[75]
-#define __pyx_n_u_membership __pyx_string_tab[76]
-#define __pyx_n_u_pop __pyx_string_tab[77]
-#define __pyx_n_u_readonly __pyx_string_tab[78]
-#define __pyx_n_u_ref __pyx_string_tab[79]
-#define __pyx_n_u_self __pyx_string_tab[80]
-#define __pyx_n_u_setdefault __pyx_string_tab[81]
-#define __pyx_n_u_sleeper __pyx_string_tab[82]
-#define __pyx_n_u_values __pyx_string_tab[83]
-#define __pyx_n_u_wakeup __pyx_string_tab[84]
-#define __pyx_n_u_weakref __pyx_string_tab[85]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[86]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_A_q_2 __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[94]
-#define __pyx_kp_b_iso88591_A_ha_T_q_6_1_Q __pyx_string_tab[95]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9 __pyx_string_tab[96]
-#define __pyx_kp_b_iso88591_A_ha_T_a_4_1_a_q_6_6_6_5_1 __pyx_string_tab[97]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[98]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[99]
+#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[27]
+#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[28]
+#define __pyx_n_u_ClosedError __pyx_string_tab[29]
+#define __pyx_n_u_Wakeup __pyx_string_tab[30]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[31]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[32]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[33]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[34]
+#define __pyx_n_u_annotate __pyx_string_tab[35]
+#define __pyx_n_u_enter __pyx_string_tab[36]
+#define __pyx_n_u_exit __pyx_string_tab[37]
+#define __pyx_n_u_func __pyx_string_tab[38]
+#define __pyx_n_u_getstate __pyx_string_tab[39]
+#define __pyx_n_u_main __pyx_string_tab[40]
+#define __pyx_n_u_module __pyx_string_tab[41]
+#define __pyx_n_u_name __pyx_string_tab[42]
+#define __pyx_n_u_pyx_state __pyx_string_tab[43]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[44]
+#define __pyx_n_u_qualname __pyx_string_tab[45]
+#define __pyx_n_u_reduce __pyx_string_tab[46]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[47]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[48]
+#define __pyx_n_u_set_name __pyx_string_tab[49]
+#define __pyx_n_u_setstate __pyx_string_tab[50]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[51]
+#define __pyx_n_u_test __pyx_string_tab[52]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[53]
+#define __pyx_n_u_add __pyx_string_tab[54]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[55]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[56]
+#define __pyx_n_u_close __pyx_string_tab[57]
+#define __pyx_n_u_closed __pyx_string_tab[58]
+#define __pyx_n_u_error __pyx_string_tab[59]
+#define __pyx_n_u_errors __pyx_string_tab[60]
+#define __pyx_n_u_fileno __pyx_string_tab[61]
+#define __pyx_n_u_id __pyx_string_tab[62]
+#define __pyx_n_u_items __pyx_string_tab[63]
+#define __pyx_n_u_ivshmem_channel_ends __pyx_string_tab[64]
+#define __pyx_n_u_membership __pyx_string_tab[65]
+#define __pyx_n_u_pop __pyx_string_tab[66]
+#define __pyx_n_u_readonly __pyx_string_tab[67]
+#define __pyx_n_u_ref __pyx_string_tab[68]
+#define __pyx_n_u_self __pyx_string_tab[69]
+#define __pyx_n_u_setdefault __pyx_string_tab[70]
+#define __pyx_n_u_values __pyx_string_tab[71]
+#define __pyx_n_u_wakeup __pyx_string_tab[72]
+#define __pyx_n_u_weakref __pyx_string_tab[73]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[74]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[75]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[76]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[77]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[78]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[79]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[80]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9 __pyx_string_tab[81]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t __pyx_string_tab[82]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4239,8 +4228,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<13; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<100; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<83; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4287,8 +4276,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<13; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<100; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<83; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5036,7 +5025,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/ends.pyx":56
+/* "ivshmem/channel/ends.pyx":57
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5082,32 +5071,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 56, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 57, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 56, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 56, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 57, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 56, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 57, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 56, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 57, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 56, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 57, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5118,7 +5107,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 57, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -5155,7 +5144,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":57
+  /* "ivshmem/channel/ends.pyx":58
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -5167,7 +5156,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":58
+  /* "ivshmem/channel/ends.pyx":59
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5179,7 +5168,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/ends.pyx":59
+  /* "ivshmem/channel/ends.pyx":60
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -5192,7 +5181,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 59, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 60, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5200,7 +5189,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":60
+  /* "ivshmem/channel/ends.pyx":61
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -5209,7 +5198,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-  /* "ivshmem/channel/ends.pyx":61
+  /* "ivshmem/channel/ends.pyx":62
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick             # <<<<<<<<<<<<<<
@@ -5223,7 +5212,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":62
+  /* "ivshmem/channel/ends.pyx":63
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5234,20 +5223,20 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/ends.pyx":63
+    /* "ivshmem/channel/ends.pyx":64
  *         self.kick = membership.kick
  *         if self.kick is None:
  *             raise membership.unusable()             # <<<<<<<<<<<<<<
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 63, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 64, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 63, __pyx_L1_error)
+    __PYX_ERR(0, 64, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":62
+    /* "ivshmem/channel/ends.pyx":63
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -5256,7 +5245,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":64
+  /* "ivshmem/channel/ends.pyx":65
  *         if self.kick is None:
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
@@ -5267,10 +5256,10 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
   __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 65, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 65, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_3 = 0;
   {
@@ -5279,12 +5268,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 64, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 65, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":65
+  /* "ivshmem/channel/ends.pyx":66
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5309,7 +5298,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/ends.pyx":66
+    /* "ivshmem/channel/ends.pyx":67
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5321,7 +5310,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/ends.pyx":67
+      /* "ivshmem/channel/ends.pyx":68
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
@@ -5330,11 +5319,11 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 68, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/ends.pyx":68
+      /* "ivshmem/channel/ends.pyx":69
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
@@ -5343,7 +5332,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/ends.pyx":66
+      /* "ivshmem/channel/ends.pyx":67
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -5352,7 +5341,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":69
+    /* "ivshmem/channel/ends.pyx":70
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
@@ -5362,7 +5351,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
     __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/ends.pyx":70
+    /* "ivshmem/channel/ends.pyx":71
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
@@ -5371,18 +5360,18 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 70, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/ends.pyx":72
+    /* "ivshmem/channel/ends.pyx":73
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 72, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 73, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
@@ -5391,12 +5380,12 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 70, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":65
+    /* "ivshmem/channel/ends.pyx":66
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -5405,7 +5394,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":56
+  /* "ivshmem/channel/ends.pyx":57
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5430,7 +5419,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_6Wakeup___cinit__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":75
+/* "ivshmem/channel/ends.pyx":76
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5443,7 +5432,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   struct epoll_event __pyx_v_events[2];
   struct pollfd __pyx_v_one;
   struct timespec __pyx_v_left;
-  int64_t __pyx_v_limit;
+  int64_t __pyx_v_left_until;
   int __pyx_v_milliseconds;
   int __pyx_v_n;
   int __pyx_r;
@@ -5464,7 +5453,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":77
+  /* "ivshmem/channel/ends.pyx":78
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -5476,19 +5465,28 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":84
- *         cdef int milliseconds
+  /* "ivshmem/channel/ends.pyx":83
+ *         cdef timespec left
+ *         cdef int64_t left_until
+ *         cdef int milliseconds = -1             # <<<<<<<<<<<<<<
+ *         cdef int n
+ *         if membership.polls:
+*/
+  __pyx_v_milliseconds = -1;
+
+  /* "ivshmem/channel/ends.pyx":85
+ *         cdef int milliseconds = -1
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
- *             limit = min(deadline, now() + self.pause)
+ *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/ends.pyx":85
+    /* "ivshmem/channel/ends.pyx":86
  *         cdef int n
  *         if membership.polls:
- *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
+ *             left_until = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
 */
@@ -5506,12 +5504,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
       __pyx_t_4 = __pyx_t_3;
     }
 
-    __pyx_v_limit = __pyx_t_4;
+    __pyx_v_left_until = __pyx_t_4;
 
 
-    /* "ivshmem/channel/ends.pyx":86
+    /* "ivshmem/channel/ends.pyx":87
  *         if membership.polls:
- *             limit = min(deadline, now() + self.pause)
+ *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
@@ -5533,8 +5531,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
     __pyx_v_self->pause = __pyx_t_3;
 
 
-    /* "ivshmem/channel/ends.pyx":87
- *             limit = min(deadline, now() + self.pause)
+    /* "ivshmem/channel/ends.pyx":88
+ *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
  *             one.events = _POLLIN
@@ -5544,20 +5542,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 
     __pyx_v_one.fd = __pyx_t_6;
 
-    /* "ivshmem/channel/ends.pyx":88
+    /* "ivshmem/channel/ends.pyx":89
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
  *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/ends.pyx":89
+    /* "ivshmem/channel/ends.pyx":90
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:
 */
     {
@@ -5566,18 +5564,18 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":90
+          /* "ivshmem/channel/ends.pyx":91
  *             one.events = _POLLIN
  *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)             # <<<<<<<<<<<<<<
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)
 */
-          __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
+          __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_left_until, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/ends.pyx":91
+          /* "ivshmem/channel/ends.pyx":92
  *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
@@ -5587,18 +5585,18 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/ends.pyx":92
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+            /* "ivshmem/channel/ends.pyx":93
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
  *         else:
- *             limit = min(deadline, now() + membership.beat) - now()
+ *             # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/ends.pyx":91
+            /* "ivshmem/channel/ends.pyx":92
  *             with nogil:
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
@@ -5606,11 +5604,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
           }
         }
 
-        /* "ivshmem/channel/ends.pyx":89
+        /* "ivshmem/channel/ends.pyx":90
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
- *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                 n = ppoll(&one, 1, time_left(left_until, &left), NULL)
  *                 if n > 0:
 */
         /*finally:*/ {
@@ -5623,71 +5621,107 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/channel/ends.pyx":84
- *         cdef int milliseconds
+    /* "ivshmem/channel/ends.pyx":85
+ *         cdef int milliseconds = -1
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
- *             limit = min(deadline, now() + self.pause)
+ *             left_until = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
 */
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/ends.pyx":94
- *                     epoll_wait(one.fd, events, 2, 0)
- *         else:
- *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
- *             with nogil:
+  /* "ivshmem/channel/ends.pyx":97
+ *             # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
+ *             # takes a tenth of the round trip of two processes on one core.
+ *             if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
+ *                 left_until = deadline - now()
+ *                 if left_until < 2 * membership.beat:
 */
   /*else*/ {
-
-    __pyx_t_3 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_membership->beat);
-
-    __pyx_t_4 = __pyx_v_deadline;
-    __pyx_t_5 = (__pyx_t_3 < __pyx_t_4);
+    __pyx_t_5 = (__pyx_v_deadline != INT64_MAX);
 
     if (__pyx_t_5) {
 
-      __pyx_t_2 = __pyx_t_3;
-    } else {
 
-      __pyx_t_2 = __pyx_t_4;
+      /* "ivshmem/channel/ends.pyx":98
+ *             # takes a tenth of the round trip of two processes on one core.
+ *             if deadline != INT64_MAX:
+ *                 left_until = deadline - now()             # <<<<<<<<<<<<<<
+ *                 if left_until < 2 * membership.beat:
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+*/
+      __pyx_v_left_until = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
+
+      /* "ivshmem/channel/ends.pyx":99
+ *             if deadline != INT64_MAX:
+ *                 left_until = deadline - now()
+ *                 if left_until < 2 * membership.beat:             # <<<<<<<<<<<<<<
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+ *             ivshmem_count(&membership.sleepers, 1)
+*/
+      __pyx_t_5 = (__pyx_v_left_until < (2 * __pyx_v_membership->beat));
+
+      if (__pyx_t_5) {
+
+
+        /* "ivshmem/channel/ends.pyx":100
+ *                 left_until = deadline - now()
+ *                 if left_until < 2 * membership.beat:
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
+ *             ivshmem_count(&membership.sleepers, 1)
+ *             with nogil:
+*/
+
+        __pyx_t_7 = 0;
+
+        __pyx_t_3 = __Pyx_div_int64_t((__pyx_v_left_until + 0xF423F), 0xF4240, 1);
+        __pyx_t_5 = (__pyx_t_7 > __pyx_t_3);
+
+        if (__pyx_t_5) {
+
+          __pyx_t_4 = __pyx_t_7;
+        } else {
+
+          __pyx_t_4 = __pyx_t_3;
+        }
+
+        __pyx_v_milliseconds = ((int)__pyx_t_4);
+
+
+        /* "ivshmem/channel/ends.pyx":99
+ *             if deadline != INT64_MAX:
+ *                 left_until = deadline - now()
+ *                 if left_until < 2 * membership.beat:             # <<<<<<<<<<<<<<
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+ *             ivshmem_count(&membership.sleepers, 1)
+*/
+      }
+
+      /* "ivshmem/channel/ends.pyx":97
+ *             # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
+ *             # takes a tenth of the round trip of two processes on one core.
+ *             if deadline != INT64_MAX:             # <<<<<<<<<<<<<<
+ *                 left_until = deadline - now()
+ *                 if left_until < 2 * membership.beat:
+*/
     }
 
-    __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
-
-
-    /* "ivshmem/channel/ends.pyx":95
- *         else:
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/ends.pyx":101
+ *                 if left_until < 2 * membership.beat:
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+ *             ivshmem_count(&membership.sleepers, 1)             # <<<<<<<<<<<<<<
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
 */
+    (void)(ivshmem_count((&__pyx_v_membership->sleepers), 1));
 
-    __pyx_t_7 = 0;
-
-    __pyx_t_2 = __Pyx_div_int64_t((__pyx_v_limit + 0xF423F), 0xF4240, 1);
-    __pyx_t_5 = (__pyx_t_7 > __pyx_t_2);
-
-    if (__pyx_t_5) {
-
-      __pyx_t_3 = __pyx_t_7;
-    } else {
-
-      __pyx_t_3 = __pyx_t_2;
-    }
-
-    __pyx_v_milliseconds = ((int)__pyx_t_3);
-
-
-    /* "ivshmem/channel/ends.pyx":96
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
+    /* "ivshmem/channel/ends.pyx":102
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+ *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:             # <<<<<<<<<<<<<<
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()
+ *             ivshmem_count(&membership.sleepers, -1)
 */
     {
         PyThreadState * _save;
@@ -5695,56 +5729,65 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/ends.pyx":97
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
+          /* "ivshmem/channel/ends.pyx":103
+ *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
+ *             ivshmem_count(&membership.sleepers, -1)
  *         PyErr_CheckSignals()
- *         membership.check()
 */
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/ends.pyx":96
- *             limit = min(deadline, now() + membership.beat) - now()
- *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
+        /* "ivshmem/channel/ends.pyx":102
+ *                     milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+ *             ivshmem_count(&membership.sleepers, 1)
  *             with nogil:             # <<<<<<<<<<<<<<
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
- *         PyErr_CheckSignals()
+ *             ivshmem_count(&membership.sleepers, -1)
 */
         /*finally:*/ {
           /*normal exit:*/{
             __Pyx_FastGIL_Forget();
             PyEval_RestoreThread(_save);
-            goto __pyx_L10;
+            goto __pyx_L12;
           }
-          __pyx_L10:;
+          __pyx_L12:;
         }
     }
+
+    /* "ivshmem/channel/ends.pyx":104
+ *             with nogil:
+ *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
+ *             ivshmem_count(&membership.sleepers, -1)             # <<<<<<<<<<<<<<
+ *         PyErr_CheckSignals()
+ *         membership.check()
+*/
+    (void)(ivshmem_count((&__pyx_v_membership->sleepers), -1));
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/ends.pyx":98
- *             with nogil:
+  /* "ivshmem/channel/ends.pyx":105
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
+ *             ivshmem_count(&membership.sleepers, -1)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
+  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":99
- *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
+  /* "ivshmem/channel/ends.pyx":106
+ *             ivshmem_count(&membership.sleepers, -1)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 106, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":100
+  /* "ivshmem/channel/ends.pyx":107
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -5758,20 +5801,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 
     __pyx_t_5 = __pyx_t_8;
 
-    goto __pyx_L12_bool_binop_done;
+    goto __pyx_L14_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_5 = __pyx_t_8;
 
-  __pyx_L12_bool_binop_done:;
+  __pyx_L14_bool_binop_done:;
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/ends.pyx":101
+    /* "ivshmem/channel/ends.pyx":108
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -5779,7 +5822,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
  * 
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5798,14 +5841,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 101, __pyx_L1_error)
+    __PYX_ERR(0, 108, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":100
+    /* "ivshmem/channel/ends.pyx":107
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -5814,7 +5857,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":102
+  /* "ivshmem/channel/ends.pyx":109
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -5827,7 +5870,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":75
+  /* "ivshmem/channel/ends.pyx":76
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -5855,7 +5898,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":104
+/* "ivshmem/channel/ends.pyx":111
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5915,14 +5958,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/ends.pyx":106
+  /* "ivshmem/channel/ends.pyx":113
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
- *     def clear_rings(self):
+ *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5935,7 +5978,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":104
+  /* "ivshmem/channel/ends.pyx":111
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5954,98 +5997,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_2fileno(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":108
+/* "ivshmem/channel/ends.pyx":115
  *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5clear_rings(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4clear_rings, "Do what `clear` does.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5clear_rings = {"clear_rings", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5clear_rings, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4clear_rings};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5clear_rings(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("clear_rings (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("clear_rings", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("clear_rings", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4clear_rings(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4clear_rings(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("clear_rings", 0);
-
-  /* "ivshmem/channel/ends.pyx":110
- *     def clear_rings(self):
- *         """Do what `clear` does."""
- *         self.clear()             # <<<<<<<<<<<<<<
- * 
- *     cdef int clear(self) except -1:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 110, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/ends.pyx":108
- *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.ends.Wakeup.clear_rings", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/ends.pyx":112
- *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
  *         """Forget the rings until now, so that the descriptor is not readable."""
@@ -6056,7 +6009,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":115
+  /* "ivshmem/channel/ends.pyx":118
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -6065,7 +6018,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/ends.pyx":116
+  /* "ivshmem/channel/ends.pyx":119
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6078,8 +6031,8 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":112
- *         self.clear()
+  /* "ivshmem/channel/ends.pyx":115
+ *         return self.epoll.epfd
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
  *         """Forget the rings until now, so that the descriptor is not readable."""
@@ -6100,16 +6053,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear(struct __pyx_obj_7ivshm
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6135,14 +6088,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6182,16 +6135,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__(CYT
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6257,7 +6210,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -6267,7 +6220,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -6299,7 +6252,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__(C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":119
+/* "ivshmem/channel/ends.pyx":122
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6320,7 +6273,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wakeup_of_thread", 0);
 
-  /* "ivshmem/channel/ends.pyx":121
+  /* "ivshmem/channel/ends.pyx":124
  * cdef Wakeup wakeup_of_thread(Membership membership):
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)             # <<<<<<<<<<<<<<
@@ -6329,13 +6282,13 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   __pyx_t_1 = __pyx_v_membership->threads;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_wakeup = __pyx_t_2;
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":122
+  /* "ivshmem/channel/ends.pyx":125
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6346,7 +6299,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":123
+    /* "ivshmem/channel/ends.pyx":126
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -6359,15 +6312,15 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
       PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_membership)};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 126, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_DECREF_SET(__pyx_v_wakeup, __pyx_t_2);
-    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
+    if (__Pyx_PyObject_SetAttrStr(__pyx_v_membership->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/ends.pyx":122
+    /* "ivshmem/channel/ends.pyx":125
  *     """Return what this thread sleeps on, at any end."""
  *     wakeup = getattr(membership.threads, "wakeup", None)
  *     if wakeup is None:             # <<<<<<<<<<<<<<
@@ -6376,14 +6329,14 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":124
+  /* "ivshmem/channel/ends.pyx":127
  *     if wakeup is None:
  *         wakeup = membership.threads.wakeup = Wakeup(membership)
  *     return wakeup             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup))))) __PYX_ERR(0, 127, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_temp;
     {
@@ -6395,7 +6348,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":119
+  /* "ivshmem/channel/ends.pyx":122
  * 
  * 
  * cdef Wakeup wakeup_of_thread(Membership membership):             # <<<<<<<<<<<<<<
@@ -6416,7 +6369,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *__pyx_f_7ivshmem_7channe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":135
+/* "ivshmem/channel/ends.pyx":138
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6461,7 +6414,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":136
+  /* "ivshmem/channel/ends.pyx":139
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -6473,7 +6426,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/ends.pyx":135
+  /* "ivshmem/channel/ends.pyx":138
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6488,7 +6441,7 @@ static int __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd___cinit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":138
+/* "ivshmem/channel/ends.pyx":141
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6555,7 +6508,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/ends.pyx":139
+  /* "ivshmem/channel/ends.pyx":142
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6564,16 +6517,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/ends.pyx":140
+  /* "ivshmem/channel/ends.pyx":143
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6588,7 +6541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 140, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6597,14 +6550,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 139, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 139, __pyx_L1_error)
+  __PYX_ERR(0, 142, __pyx_L1_error)
 
-  /* "ivshmem/channel/ends.pyx":138
+  /* "ivshmem/channel/ends.pyx":141
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6625,7 +6578,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":144
+/* "ivshmem/channel/ends.pyx":147
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6659,7 +6612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/ends.pyx":147
+  /* "ivshmem/channel/ends.pyx":150
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -6671,16 +6624,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 150, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -6689,7 +6642,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -6706,7 +6659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":144
+  /* "ivshmem/channel/ends.pyx":147
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6726,7 +6679,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6closed___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":149
+/* "ivshmem/channel/ends.pyx":152
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6739,7 +6692,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":151
+  /* "ivshmem/channel/ends.pyx":154
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
  *         return self.open and self.membership.has_place()             # <<<<<<<<<<<<<<
@@ -6763,7 +6716,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":149
+  /* "ivshmem/channel/ends.pyx":152
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6777,7 +6730,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_usable(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":153
+/* "ivshmem/channel/ends.pyx":156
  *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -6804,7 +6757,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/ends.pyx":154
+  /* "ivshmem/channel/ends.pyx":157
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -6816,7 +6769,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/ends.pyx":155
+    /* "ivshmem/channel/ends.pyx":158
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -6824,14 +6777,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -6847,7 +6800,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 155, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -6869,14 +6822,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 155, __pyx_L1_error)
+    __PYX_ERR(0, 158, __pyx_L1_error)
 
-    /* "ivshmem/channel/ends.pyx":154
+    /* "ivshmem/channel/ends.pyx":157
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -6885,20 +6838,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":156
+  /* "ivshmem/channel/ends.pyx":159
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":153
+  /* "ivshmem/channel/ends.pyx":156
  *         return self.open and self.membership.has_place()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -6922,7 +6875,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":160
+/* "ivshmem/channel/ends.pyx":163
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6933,7 +6886,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enter(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":162
+  /* "ivshmem/channel/ends.pyx":165
  *     cdef int attempt(self) except -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -6946,7 +6899,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":160
+  /* "ivshmem/channel/ends.pyx":163
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6960,7 +6913,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":164
+/* "ivshmem/channel/ends.pyx":167
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6971,7 +6924,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_attempt(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":166
+  /* "ivshmem/channel/ends.pyx":169
  *     cdef int begin_sleep(self) except -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6984,7 +6937,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":164
+  /* "ivshmem/channel/ends.pyx":167
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6998,7 +6951,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_sleep(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":168
+/* "ivshmem/channel/ends.pyx":171
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -7012,7 +6965,7 @@ static void __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_sleep(CYTHON_UNUSED
 
 }
 
-/* "ivshmem/channel/ends.pyx":171
+/* "ivshmem/channel/ends.pyx":174
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7029,7 +6982,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":173
+  /* "ivshmem/channel/ends.pyx":176
  *     cdef int one_awake(self) except -1:
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1             # <<<<<<<<<<<<<<
@@ -7038,7 +6991,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
 
-  /* "ivshmem/channel/ends.pyx":174
+  /* "ivshmem/channel/ends.pyx":177
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7050,7 +7003,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/ends.pyx":176
+    /* "ivshmem/channel/ends.pyx":179
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7073,17 +7026,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/ends.pyx":177
+      /* "ivshmem/channel/ends.pyx":180
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:
  *                 self.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.end_sleep()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 177, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 180, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":176
+      /* "ivshmem/channel/ends.pyx":179
  *         if self.usable():
  *             # Another thread or task sleeps, or a program watches: it is still to be rung.
  *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
@@ -7093,7 +7046,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
       goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/ends.pyx":179
+    /* "ivshmem/channel/ends.pyx":182
  *                 self.begin_sleep()
  *             else:
  *                 self.end_sleep()             # <<<<<<<<<<<<<<
@@ -7105,7 +7058,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
     }
     __pyx_L4:;
 
-    /* "ivshmem/channel/ends.pyx":174
+    /* "ivshmem/channel/ends.pyx":177
  *         """Note that one of those that slept at this end sleeps no more."""
  *         self.asleep -= 1
  *         if self.usable():             # <<<<<<<<<<<<<<
@@ -7114,7 +7067,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":180
+  /* "ivshmem/channel/ends.pyx":183
  *             else:
  *                 self.end_sleep()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7127,7 +7080,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":171
+  /* "ivshmem/channel/ends.pyx":174
  *         pass
  * 
  *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -7144,7 +7097,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":182
+/* "ivshmem/channel/ends.pyx":185
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7157,7 +7110,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/ends.pyx":184
+  /* "ivshmem/channel/ends.pyx":187
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -7175,7 +7128,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":182
+  /* "ivshmem/channel/ends.pyx":185
  *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -7190,7 +7143,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":186
+/* "ivshmem/channel/ends.pyx":189
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7201,7 +7154,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
 static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":188
+  /* "ivshmem/channel/ends.pyx":191
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7214,7 +7167,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":186
+  /* "ivshmem/channel/ends.pyx":189
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -7228,7 +7181,7 @@ static int64_t __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":190
+/* "ivshmem/channel/ends.pyx":193
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7247,7 +7200,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/ends.pyx":191
+  /* "ivshmem/channel/ends.pyx":194
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -7261,7 +7214,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":192
+        /* "ivshmem/channel/ends.pyx":195
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
@@ -7273,17 +7226,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":193
+          /* "ivshmem/channel/ends.pyx":196
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it
  *                 self.restore()             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->restore(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 196, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":192
+          /* "ivshmem/channel/ends.pyx":195
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):
  *             if self.usable():  # else another thread has closed it             # <<<<<<<<<<<<<<
@@ -7292,7 +7245,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":194
+        /* "ivshmem/channel/ends.pyx":197
  *             if self.usable():  # else another thread has closed it
  *                 self.restore()
  *             return 0             # <<<<<<<<<<<<<<
@@ -7307,7 +7260,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":191
+      /* "ivshmem/channel/ends.pyx":194
  * 
  *     cdef int beat(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -7329,7 +7282,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":190
+  /* "ivshmem/channel/ends.pyx":193
  *         return 0
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7348,7 +7301,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":196
+/* "ivshmem/channel/ends.pyx":199
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7359,7 +7312,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_beat(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":198
+  /* "ivshmem/channel/ends.pyx":201
  *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7372,7 +7325,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":196
+  /* "ivshmem/channel/ends.pyx":199
  *             return 0
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -7386,7 +7339,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":200
+/* "ivshmem/channel/ends.pyx":203
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7397,7 +7350,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore(CYTHON_UNUSED st
 static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/ends.pyx":202
+  /* "ivshmem/channel/ends.pyx":205
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -7410,7 +7363,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":200
+  /* "ivshmem/channel/ends.pyx":203
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -7424,7 +7377,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_give_up(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":206
+/* "ivshmem/channel/ends.pyx":209
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -7472,7 +7425,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/ends.pyx":211
+  /* "ivshmem/channel/ends.pyx":214
  *         cdef int64_t n
  *         cdef int64_t wish
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -7481,7 +7434,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/ends.pyx":214
+  /* "ivshmem/channel/ends.pyx":217
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -7491,19 +7444,19 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":215
+  /* "ivshmem/channel/ends.pyx":218
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":216
+  /* "ivshmem/channel/ends.pyx":219
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -7513,7 +7466,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/ends.pyx":217
+  /* "ivshmem/channel/ends.pyx":220
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -7522,7 +7475,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/ends.pyx":218
+  /* "ivshmem/channel/ends.pyx":221
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
@@ -7531,7 +7484,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/ends.pyx":219
+  /* "ivshmem/channel/ends.pyx":222
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -7543,33 +7496,33 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = 0;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 219, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 222, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_wish = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":220
+  /* "ivshmem/channel/ends.pyx":223
  *         cdef Probe probe = NULL
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":221
+  /* "ivshmem/channel/ends.pyx":224
  *         wish = 0 if spin is None else spin_of(spin)
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 224, __pyx_L1_error)
   __pyx_v_code = __pyx_t_5;
 
-  /* "ivshmem/channel/ends.pyx":222
+  /* "ivshmem/channel/ends.pyx":225
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7581,7 +7534,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":223
+    /* "ivshmem/channel/ends.pyx":226
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -7594,7 +7547,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":222
+    /* "ivshmem/channel/ends.pyx":225
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7603,7 +7556,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":224
+  /* "ivshmem/channel/ends.pyx":227
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -7612,7 +7565,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/ends.pyx":225
+  /* "ivshmem/channel/ends.pyx":228
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7629,7 +7582,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_2 == ((int64_t)-1L))) __PYX_ERR(0, 228, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_2 != 0);
 
 
@@ -7640,7 +7593,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":226
+    /* "ivshmem/channel/ends.pyx":229
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7651,7 +7604,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":227
+      /* "ivshmem/channel/ends.pyx":230
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -7664,7 +7617,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -7672,7 +7625,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/ends.pyx":226
+      /* "ivshmem/channel/ends.pyx":229
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -7681,7 +7634,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":228
+    /* "ivshmem/channel/ends.pyx":231
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -7693,7 +7646,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":229
+    /* "ivshmem/channel/ends.pyx":232
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, wish)             # <<<<<<<<<<<<<<
@@ -7702,7 +7655,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_v_wish);
 
-    /* "ivshmem/channel/ends.pyx":231
+    /* "ivshmem/channel/ends.pyx":234
  *             spinner.begin(&turn, 0, wish)
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):             # <<<<<<<<<<<<<<
@@ -7724,7 +7677,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
       __pyx_v__ = __pyx_t_11;
 
-      /* "ivshmem/channel/ends.pyx":232
+      /* "ivshmem/channel/ends.pyx":235
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -7736,17 +7689,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":233
+        /* "ivshmem/channel/ends.pyx":236
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):
  *                     code = self.attempt()             # <<<<<<<<<<<<<<
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 233, __pyx_L1_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 236, __pyx_L1_error)
         __pyx_v_code = __pyx_t_5;
 
-        /* "ivshmem/channel/ends.pyx":234
+        /* "ivshmem/channel/ends.pyx":237
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7758,7 +7711,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":235
+          /* "ivshmem/channel/ends.pyx":238
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)             # <<<<<<<<<<<<<<
@@ -7767,7 +7720,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->won(__pyx_v_spinner, 0, 1, 0);
 
-          /* "ivshmem/channel/ends.pyx":236
+          /* "ivshmem/channel/ends.pyx":239
  *                     if code != IVSHMEM_AGAIN:
  *                         spinner.won(0, 1, False)
  *                         return code             # <<<<<<<<<<<<<<
@@ -7780,7 +7733,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/channel/ends.pyx":234
+          /* "ivshmem/channel/ends.pyx":237
  *                 if probe(what):
  *                     code = self.attempt()
  *                     if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7789,7 +7742,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":237
+        /* "ivshmem/channel/ends.pyx":240
  *                         spinner.won(0, 1, False)
  *                         return code
  *                     break             # <<<<<<<<<<<<<<
@@ -7798,7 +7751,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         goto __pyx_L9_break;
 
-        /* "ivshmem/channel/ends.pyx":232
+        /* "ivshmem/channel/ends.pyx":235
  *             # What comes at once costs neither a look at the clock nor letting go of the GIL.
  *             for _ in range(FIRST_LOOKS if turn.left else 0):
  *                 if probe(what):             # <<<<<<<<<<<<<<
@@ -7811,7 +7764,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
 
 
-    /* "ivshmem/channel/ends.pyx":225
+    /* "ivshmem/channel/ends.pyx":228
  *             return code
  *         turn.left = 0
  *         if wish and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -7820,7 +7773,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":238
+  /* "ivshmem/channel/ends.pyx":241
  *                         return code
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -7832,13 +7785,13 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 
     __pyx_t_2 = INT64_MAX;
   } else {
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 238, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 241, __pyx_L1_error)
     __pyx_t_2 = __pyx_t_4;
   }
 
   __pyx_v_deadline = __pyx_t_2;
 
-  /* "ivshmem/channel/ends.pyx":239
+  /* "ivshmem/channel/ends.pyx":242
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -7850,7 +7803,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/ends.pyx":240
+    /* "ivshmem/channel/ends.pyx":243
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7859,20 +7812,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/ends.pyx":241
+      /* "ivshmem/channel/ends.pyx":244
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         while True:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 241, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 244, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_5;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":240
+      /* "ivshmem/channel/ends.pyx":243
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7881,7 +7834,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":242
+    /* "ivshmem/channel/ends.pyx":245
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -7894,7 +7847,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":239
+    /* "ivshmem/channel/ends.pyx":242
  *                     break
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -7903,7 +7856,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":243
+  /* "ivshmem/channel/ends.pyx":246
  *                 return self.arm()
  *             return code
  *         while True:             # <<<<<<<<<<<<<<
@@ -7912,7 +7865,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/channel/ends.pyx":244
+    /* "ivshmem/channel/ends.pyx":247
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -7924,7 +7877,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":245
+      /* "ivshmem/channel/ends.pyx":248
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -7950,7 +7903,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":246
+        /* "ivshmem/channel/ends.pyx":249
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7959,7 +7912,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/ends.pyx":245
+        /* "ivshmem/channel/ends.pyx":248
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -7969,7 +7922,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         goto __pyx_L17;
       }
 
-      /* "ivshmem/channel/ends.pyx":250
+      /* "ivshmem/channel/ends.pyx":253
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -7983,7 +7936,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/ends.pyx":251
+              /* "ivshmem/channel/ends.pyx":254
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -7993,7 +7946,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/ends.pyx":250
+            /* "ivshmem/channel/ends.pyx":253
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -8012,27 +7965,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       __pyx_L17:;
 
-      /* "ivshmem/channel/ends.pyx":254
+      /* "ivshmem/channel/ends.pyx":257
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
+      __pyx_t_5 = PyErr_CheckSignals(); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":255
+      /* "ivshmem/channel/ends.pyx":258
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 255, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":244
+      /* "ivshmem/channel/ends.pyx":247
  *             return code
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -8042,7 +7995,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/channel/ends.pyx":257
+    /* "ivshmem/channel/ends.pyx":260
  *                 self.enter()
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)             # <<<<<<<<<<<<<<
@@ -8052,33 +8005,33 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     /*else*/ {
       __pyx_t_1 = ((PyObject *)__pyx_v_self->membership);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 257, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)__pyx_f_7ivshmem_7channel_4ends_wakeup_of_thread(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1))); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 260, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_7));
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/ends.pyx":258
+      /* "ivshmem/channel/ends.pyx":261
  *             else:
  *                 wakeup = wakeup_of_thread(self.membership)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 258, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 261, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/ends.pyx":259
+      /* "ivshmem/channel/ends.pyx":262
  *                 wakeup = wakeup_of_thread(self.membership)
  *                 self.enter()
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 259, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 262, __pyx_L1_error)
       __pyx_v_code = __pyx_t_5;
 
-      /* "ivshmem/channel/ends.pyx":260
+      /* "ivshmem/channel/ends.pyx":263
  *                 self.enter()
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -8087,7 +8040,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/ends.pyx":261
+      /* "ivshmem/channel/ends.pyx":264
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -8096,17 +8049,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":262
+        /* "ivshmem/channel/ends.pyx":265
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L28_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L28_error)
 
 
-        /* "ivshmem/channel/ends.pyx":263
+        /* "ivshmem/channel/ends.pyx":266
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8142,27 +8095,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":264
+          /* "ivshmem/channel/ends.pyx":267
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 264, __pyx_L28_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/ends.pyx":265
+          /* "ivshmem/channel/ends.pyx":268
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.one_awake()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 265, __pyx_L28_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 268, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/ends.pyx":263
+          /* "ivshmem/channel/ends.pyx":266
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -8172,7 +8125,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
       }
 
-      /* "ivshmem/channel/ends.pyx":267
+      /* "ivshmem/channel/ends.pyx":270
  *                         self.enter()
  *                 finally:
  *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
@@ -8181,7 +8134,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       /*finally:*/ {
         /*normal exit:*/{
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L1_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L1_error)
 
           goto __pyx_L29;
         }
@@ -8202,7 +8155,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
           __Pyx_XGOTREF(__pyx_t_19);
           __pyx_t_5 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
           {
-            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 267, __pyx_L37_error)
+            __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L37_error)
 
           }
           __Pyx_XGIVEREF(__pyx_t_17);
@@ -8230,7 +8183,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         __pyx_L29:;
       }
 
-      /* "ivshmem/channel/ends.pyx":268
+      /* "ivshmem/channel/ends.pyx":271
  *                 finally:
  *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -8239,7 +8192,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/ends.pyx":269
+      /* "ivshmem/channel/ends.pyx":272
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8258,7 +8211,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":270
+        /* "ivshmem/channel/ends.pyx":273
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -8271,7 +8224,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/ends.pyx":269
+        /* "ivshmem/channel/ends.pyx":272
  *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8282,17 +8235,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
     __pyx_L16:;
 
-    /* "ivshmem/channel/ends.pyx":271
+    /* "ivshmem/channel/ends.pyx":274
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 274, __pyx_L1_error)
     __pyx_v_code = __pyx_t_12;
 
-    /* "ivshmem/channel/ends.pyx":272
+    /* "ivshmem/channel/ends.pyx":275
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8304,7 +8257,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":273
+      /* "ivshmem/channel/ends.pyx":276
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8315,7 +8268,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/ends.pyx":274
+        /* "ivshmem/channel/ends.pyx":277
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -8324,7 +8277,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE;
 
-        /* "ivshmem/channel/ends.pyx":273
+        /* "ivshmem/channel/ends.pyx":276
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -8333,7 +8286,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":275
+      /* "ivshmem/channel/ends.pyx":278
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -8346,7 +8299,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":272
+      /* "ivshmem/channel/ends.pyx":275
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8355,7 +8308,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/channel/ends.pyx":276
+    /* "ivshmem/channel/ends.pyx":279
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8381,7 +8334,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/ends.pyx":277
+      /* "ivshmem/channel/ends.pyx":280
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -8394,7 +8347,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/ends.pyx":276
+      /* "ivshmem/channel/ends.pyx":279
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -8404,7 +8357,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/channel/ends.pyx":206
+  /* "ivshmem/channel/ends.pyx":209
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -8438,7 +8391,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":279
+/* "ivshmem/channel/ends.pyx":282
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8455,37 +8408,37 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/ends.pyx":282
+  /* "ivshmem/channel/ends.pyx":285
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 282, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":283
+  /* "ivshmem/channel/ends.pyx":286
  *         cdef int code
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 286, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/ends.pyx":284
+  /* "ivshmem/channel/ends.pyx":287
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/ends.pyx":285
+  /* "ivshmem/channel/ends.pyx":288
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8497,7 +8450,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/ends.pyx":286
+    /* "ivshmem/channel/ends.pyx":289
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -8506,20 +8459,20 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/ends.pyx":287
+    /* "ivshmem/channel/ends.pyx":290
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 290, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/ends.pyx":285
+    /* "ivshmem/channel/ends.pyx":288
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -8528,7 +8481,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":288
+  /* "ivshmem/channel/ends.pyx":291
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -8541,7 +8494,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":279
+  /* "ivshmem/channel/ends.pyx":282
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -8559,7 +8512,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":290
+/* "ivshmem/channel/ends.pyx":293
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8631,17 +8584,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":302
+        /* "ivshmem/channel/ends.pyx":305
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":303
+        /* "ivshmem/channel/ends.pyx":306
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8652,7 +8605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":304
+          /* "ivshmem/channel/ends.pyx":307
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -8665,7 +8618,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -8673,7 +8626,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/ends.pyx":303
+          /* "ivshmem/channel/ends.pyx":306
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -8682,7 +8635,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":305
+        /* "ivshmem/channel/ends.pyx":308
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8694,7 +8647,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/ends.pyx":306
+          /* "ivshmem/channel/ends.pyx":309
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -8703,7 +8656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/ends.pyx":307
+          /* "ivshmem/channel/ends.pyx":310
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
@@ -8712,7 +8665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/ends.pyx":308
+          /* "ivshmem/channel/ends.pyx":311
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watch(1)             # <<<<<<<<<<<<<<
@@ -8721,41 +8674,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, 1);
 
-          /* "ivshmem/channel/ends.pyx":309
+          /* "ivshmem/channel/ends.pyx":312
  *             self.awaited += 1
  *             self.membership.watch(1)
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":310
+          /* "ivshmem/channel/ends.pyx":313
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 310, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 313, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/ends.pyx":311
+            /* "ivshmem/channel/ends.pyx":314
  *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 311, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 314, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/ends.pyx":310
+            /* "ivshmem/channel/ends.pyx":313
  *             self.membership.watch(1)
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -8764,7 +8717,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
           }
 
-          /* "ivshmem/channel/ends.pyx":305
+          /* "ivshmem/channel/ends.pyx":308
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -8773,14 +8726,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":312
+        /* "ivshmem/channel/ends.pyx":315
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 315, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -8795,7 +8748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":290
+      /* "ivshmem/channel/ends.pyx":293
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8834,7 +8787,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_4fileno(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":314
+/* "ivshmem/channel/ends.pyx":317
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8852,16 +8805,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/ends.pyx":315
+  /* "ivshmem/channel/ends.pyx":318
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
  * 
- *     # For tasks of an asyncio loop (asynchronous.py).
+ *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 315, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8875,7 +8828,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":314
+  /* "ivshmem/channel/ends.pyx":317
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -8895,165 +8848,32 @@ static PyObject *__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":319
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6_membership, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7_membership = {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6_membership};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_membership (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_membership", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_membership", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_membership", 0);
-
-  /* "ivshmem/channel/ends.pyx":320
- * 
- *     def _membership(self):
- *         return self.membership             # <<<<<<<<<<<<<<
- * 
- *     def _begin_waiting(self):
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF((PyObject *)__pyx_v_self->membership);
-      __pyx_r = ((PyObject *)__pyx_v_self->membership);
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/ends.pyx":319
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-
-  /* function exit code */
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
 /* "ivshmem/channel/ends.pyx":322
- *         return self.membership
+ *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
+ *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
 
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting, "Say in memory that this end sleeps; whether there is something already.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting = {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_begin_waiting (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_begin_waiting", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_begin_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   int __pyx_v_code;
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_sleeper = 0;
-  PyObject *__pyx_r = NULL;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_begin_waiting", 0);
+  __Pyx_RefNannySetupContext("begin_waiting", 0);
 
   /* "ivshmem/channel/ends.pyx":325
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.sleeper()):
+ *         with cython.critical_section(sleeper):
  *             self.enter()
 */
   __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 325, __pyx_L1_error)
@@ -9064,20 +8884,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   /* "ivshmem/channel/ends.pyx":326
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             self.enter()
  *             code = self.begin_sleep()
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 326, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 326, __pyx_L1_error) }
+      __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
+      __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
         /* "ivshmem/channel/ends.pyx":327
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):
+ *         with cython.critical_section(sleeper):
  *             self.enter()             # <<<<<<<<<<<<<<
  *             code = self.begin_sleep()
  *             sleeper.asleep += 1
@@ -9086,7 +8907,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 
 
         /* "ivshmem/channel/ends.pyx":328
- *         with cython.critical_section(self.sleeper()):
+ *         with cython.critical_section(sleeper):
  *             self.enter()
  *             code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *             sleeper.asleep += 1
@@ -9147,19 +8968,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
  *             self.membership.flush()
  *             return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
- *     def _sleeps_on(self):
+ *     cdef bint sleeps_on(self) except -1:
 */
-        __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
         {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
-          }
-          __Pyx_XDECREF(__pyx_temp);
+
+          __pyx_r = (__pyx_v_code != IVSHMEM_AGAIN);
         }
-        __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
@@ -9167,17 +8981,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
       /* "ivshmem/channel/ends.pyx":326
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             self.enter()
  *             code = self.begin_sleep()
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_4 = __pyx_r;
-          __pyx_r = 0;
+          __pyx_t_3 = __pyx_r;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_4;
-          __pyx_t_4 = 0;
+          __pyx_r = __pyx_t_3;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -9189,9 +9001,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   }
 
   /* "ivshmem/channel/ends.pyx":322
- *         return self.membership
+ *     # For tasks of an asyncio loop (sleeping_tasks.pyx).
  * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
+ *     cdef bint begin_waiting(self) except -1:             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
@@ -9199,13 +9011,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd._begin_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
 
   __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
-  __Pyx_XGIVEREF(__pyx_r);
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
@@ -9213,254 +9024,301 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting(s
 /* "ivshmem/channel/ends.pyx":336
  *             return code != IVSHMEM_AGAIN
  * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
  *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
  * 
 */
 
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on, "Say again that this end sleeps; whether its task need not run, since nothing has come.\n\n        A ring is for all ends of the process. Those of which a process has hundreds answer this, so\n        that a ring does not run a task for each of them. A call that does more than look says no.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on = {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_sleeper = 0;
+  int __pyx_v_nothing;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_sleeps_on (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_sleeps_on", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_sleeps_on", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("sleeps_on", 0);
 
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_sleeps_on", 0);
-
-  /* "ivshmem/channel/ends.pyx":342
- *         that a ring does not run a task for each of them. A call that does more than look says no.
+  /* "ivshmem/channel/ends.pyx":341
+ *         A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
  *         """
- *         return False             # <<<<<<<<<<<<<<
- * 
- *     def _end_waiting(self):
+ *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
+ *         cdef bint nothing
+ *         with cython.critical_section(sleeper):
+*/
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/ends.pyx":343
+ *         cdef ChannelEnd sleeper = self.sleeper()
+ *         cdef bint nothing
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ *             if self.membership.rings.count:
 */
   {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF(Py_False);
-      __pyx_r = Py_False;
-    }
-    __Pyx_XDECREF(__pyx_temp);
+      __Pyx_PyCriticalSection __pyx_cs;
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 343, __pyx_L1_error) }
+      __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/ends.pyx":344
+ *         cdef bint nothing
+ *         with cython.critical_section(sleeper):
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()
+*/
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->usable(__pyx_v_sleeper);
+
+        if (__pyx_t_3) {
+
+        } else {
+
+          __pyx_t_2 = __pyx_t_3;
+
+          goto __pyx_L6_bool_binop_done;
+        }
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 344, __pyx_L4_error)
+        __pyx_t_3 = (__pyx_t_4 == IVSHMEM_AGAIN);
+
+
+
+        __pyx_t_2 = __pyx_t_3;
+
+        __pyx_L6_bool_binop_done:;
+        __pyx_v_nothing = __pyx_t_2;
+
+        /* "ivshmem/channel/ends.pyx":345
+ *         with cython.critical_section(sleeper):
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *             return nothing
+*/
+        __pyx_t_2 = (__pyx_v_self->membership->rings.count != 0);
+
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/ends.pyx":346
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *             return nothing
+ * 
+*/
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/ends.pyx":345
+ *         with cython.critical_section(sleeper):
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *             return nothing
+*/
+        }
+
+        /* "ivshmem/channel/ends.pyx":347
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()
+ *             return nothing             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int end_waiting(self) except -1:
+*/
+        {
+
+          __pyx_r = __pyx_v_nothing;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/ends.pyx":343
+ *         cdef ChannelEnd sleeper = self.sleeper()
+ *         cdef bint nothing
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
+ *             nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+ *             if self.membership.rings.count:
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_2 = __pyx_r;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_2;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
-  goto __pyx_L0;
 
   /* "ivshmem/channel/ends.pyx":336
  *             return code != IVSHMEM_AGAIN
  * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
+ *     cdef bint sleeps_on(self) except -1:             # <<<<<<<<<<<<<<
  *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
  * 
 */
 
   /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.sleeps_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
+
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":344
- *         return False
+/* "ivshmem/channel/ends.pyx":349
+ *             return nothing
  * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
+ *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
+ *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
 
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting, "End what _begin_waiting began.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_end_waiting (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_end_waiting", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_end_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_sleeper = 0;
-  PyObject *__pyx_r = NULL;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_end_waiting", 0);
+  __Pyx_RefNannySetupContext("end_waiting", 0);
 
-  /* "ivshmem/channel/ends.pyx":346
- *     def _end_waiting(self):
- *         """End what _begin_waiting began."""
+  /* "ivshmem/channel/ends.pyx":351
+ *     cdef int end_waiting(self) except -1:
+ *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.sleeper()):
+ *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 351, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":347
- *         """End what _begin_waiting began."""
+  /* "ivshmem/channel/ends.pyx":352
+ *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 347, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 352, __pyx_L1_error) }
+      __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
+      __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":348
+        /* "ivshmem/channel/ends.pyx":353
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):
+ *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1             # <<<<<<<<<<<<<<
  *             self.membership.watch(-1)
  *             sleeper.one_awake()
 */
         __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-        /* "ivshmem/channel/ends.pyx":349
- *         with cython.critical_section(self.sleeper()):
+        /* "ivshmem/channel/ends.pyx":354
+ *         with cython.critical_section(sleeper):
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
  *             sleeper.one_awake()
- * 
+ *             return 0
 */
         ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-        /* "ivshmem/channel/ends.pyx":350
+        /* "ivshmem/channel/ends.pyx":355
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
  *             sleeper.one_awake()             # <<<<<<<<<<<<<<
+ *             return 0
+ * 
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/ends.pyx":356
+ *             self.membership.watch(-1)
+ *             sleeper.one_awake()
+ *             return 0             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleeper->__pyx_base.__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L4_error)
+        {
 
+          __pyx_r = 0;
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":347
- *         """End what _begin_waiting began."""
+      /* "ivshmem/channel/ends.pyx":352
+ *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         with cython.critical_section(self.sleeper()):             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
  *             sleeper.awaited -= 1
  *             self.membership.watch(-1)
 */
       /*finally:*/ {
-        /*normal exit:*/{
+        __pyx_L3_return: {
+          __pyx_t_2 = __pyx_r;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L5;
+          __pyx_r = __pyx_t_2;
+          goto __pyx_L0;
         }
         __pyx_L4_error: {
           __Pyx_PyCriticalSection_End(&__pyx_cs);
           goto __pyx_L1_error;
         }
-        __pyx_L5:;
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":344
- *         return False
+  /* "ivshmem/channel/ends.pyx":349
+ *             return nothing
  * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
+ *     cdef int end_waiting(self) except -1:             # <<<<<<<<<<<<<<
+ *         """End what begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
 
   /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd._end_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.end_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_sleeper);
-  __Pyx_XGIVEREF(__pyx_r);
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":352
- *             sleeper.one_awake()
+/* "ivshmem/channel/ends.pyx":358
+ *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
@@ -9468,16 +9326,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close, "Free what this end has in the channel; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6close, "Free what this end has in the channel; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6close};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9503,14 +9361,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_6close(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9532,7 +9390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":355
+        /* "ivshmem/channel/ends.pyx":361
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9544,7 +9402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":356
+          /* "ivshmem/channel/ends.pyx":362
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -9562,7 +9420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/ends.pyx":355
+          /* "ivshmem/channel/ends.pyx":361
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -9571,7 +9429,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":357
+        /* "ivshmem/channel/ends.pyx":363
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -9580,7 +9438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         __pyx_v_self->open = 0;
 
-        /* "ivshmem/channel/ends.pyx":358
+        /* "ivshmem/channel/ends.pyx":364
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -9592,7 +9450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
         __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
         __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-        /* "ivshmem/channel/ends.pyx":359
+        /* "ivshmem/channel/ends.pyx":365
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9601,7 +9459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         if (__pyx_v_self->watched) {
 
-          /* "ivshmem/channel/ends.pyx":360
+          /* "ivshmem/channel/ends.pyx":366
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -9610,7 +9468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/ends.pyx":359
+          /* "ivshmem/channel/ends.pyx":365
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -9619,7 +9477,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":361
+        /* "ivshmem/channel/ends.pyx":367
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9645,27 +9503,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":362
+          /* "ivshmem/channel/ends.pyx":368
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.is_own():
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":363
+          /* "ivshmem/channel/ends.pyx":369
  *         if self.membership.has_place() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.is_own():
  *             self.membership.kick_all()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 369, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":361
+          /* "ivshmem/channel/ends.pyx":367
  *         if self.watched:
  *             self.membership.watch(-1)
  *         if self.membership.has_place() and not self.copying:             # <<<<<<<<<<<<<<
@@ -9674,7 +9532,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":364
+        /* "ivshmem/channel/ends.pyx":370
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9686,17 +9544,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":365
+          /* "ivshmem/channel/ends.pyx":371
  *             self.membership.flush()
  *         if self.membership.is_own():
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.pop(id(self), None)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 365, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 371, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":364
+          /* "ivshmem/channel/ends.pyx":370
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.is_own():             # <<<<<<<<<<<<<<
@@ -9705,7 +9563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":366
+        /* "ivshmem/channel/ends.pyx":372
  *         if self.membership.is_own():
  *             self.membership.kick_all()
  *         self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -9714,7 +9572,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
         if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 366, __pyx_L4_error)
+          __PYX_ERR(0, 372, __pyx_L4_error)
         }
         __pyx_t_6 = NULL;
         __pyx_t_7 = 1;
@@ -9722,16 +9580,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L4_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_5, Py_None); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
       }
 
-      /* "ivshmem/channel/ends.pyx":352
- *             sleeper.one_awake()
+      /* "ivshmem/channel/ends.pyx":358
+ *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
@@ -9774,7 +9632,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":368
+/* "ivshmem/channel/ends.pyx":374
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9783,19 +9641,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14close(struct __
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_8__del__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -9805,7 +9663,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/ends.pyx":369
+  /* "ivshmem/channel/ends.pyx":375
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9814,7 +9672,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/ends.pyx":370
+    /* "ivshmem/channel/ends.pyx":376
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -9828,12 +9686,12 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 376, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/ends.pyx":369
+    /* "ivshmem/channel/ends.pyx":375
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -9842,7 +9700,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/ends.pyx":368
+  /* "ivshmem/channel/ends.pyx":374
  *         self.membership.ends.pop(id(self), None)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9861,7 +9719,7 @@ static void __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_16__del__(struct __pyx
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/ends.pyx":372
+/* "ivshmem/channel/ends.pyx":378
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -9885,7 +9743,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":374
+  /* "ivshmem/channel/ends.pyx":380
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9899,17 +9757,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":375
+        /* "ivshmem/channel/ends.pyx":381
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 self.membership.use_memory()
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/ends.pyx":376
+        /* "ivshmem/channel/ends.pyx":382
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9925,17 +9783,17 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __Pyx_XGOTREF(__pyx_t_5);
           /*try:*/ {
 
-            /* "ivshmem/channel/ends.pyx":377
+            /* "ivshmem/channel/ends.pyx":383
  *             self.membership.mapping.pin()
  *             try:
  *                 self.membership.use_memory()             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 self.membership.mapping.unpin()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L6_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L6_error)
 
 
-            /* "ivshmem/channel/ends.pyx":376
+            /* "ivshmem/channel/ends.pyx":382
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -9949,7 +9807,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           goto __pyx_L11_try_end;
           __pyx_L6_error:;
 
-          /* "ivshmem/channel/ends.pyx":378
+          /* "ivshmem/channel/ends.pyx":384
  *             try:
  *                 self.membership.use_memory()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -9959,12 +9817,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 378, __pyx_L8_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0) __PYX_ERR(0, 384, __pyx_L8_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
 
-            /* "ivshmem/channel/ends.pyx":379
+            /* "ivshmem/channel/ends.pyx":385
  *                 self.membership.use_memory()
  *             except BaseException:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9973,7 +9831,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
             ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-            /* "ivshmem/channel/ends.pyx":380
+            /* "ivshmem/channel/ends.pyx":386
  *             except BaseException:
  *                 self.membership.mapping.unpin()
  *                 raise             # <<<<<<<<<<<<<<
@@ -9985,11 +9843,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_7, __pyx_t_8);
             __pyx_t_6 = 0;  __pyx_t_7 = 0;  __pyx_t_8 = 0; 
-            __PYX_ERR(0, 380, __pyx_L8_except_error)
+            __PYX_ERR(0, 386, __pyx_L8_except_error)
           }
           goto __pyx_L8_except_error;
 
-          /* "ivshmem/channel/ends.pyx":376
+          /* "ivshmem/channel/ends.pyx":382
  *         with cython.critical_section(self):
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -10005,7 +9863,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
           __pyx_L11_try_end:;
         }
 
-        /* "ivshmem/channel/ends.pyx":381
+        /* "ivshmem/channel/ends.pyx":387
  *                 self.membership.mapping.unpin()
  *                 raise
  *             self.copying += 1             # <<<<<<<<<<<<<<
@@ -10014,7 +9872,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
 */
         __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-        /* "ivshmem/channel/ends.pyx":382
+        /* "ivshmem/channel/ends.pyx":388
  *                 raise
  *             self.copying += 1
  *             return 0             # <<<<<<<<<<<<<<
@@ -10029,7 +9887,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":374
+      /* "ivshmem/channel/ends.pyx":380
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10051,7 +9909,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":372
+  /* "ivshmem/channel/ends.pyx":378
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10073,7 +9931,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_copy(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":384
+/* "ivshmem/channel/ends.pyx":390
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10093,7 +9951,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_copy", 0);
 
-  /* "ivshmem/channel/ends.pyx":385
+  /* "ivshmem/channel/ends.pyx":391
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10107,7 +9965,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/ends.pyx":386
+        /* "ivshmem/channel/ends.pyx":392
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):
  *             self.copying -= 1             # <<<<<<<<<<<<<<
@@ -10116,7 +9974,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-        /* "ivshmem/channel/ends.pyx":387
+        /* "ivshmem/channel/ends.pyx":393
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10152,27 +10010,27 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/ends.pyx":388
+          /* "ivshmem/channel/ends.pyx":394
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":389
+          /* "ivshmem/channel/ends.pyx":395
  *             if not self.open and not self.copying and self.membership.has_place():
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/ends.pyx":387
+          /* "ivshmem/channel/ends.pyx":393
  *         with cython.critical_section(self):
  *             self.copying -= 1
  *             if not self.open and not self.copying and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -10181,7 +10039,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/channel/ends.pyx":390
+        /* "ivshmem/channel/ends.pyx":396
  *                 self.give_up()  # another thread closed this end during the copy
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -10190,14 +10048,14 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-        /* "ivshmem/channel/ends.pyx":391
+        /* "ivshmem/channel/ends.pyx":397
  *                 self.membership.flush()
  *             self.membership.mapping.unpin()
  *             return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L4_error)
+        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L4_error)
         {
           __pyx_r = __pyx_t_4;
         }
@@ -10205,7 +10063,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/ends.pyx":385
+      /* "ivshmem/channel/ends.pyx":391
  * 
  *     cdef int end_copy(self) except -1:
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -10227,7 +10085,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/ends.pyx":384
+  /* "ivshmem/channel/ends.pyx":390
  *             return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -10246,7 +10104,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_copy(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":393
+/* "ivshmem/channel/ends.pyx":399
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10273,7 +10131,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/ends.pyx":395
+  /* "ivshmem/channel/ends.pyx":401
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -10282,7 +10140,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/ends.pyx":396
+  /* "ivshmem/channel/ends.pyx":402
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10298,7 +10156,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/ends.pyx":397
+      /* "ivshmem/channel/ends.pyx":403
  *         self.open = True
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -10306,9 +10164,9 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
  *             if self.membership.readonly:
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 397, __pyx_L3_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 403, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 397, __pyx_L3_error)
+      __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 403, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_8 = 1;
@@ -10328,12 +10186,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 397, __pyx_L3_error)
+        __PYX_ERR(0, 403, __pyx_L3_error)
       }
       __pyx_t_5 = NULL;
       __pyx_t_8 = 1;
@@ -10341,48 +10199,48 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 403, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_7);
       }
-      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 397, __pyx_L3_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->membership->ends, __pyx_t_7, __pyx_t_4) < 0))) __PYX_ERR(0, 403, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/ends.pyx":398
+      /* "ivshmem/channel/ends.pyx":404
  *         try:
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
 */
-      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L3_error)
+      __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 404, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/ends.pyx":399
+      /* "ivshmem/channel/ends.pyx":405
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
 */
-      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 399, __pyx_L3_error)
+      __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_readonly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 399, __pyx_L3_error)
+      __pyx_t_10 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 405, __pyx_L3_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/channel/ends.pyx":400
+        /* "ivshmem/channel/ends.pyx":406
  *             self.membership.flush()
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L3_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->look_for_quiet_ends(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L3_error)
 
 
-        /* "ivshmem/channel/ends.pyx":399
+        /* "ivshmem/channel/ends.pyx":405
  *             self.membership.ends[id(self)] = weakref.ref(self)
  *             self.membership.flush()
  *             if self.membership.readonly:             # <<<<<<<<<<<<<<
@@ -10391,7 +10249,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/channel/ends.pyx":396
+      /* "ivshmem/channel/ends.pyx":402
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10409,7 +10267,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-    /* "ivshmem/channel/ends.pyx":401
+    /* "ivshmem/channel/ends.pyx":407
  *             if self.membership.readonly:
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10419,12 +10277,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.ends.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 401, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_7, &__pyx_t_5) < 0) __PYX_ERR(0, 407, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_7);
       __Pyx_XGOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/ends.pyx":402
+      /* "ivshmem/channel/ends.pyx":408
  *                 self.membership.look_for_quiet_ends()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -10438,12 +10296,12 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
         PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
         __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 402, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 408, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_6);
       }
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-      /* "ivshmem/channel/ends.pyx":403
+      /* "ivshmem/channel/ends.pyx":409
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -10455,11 +10313,11 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
       __Pyx_XGIVEREF(__pyx_t_5);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_7, __pyx_t_5);
       __pyx_t_4 = 0;  __pyx_t_7 = 0;  __pyx_t_5 = 0; 
-      __PYX_ERR(0, 403, __pyx_L5_except_error)
+      __PYX_ERR(0, 409, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/ends.pyx":396
+    /* "ivshmem/channel/ends.pyx":402
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -10475,7 +10333,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/ends.pyx":404
+  /* "ivshmem/channel/ends.pyx":410
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -10488,7 +10346,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":393
+  /* "ivshmem/channel/ends.pyx":399
  *             return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -10511,7 +10369,7 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":406
+/* "ivshmem/channel/ends.pyx":412
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10520,16 +10378,16 @@ static int __pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_enlist(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10555,19 +10413,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/ends.pyx":407
+  /* "ivshmem/channel/ends.pyx":413
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10585,7 +10443,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struc
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":406
+  /* "ivshmem/channel/ends.pyx":412
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10600,7 +10458,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":409
+/* "ivshmem/channel/ends.pyx":415
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10609,10 +10467,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__(struc
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   CYTHON_UNUSED PyObject *__pyx_v_error = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
@@ -10630,7 +10488,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObje
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__exit__", __pyx_kwds); return NULL;}
   __Pyx_INCREF(__pyx_args);
   __pyx_v_error = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_error);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_error);
@@ -10638,7 +10496,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__(PyObje
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10649,7 +10507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/ends.pyx":410
+  /* "ivshmem/channel/ends.pyx":416
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -10663,12 +10521,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 410, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 416, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":409
+  /* "ivshmem/channel/ends.pyx":415
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -10690,7 +10548,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/ends.pyx":412
+/* "ivshmem/channel/ends.pyx":418
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10699,21 +10557,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__(struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_14__repr__(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10730,7 +10588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/ends.pyx":413
+  /* "ivshmem/channel/ends.pyx":419
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -10749,19 +10607,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/ends.pyx":414
+  /* "ivshmem/channel/ends.pyx":420
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -10778,7 +10636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 414, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10794,7 +10652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_4ends_10ChannelEnd_22__repr__(struct
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/ends.pyx":412
+  /* "ivshmem/channel/ends.pyx":418
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11080,9 +10938,8 @@ static int __pyx_tp_clear_7ivshmem_7channel_4ends_Wakeup(PyObject *o) {
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_4ends_Wakeup[] = {
   {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_2fileno},
-  {"clear_rings", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5clear_rings, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4clear_rings},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_8__setstate_cython__},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_4__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_6Wakeup_6__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -11194,6 +11051,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_4ends_ChannelEnd
   p->channels = Py_None; Py_INCREF(Py_None);
   p->name = ((PyObject*)Py_None); Py_INCREF(Py_None);
   p->wakeup = ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None); Py_INCREF(Py_None);
+  p->watch = Py_None; Py_INCREF(Py_None);
   p->spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None); Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_1__cinit__(o, a, k);
@@ -11224,7 +11082,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_4ends_ChannelEnd(PyTypeObject *t
 static void __pyx_tp_finalize_7ivshmem_7channel_4ends_ChannelEnd(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_17__del__(o);
+  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -11243,6 +11101,7 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_4ends_ChannelEnd(PyObject *o) {
   Py_CLEAR(p->channels);
   Py_CLEAR(p->name);
   Py_CLEAR(p->wakeup);
+  Py_CLEAR(p->watch);
   Py_CLEAR(p->spinner);
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
@@ -11284,6 +11143,9 @@ static int __pyx_tp_traverse_7ivshmem_7channel_4ends_ChannelEnd(PyObject *o, vis
   if (p->wakeup) {
     e = (*v)(((PyObject *)p->wakeup), a); if (e) return e;
   }
+  if (p->watch) {
+    e = (*v)(p->watch, a); if (e) return e;
+  }
   if (p->spinner) {
     e = (*v)(((PyObject *)p->spinner), a); if (e) return e;
   }
@@ -11305,13 +11167,9 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_4ends_10ChannelEnd_name(PyObjec
 static PyMethodDef __pyx_methods_7ivshmem_7channel_4ends_ChannelEnd[] = {
   {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_2__reduce__},
   {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_4fileno},
-  {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6_membership},
-  {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_8_begin_waiting},
-  {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10_sleeps_on},
-  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12_end_waiting},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_14close},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_18__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_20__exit__},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_6close},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_10__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_4ends_10ChannelEnd_12__exit__},
   {0, 0, 0, 0}
 };
 
@@ -11324,7 +11182,7 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_4ends_ChannelEnd[] = {
 #if CYTHON_USE_TYPE_SPECS
 static PyType_Slot __pyx_type_7ivshmem_7channel_4ends_ChannelEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_4ends_ChannelEnd},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_4ends_ChannelEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_4ends_ChannelEnd},
@@ -11354,7 +11212,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_4ends_ChannelEnd = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_23__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_4ends_10ChannelEnd_15__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -11480,14 +11338,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *))__pyx_f_7ivshmem_7channel_4ends_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 46, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup)) __PYX_ERR(0, 47, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = &__pyx_type_7ivshmem_7channel_4ends_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup);
@@ -11497,9 +11355,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_Wakeup(__pyx_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 46, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11529,6 +11387,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_sleep;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.one_awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_one_awake;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeper;
+  __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.begin_waiting = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_begin_waiting;
+  __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.sleeps_on = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_sleeps_on;
+  __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.end_waiting = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_end_waiting;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_probe;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_wait;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_restore;
@@ -11536,11 +11397,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_4ends_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_4ends_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 130, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __PYX_ERR(0, 130, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = &__pyx_type_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
@@ -11548,7 +11409,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
@@ -11558,8 +11419,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_4ends_ChannelEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd, __pyx_base.__weakref__);
   #endif
@@ -12120,20 +11981,20 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/ends.pyx":32
+  /* "ivshmem/channel/ends.pyx":33
  * from .membership cimport Dependent, Membership
  * 
  * import weakref             # <<<<<<<<<<<<<<
  * 
  * from ..errors import ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":34
+  /* "ivshmem/channel/ends.pyx":35
  * import weakref
  * 
  * from ..errors import ClosedError             # <<<<<<<<<<<<<<
@@ -12142,22 +12003,22 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 34, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 35, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":37
+  /* "ivshmem/channel/ends.pyx":38
  * 
  * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
  * cdef int64_t FIRST_PAUSE = 20_000             # <<<<<<<<<<<<<<
@@ -12166,7 +12027,7 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
 */
   __pyx_v_7ivshmem_7channel_4ends_FIRST_PAUSE = 0x4E20;
 
-  /* "ivshmem/channel/ends.pyx":38
+  /* "ivshmem/channel/ends.pyx":39
  * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
  * cdef int64_t FIRST_PAUSE = 20_000
  * cdef int64_t LAST_PAUSE = 1_000_000             # <<<<<<<<<<<<<<
@@ -12175,34 +12036,19 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
 */
   __pyx_v_7ivshmem_7channel_4ends_LAST_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/ends.pyx":104
+  /* "ivshmem/channel/ends.pyx":111
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/ends.pyx":108
- *         return self.epoll.epfd
- * 
- *     def clear_rings(self):             # <<<<<<<<<<<<<<
- *         """Do what `clear` does."""
- *         self.clear()
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 108, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -12210,7 +12056,7 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12224,7 +12070,7 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_6Wakeup_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12232,139 +12078,79 @@ __Pyx_RefNannySetupContext("PyInit_ends", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":138
+  /* "ivshmem/channel/ends.pyx":141
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 138, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":290
+  /* "ivshmem/channel/ends.pyx":293
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":319
- *     # For tasks of an asyncio loop (asynchronous.py).
- * 
- *     def _membership(self):             # <<<<<<<<<<<<<<
- *         return self.membership
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 319, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 319, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/ends.pyx":322
- *         return self.membership
- * 
- *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
- *         """Say in memory that this end sleeps; whether there is something already."""
- *         cdef int code
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_9_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/ends.pyx":336
- *             return code != IVSHMEM_AGAIN
- * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
- *         """Say again that this end sleeps; whether its task need not run, since nothing has come.
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11_sleeps_on, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__sleeps_on, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_sleeps_on, __pyx_t_2) < (0)) __PYX_ERR(0, 336, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/ends.pyx":344
- *         return False
- * 
- *     def _end_waiting(self):             # <<<<<<<<<<<<<<
- *         """End what _begin_waiting began."""
- *         cdef ChannelEnd sleeper = self.sleeper()
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 344, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/ends.pyx":352
- *             sleeper.one_awake()
+  /* "ivshmem/channel/ends.pyx":358
+ *             return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_7close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 352, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":406
+  /* "ivshmem/channel/ends.pyx":412
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 406, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/ends.pyx":409
+  /* "ivshmem/channel/ends.pyx":415
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_4ends_10ChannelEnd_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_ends, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 409, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/ends.pyx":1
@@ -12417,7 +12203,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 372, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12447,38 +12233,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{25},{23},{22},{21},{16},{17},{11},{6},{24},{26},{18},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{14},{12},{13},{11},{10},{3},{18},{11},{18},{5},{6},{4},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{7},{6},{6},{7}};
-    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{9},{9},{11},{45},{122},{90},{9},{111}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{65},{10},{4},{15},{8},{1},{17},{1},{1},{4},{179},{2},{8},{7},{6},{2},{9},{14},{24},{50},{22},{5},{10},{20},{19},{21},{16},{17},{11},{6},{24},{26},{13},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{18},{5},{6},{5},{6},{6},{2},{5},{20},{10},{3},{8},{3},{4},{10},{6},{6},{7}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{32},{28},{9},{9},{22},{7},{11},{122},{111}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (903 bytes) */
-static const char cstring[] = "x\332mT\313n\0337\024\265\320 \260\023\271\265\033/\262d\036\255\223\264Q`@q\3334h\0208N\037\001\\\273(\320%A\221W\022k\212\034\223\034Y\203t\221\245\226\263\234\345,\265\314\347h\231O\360\047\364\222\243\221\306\261\005\314\360\362\334\327\271\217\021\341Lk\343I\017\0107\211\004A\214%\211\344\247\n\304\013b\022\320\204\241~\010\226\030\r\344\034\005 \322\023\351\210\006\020h\217\022W\306\005\317>y\344-\000\351[6\030\201\366\217\277_\250:/\345\330\rG0\352\360!\346\003\325\371\345\325\021\306;2\036\210\0372O\0162?4:\004\023\240d\017,\363\2402\342\274\225\334cr4\322\344\370\360\370i\367\307.2\022\304\302\277\300\275#.\355q\305\234\003\027\362\367R\251\274\324\304g\t\270\016\371\275O2\223F\246\304\033\222\240]\323\001\313\322\304\201\017\002\331\215\215`^\032M\321]\352\301.\021\322b\0229\206\340\375\226)\007\035F\230\020\024-AH\307z\n@\207\367\200KWI\242.\025\2545\326-n\317\026\205?\003-\\\047\311&\332`\245}\226*O(\265 R\016\224\022\221\306T\332\350\247X\371X2\205Z.\265\364\224\006\222\350\235\030\251\375\252\353~\210\342A\025\374P\213\225\324\241\024G\000\226\322\313\330$\304\272\004\325\331\233`\017\006R\323s&\261\233\203\246\002\031\\\007c\211847\224I\023u\330\236\304Q\243\033`\244\335\270\367\245\002m\016b1\207\241e\377\260SH\223\352\275b\307\343\202P\272\304qn\016\307uE\303\0250K-\362s\013\244\312@\351q6\301\347\r.\024=\202\211\377\013\372\224.\206\216\325/\333U\367\210\322~\252y8\007u*\374\215\030\366%\234F\244*\"\232\215\342\211C\245\013\263 \216}\330\206\2408K\231\252\215\352^_\251k\t\300$\\\260\272e`\327H\177\245j\334\013p\201\355\245\2115\307D\245\243\334X\223\342\005\032\203ZM\0077\232\271Lsi:KC\327\350#W\301\023\243{\3138\364\030?\215C\254\026\220\033\001q\325\253}\257\232-\205\3640r\237\177\365a\371W\004\022\223X`\302h\225Y\350;P\370\370\305G\021\271\201\0353\225\202;\217s<\007v\212v\270\375\373]\352\311\243\343\354\317^\370\017 O\036\257\t\214\023I\232\353\365\016\277g\324}h\315o\334\232~\227\237|x=_oO\337\346\367\202\360\345T\346g\363\366V\336\312w\362""\223\034\212\275\200~5=\253\016\237\343\375Sm\376)\"\373\305v\020\357\227\017\313\341\214\3157\277)\377\236\335\375\270=o\337\311_\0261\326\355b\277\374\272\334\013\310\213\002\363]\334\\\333hO\273!\332\274\275\031\262\377\226G\022\177\344l\276~\0335\227\334\"\362\276xR\036\224~\326\235\371\217{A\273^\264j\243\355\332d\027\305\210\375T\306x\357\362\264xS\266B\224\362\327\331^\225\371\301\025\242[\371ML\214\354\272\371\177\025\315\237\013\366\031\377\355\362\336*\335J\270\223?/\276\010M\272h\257ml\2056]\334]\333\330\014\375\251HMrWD\317[\305\267\310d\247<\251\360X{\010\023\217v\361\372\372D\241\301]\014\361\2408\231o\355\344\357\212l\326\252\006\361C\210\367?\215[\215\240";
-    PyObject *data = __Pyx_DecompressString(cstring, 903, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (774 bytes) */
+static const char cstring[] = "x\332mSKo\0231\020n$\204\n\rO\365\300q*$\3123\250RT\036B\240\252\224\247TZ.\034-\307\2364\246\216\275\265\275iV\\z\314q\217{\334c\217\374\234\034\371\t\374\004\306\336$-\224HY\217\347\361\315|3c\020\334\030\033\240\207 l\246P\202u\220)q\250Q\276\004\233\241\001N\366\001:\260\006\341\230\004\004\025@y0\210\222\374I\022\332\372\030\331\207\373\301!B\337\361\203!\232\360\340\361\314\324y\245F~0\304aG\014(\037\352\316\3537\273\204\267k\003B\030\360\000\333E\030X\023\301$j\325C\307\003\352\002|pJ\004JNN\006\366v\366\236t\237w\251\"\t\016\277\243\010\036|\336\023\232{\217>\346\357\345J\007e \024\031\372\016|\354Ca\363T)\004\013\031\371\235\017 Z\006<\206(\300zj\004\017\312\032F\341\312\034\254\203T\216\222\250\021\306\350w\\{\354p\340R2\362D\251<\357iD\023\277\007B\371F\222s\252\350\234u~v{:#\376\024\215\364\235\254\030\033KL\373<\327\001\030s(s\201\214\201\314S*c\315\023b>R\\\223U(\243\002c\261H\212\316\2542\341\254\353a@\342v\003\276c\344\231\324a\214F\200\216\261\277u\343\210\365\227j\236\375\2342a\237\273\367\225Fc\267S\306\235\310\353\033?\304<k\276g\020\"M\221\261\205\236\232\353\251\247\027,\r\036c{\305\230\376oi\306l\027\307\341+\366\031\233\315\201\nZ0\230\227\315X?7\"\236\007s`\372\r\2712\351\2642\327Ic\3700\235\324g6s\213\342(\304\001E\303Q\316\365\334iN\377\002\213\205\002\307\361B\\\026\300\376\\\372\013\034iT\350c\265\3123a\235\315i#\221\266\206\373\302\010e;\013\235\027\232\276\214\252\017\216\013\354qq\230\032\337L6\355O\263DM\273\224T\001\207\376\337\247\0247\212\356\364f\374@e\231\315\034%\263F\027\016\373\0365\375\303l\323F\\\347\350\217\323\010\216\221\037\222\003\355\322f\227\005\270\277W|\351\305\027\005\017\037,I\002H\225\331\377\333=\275\016\262\235\264\246\227\256N\036\225\373\047[\323\345\366\344]\271\026\205\353\023U\036M\3337\313V\271Z\356\227XmD\355\215\311\321\311\326/:B\271Y\335:\331\372}y\351J{\322\245\353\306\264}-\206\177(\023\312\247\222O\227W\310\2220V\252\315\372v\275\321h~T\017\353\355:\234vO\303\317\215h]\256Zs\247[s\227u\022\223""\356E\235\360>\227y\365\266nE\224\372\375)\325\362\373\316\322\225k\261\330&b\\\372j-F\\\255\356\221\333j\275\337\350Sa\021\047\035\355jk\221\251^;K\332\216\204\272\004q\267\332\237\336\\-?W\305ik\232h>\213x\177\000\364\004\013\017";
+    PyObject *data = __Pyx_DecompressString(cstring, 774, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1178 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\374v\0050\tbegin_\027wai\313 gI\t\275\000\003\021\274\331@\262@shipv\ts>\234 ps_on\214\010\250b\376\234\010filenoC\372\276bE\257!Wakeu\325p\000\003.\223&c\234b__\254\017\006\265@st\243`_\013\014c\277lear_r\275@s|=\004\\\003__Pyx\001\000\375D\316`_NextR\017ef__\356D\371 \246&\265 \376\237\"__func_?___gete\003\n\000\363ma\225 \004\001odulN2\002nam:\002\322@_ \004\346\007\001vt\232a;\001quaal\035\005\342E\307\016\374Fexo\001/set_Q\005st\010\345\016V\225`es\233`_\245J_\234H\377_is_coro\277utine_\237G_\376\225Faddasyn\257cio. \006s\275(c\371l6\001\215`trace\317back\355\206\002\361\206\003co\343de\346\204\002\352\204\003\311Cidi\217tems\346\206\r\371\204\001\240gp\377opreadon\377lyrefsel\362\001\000t\216\205\004\265berva\337luesw\215bwe\373ak%\000int64\377_t (PyOb>\200\207\001 *)\000dE\000\240\002\373of\013\022spin_\377of\200\001\330\004\n\210\377+\220Q\200A\330\010\014\357\210F\220!\005\001\016\210i\377\220q\330\014\020\220\001\220\177\024\220Q\220e\2301\033\001\267\017\210q\001\003t\220\r\000\340\376\047\005\340\010\017\210t\2206\377\230\021\200A\340\010\"\240\377$\240h\250a\330\r%\377\240T\250\030\260\021\330\014\357\023\220<\230G\002\013\2306o\240\022\2401\016\001:\230m\000\177\360\006\000\t\014\21049\000\332\021\000\rz\001H""\220\200\002J\220\217a\330\010\013\027\000*\n\r\002{\377\230*\240C\240t\2504\367\250t\260G\000\020\220\010\230\351\001\244\001X\001\021/\003{\230\047\333\240\021\016\0039\240\320\002K\220\337u\230D\240\001y\001\240G\351\250\310\000v\001#\230\016\020\220\006\334v\000\255\0004\220|\241\003;\230\035a\261\014\021\240!e\007\235 r\003\356\341\0005\230\003\241!\360\014\000\373\t\020\243!\360\030\000\t\r\274\313!\304\003x\220s\2305\002\n;\230&\207\000\024\240Q\334\003\307 \034\271\003\310\002\014\230A\304\006\\\n\335!\3754@\000#\230Q\330\020\024\177\220K\230y\250\001\330\362\"\0017L\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1178, 1715);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1014 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled: op\357en a\035\000her\277 one w\006\000e\377 it is n\347eed-\000\007\000clo\375s6\001f (tre\377e fragme\337nt), \025\003.<\377ivshmem.\373chm\000el.>?\375NM\000Note t\377hat Cyth\373onS\001delib\377erately ?strictz\000\"\000\377n PEP-48\3754\217\000d reje\377cts subc\377lasses o\377f builti\377n types.\177 If you\245\002\237 to p%\000%\tt\335h\334\000set\200\000e \375\047\204\"ation_\376<\000ing\047 di\355rb\000iv\242\000o F\377alse.a a\367dd_\260 edis\277ableen\002\001g\327cis\004\003d\343\005er\257rors\362\004/\362\004/\377ends.pyx\377no defau\377lt __red\377uce__ du\336f\002non-\367\000vi\373al\033\000cinit\353__\253\000 ;\000poiYn\373\"\360#th\210@C\320#wEnd\000\007.__\200@/er__\006\013xH\001\032\n\360v\0051\010\315BA\010file\327noC\343BE\324\001Wa\257keup\000\003.\270\006cf\301B__\017\006\332 st\310@\371_\013\014J\003__Pyx\372\001\000D\341@_Next\037Ref__\201D\214 \271\006\374\310\000\262\002__func\177____getS\003\336\n\000main\020\001mowdul2\002nam:\0022\345 _ \004\007\001vt\255A;\001\017qual\035\005\365%\265\016\217FSexo\001\246`_Q\005st\010\354\323\016\250@es\256@_is\377_corouti\373ne\263`asyncwio.\013\006scl\027\000\375_\273\000traceb\007ack\306\205\002\312\205\003\273b\277c\371#\177iditems\273\205\r\376\316amembers\177hippoprj\000\377onlyrefs\353el\001\000t\343dval\357uesw\266Bwea\371k\036\000\311`64_t \337(PyOb\316\205\001 *g)\000d\253\000\225\002of\013\022\373sp\356 of\200\001\330\377\004\n\210+\220Q\200A\177\330\010\014\210F\220!\005\001\377\016\210i\220q\330\014\020\377\220\001\220\024\220Q\220e\373\2301\033\001\017\210q\200A\377\340\010\017\210t\2206\230\377\021\200A\360\006\000\t\014{\2104\014\0001\330\014\r;\001\373H\220A\002J\220a\330\010\371\013\027\000?\002\013\2306\240\022\373\2401\014\003{\230*\240C\177\240t\2504\250t\2603\000\237\020\220\010\230\001e\001!\001\021n\033\005\047\240\021\016\0039\240\221\002\177K\220u\230D\240\001B\001\367\240G\250\211\000\360\030\000\t\371\r\251\001a\003x\220s\230!""\356\253\001\n\230&$\000\024\240Q\266y\003t\220^\002\013\230e\002\014[\230Aa\006\240!k\007\014\315\001\3754@\000#\230Q\330\020\024\177\220K\230y\250\001\330\342\002\0017L\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1014, 1375);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1715 bytes) */
-static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd._sleeps_onChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___begin_waiting_end_waiting_is_coroutine_membership_sleeps_onaddasyncio.coroutinesclear_ringscline_in_tracebackcloseclosedcodeerrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultsleepervalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\023\220<\230q\330\014\020\220\013\2306\240\022\2401\330\014\023\220:\230Q\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K""\220u\230D\240\001\240\022\2401\240G\2501\200A\360\006\000\t#\240$\240h\250a\330\r%\240T\250\030\260\021\330\014\020\220\006\220a\330\014\023\2204\220|\2401\330\014\023\220;\230a\330\014\023\220<\230q\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\020\220\013\2306\240\021\330\014\023\2205\230\003\2301\200A\360\014\000\t\020\210q\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (1375 bytes) */
+static const char bytes[] = " cannot be copied or pickled: open another one where it is needed is closed of (tree fragment), closed.<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/ends.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis ChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd.closeChannelEnd.filenoClosedErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.fileno__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosederrorerrorsfilenoiditemsivshmem.channel.endsmembershippopreadonlyrefselfsetdefaultvalueswakeupweakrefint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\021\200A\360\006\000\t\014\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\2306\240\022\2401\330\010\013\2104\210{\230*\240C\240t\2504\250t\2601\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230\047\240\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230D\240\001\240\022\2401\240G\2501\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\2306\240\021\240!\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010""\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 86; i++) {
+    for (int i = 0; i < 74; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 23) PyUnicode_InternInPlace(&string);
@@ -12489,8 +12275,8 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 86; i < 100; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-86].length;
+    for (int i = 74; i < 83; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-74].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12500,15 +12286,15 @@ static const char bytes[] = " cannot be copied or pickled: open another one wher
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 100; i++) {
+    for (Py_ssize_t i = 0; i < 83; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 86;
-      for (Py_ssize_t i=0; i<14; ++i) {
+      PyObject **table = stringtab + 74;
+      for (Py_ssize_t i=0; i<9; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12594,69 +12380,44 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 104};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 111};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 108};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 138};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 141};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 293};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_6_t4s_Q_Ky_t, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 319};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 358};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 322};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_T_a_4_1_a_q_6_6_6_5_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 336};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 412};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_sleeps_on, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 344};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_T_q_6_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 352};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_6_1_4_Ct4t1_6_4_9, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 406};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 409};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 415};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_ends_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -14694,6 +14455,11 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
   #endif
 }
 #endif
+
+/* RaiseUnboundLocalError */
+static void __Pyx_RaiseUnboundLocalError(const char *varname) {
+    PyErr_Format(PyExc_UnboundLocalError, "local variable '%s' referenced before assignment", varname);
+}
 
 /* py_dict_pop_ignore */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value) {

@@ -26,6 +26,7 @@ cdef class ChannelEnd(Dependent):
     cdef Wakeup wakeup  # of the descriptor that a program watches
     cdef int asleep  # threads and tasks that sleep in a call
     cdef int awaited  # tasks of them, and whether a program watches the descriptor
+    cdef object watch  # a weak reference to what the loop of its tasks watches
     cdef Spinner spinner
     cdef bint watched  # a program watches the descriptor
     cdef bint open
@@ -41,6 +42,9 @@ cdef class ChannelEnd(Dependent):
     cdef void end_sleep(self) noexcept
     cdef int one_awake(self) except -1
     cdef ChannelEnd sleeper(self)
+    cdef bint begin_waiting(self) except -1
+    cdef bint sleeps_on(self) except -1
+    cdef int end_waiting(self) except -1
     cdef int64_t probe(self, void **what, Probe *probe) except -1
     cdef int wait(self, object timeout, object spin) except -2
     cdef int restore(self) except -1

@@ -22,7 +22,8 @@ from .._core cimport Doorbells
 from ..native.descriptors cimport deadline_of, Epoll, now, place_of, time_left
 from ..native.spin cimport Probe, spin_of, Spinner, Turn
 from ..native.syscalls cimport (
-    epoll_event, EPOLLET, epoll_wait, ivshmem_is_only_thread, pollfd, ppoll, timespec,
+    epoll_event, EPOLLET, epoll_wait, ivshmem_count, ivshmem_is_only_thread, pollfd, ppoll,
+    timespec,
 )
 from ..native.syscalls cimport EPOLLIN as _EPOLLIN
 from ..native.syscalls cimport POLLIN as _POLLIN
@@ -78,23 +79,29 @@ cdef class Wakeup:
         cdef epoll_event events[2]
         cdef pollfd one
         cdef timespec left
-        cdef int64_t limit
-        cdef int milliseconds
+        cdef int64_t left_until
+        cdef int milliseconds = -1
         cdef int n
         if membership.polls:
-            limit = min(deadline, now() + self.pause)
+            left_until = min(deadline, now() + self.pause)
             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
             one.fd = self.epoll.epfd
             one.events = _POLLIN
             with nogil:
-                n = ppoll(&one, 1, time_left(limit, &left), NULL)
+                n = ppoll(&one, 1, time_left(left_until, &left), NULL)
                 if n > 0:
                     epoll_wait(one.fd, events, 2, 0)
         else:
-            limit = min(deadline, now() + membership.beat) - now()
-            milliseconds = <int>max((limit + 999999) // 1000000, 0)
+            # The thread of the beat wakes all sleepers once a beat. To set a timer for each sleep
+            # takes a tenth of the round trip of two processes on one core.
+            if deadline != INT64_MAX:
+                left_until = deadline - now()
+                if left_until < 2 * membership.beat:
+                    milliseconds = <int>max((left_until + 999999) // 1000000, 0)
+            ivshmem_count(&membership.sleepers, 1)
             with nogil:
                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
+            ivshmem_count(&membership.sleepers, -1)
         PyErr_CheckSignals()
         membership.check()
         if membership.doorbells is not None and membership.doorbells.closed:
@@ -104,10 +111,6 @@ cdef class Wakeup:
     def fileno(self):
         """Return the epoll object's descriptor, which stays this object's."""
         return self.epoll.epfd
-
-    def clear_rings(self):
-        """Do what `clear` does."""
-        self.clear()
 
     cdef int clear(self) except -1:
         """Forget the rings until now, so that the descriptor is not readable."""
@@ -314,16 +317,13 @@ cdef class ChannelEnd(Dependent):
     cdef object fail(self, int code):
         return self.membership.fail(code, &self.channel, self.name)
 
-    # For tasks of an asyncio loop (asynchronous.py).
+    # For tasks of an asyncio loop (sleeping_tasks.pyx).
 
-    def _membership(self):
-        return self.membership
-
-    def _begin_waiting(self):
+    cdef bint begin_waiting(self) except -1:
         """Say in memory that this end sleeps; whether there is something already."""
         cdef int code
         cdef ChannelEnd sleeper = self.sleeper()
-        with cython.critical_section(self.sleeper()):
+        with cython.critical_section(sleeper):
             self.enter()
             code = self.begin_sleep()
             sleeper.asleep += 1
@@ -333,21 +333,27 @@ cdef class ChannelEnd(Dependent):
             self.membership.flush()
             return code != IVSHMEM_AGAIN
 
-    def _sleeps_on(self):
+    cdef bint sleeps_on(self) except -1:
         """Say again that this end sleeps; whether its task need not run, since nothing has come.
 
-        A ring is for all ends of the process. Those of which a process has hundreds answer this, so
-        that a ring does not run a task for each of them. A call that does more than look says no.
+        A ring is for all ends of the process, which can have hundreds. Not every one's task runs.
         """
-        return False
-
-    def _end_waiting(self):
-        """End what _begin_waiting began."""
         cdef ChannelEnd sleeper = self.sleeper()
-        with cython.critical_section(self.sleeper()):
+        cdef bint nothing
+        with cython.critical_section(sleeper):
+            nothing = sleeper.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+            if self.membership.rings.count:
+                self.membership.flush()
+            return nothing
+
+    cdef int end_waiting(self) except -1:
+        """End what begin_waiting began."""
+        cdef ChannelEnd sleeper = self.sleeper()
+        with cython.critical_section(sleeper):
             sleeper.awaited -= 1
             self.membership.watch(-1)
             sleeper.one_awake()
+            return 0
 
     @cython.critical_section
     def close(self):

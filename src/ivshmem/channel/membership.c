@@ -2537,6 +2537,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -4247,7 +4248,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[10];
-    PyObject *__pyx_string_tab[173];
+    PyObject *__pyx_string_tab[174];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4401,70 +4402,71 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_count __pyx_string_tab[106]
 #define __pyx_n_u_current_id __pyx_string_tab[107]
 #define __pyx_n_u_decode __pyx_string_tab[108]
-#define __pyx_n_u_encode __pyx_string_tab[109]
-#define __pyx_n_u_end __pyx_string_tab[110]
-#define __pyx_n_u_endpoint __pyx_string_tab[111]
-#define __pyx_n_u_error_2 __pyx_string_tab[112]
-#define __pyx_n_u_errors __pyx_string_tab[113]
-#define __pyx_n_u_eventfds __pyx_string_tab[114]
-#define __pyx_n_u_found __pyx_string_tab[115]
-#define __pyx_n_u_free_place __pyx_string_tab[116]
-#define __pyx_n_u_get __pyx_string_tab[117]
-#define __pyx_n_u_getpid __pyx_string_tab[118]
-#define __pyx_n_u_i __pyx_string_tab[119]
-#define __pyx_n_u_identity __pyx_string_tab[120]
-#define __pyx_n_u_index __pyx_string_tab[121]
-#define __pyx_n_u_items __pyx_string_tab[122]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[123]
-#define __pyx_n_u_lease __pyx_string_tab[124]
-#define __pyx_n_u_left __pyx_string_tab[125]
-#define __pyx_n_u_limit __pyx_string_tab[126]
-#define __pyx_n_u_local __pyx_string_tab[127]
-#define __pyx_n_u_machine __pyx_string_tab[128]
-#define __pyx_n_u_mapping __pyx_string_tab[129]
-#define __pyx_n_u_memory __pyx_string_tab[130]
-#define __pyx_n_u_mute __pyx_string_tab[131]
-#define __pyx_n_u_name __pyx_string_tab[132]
-#define __pyx_n_u_next_beat __pyx_string_tab[133]
-#define __pyx_n_u_number __pyx_string_tab[134]
-#define __pyx_n_u_offset __pyx_string_tab[135]
-#define __pyx_n_u_one __pyx_string_tab[136]
-#define __pyx_n_u_os __pyx_string_tab[137]
-#define __pyx_n_u_peer __pyx_string_tab[138]
-#define __pyx_n_u_place_2 __pyx_string_tab[139]
-#define __pyx_n_u_places __pyx_string_tab[140]
-#define __pyx_n_u_plain __pyx_string_tab[141]
-#define __pyx_n_u_pop __pyx_string_tab[142]
-#define __pyx_n_u_randbits __pyx_string_tab[143]
-#define __pyx_n_u_region __pyx_string_tab[144]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[145]
-#define __pyx_n_u_replace __pyx_string_tab[146]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[147]
-#define __pyx_n_u_run __pyx_string_tab[148]
-#define __pyx_n_u_secrets __pyx_string_tab[149]
-#define __pyx_n_u_self __pyx_string_tab[150]
-#define __pyx_n_u_setdefault __pyx_string_tab[151]
-#define __pyx_n_u_signal __pyx_string_tab[152]
-#define __pyx_n_u_silent __pyx_string_tab[153]
-#define __pyx_n_u_state __pyx_string_tab[154]
-#define __pyx_n_u_suppress __pyx_string_tab[155]
-#define __pyx_n_u_text __pyx_string_tab[156]
-#define __pyx_n_u_threading __pyx_string_tab[157]
-#define __pyx_n_u_update __pyx_string_tab[158]
-#define __pyx_n_u_use_setstate __pyx_string_tab[159]
-#define __pyx_n_u_values __pyx_string_tab[160]
-#define __pyx_n_u_vector __pyx_string_tab[161]
-#define __pyx_n_u_weakref __pyx_string_tab[162]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591__7 __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[172]
+#define __pyx_n_u_due __pyx_string_tab[109]
+#define __pyx_n_u_encode __pyx_string_tab[110]
+#define __pyx_n_u_end __pyx_string_tab[111]
+#define __pyx_n_u_endpoint __pyx_string_tab[112]
+#define __pyx_n_u_error_2 __pyx_string_tab[113]
+#define __pyx_n_u_errors __pyx_string_tab[114]
+#define __pyx_n_u_eventfds __pyx_string_tab[115]
+#define __pyx_n_u_found __pyx_string_tab[116]
+#define __pyx_n_u_free_place __pyx_string_tab[117]
+#define __pyx_n_u_get __pyx_string_tab[118]
+#define __pyx_n_u_getpid __pyx_string_tab[119]
+#define __pyx_n_u_i __pyx_string_tab[120]
+#define __pyx_n_u_identity __pyx_string_tab[121]
+#define __pyx_n_u_index __pyx_string_tab[122]
+#define __pyx_n_u_items __pyx_string_tab[123]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[124]
+#define __pyx_n_u_lease __pyx_string_tab[125]
+#define __pyx_n_u_left __pyx_string_tab[126]
+#define __pyx_n_u_limit __pyx_string_tab[127]
+#define __pyx_n_u_local __pyx_string_tab[128]
+#define __pyx_n_u_machine __pyx_string_tab[129]
+#define __pyx_n_u_mapping __pyx_string_tab[130]
+#define __pyx_n_u_memory __pyx_string_tab[131]
+#define __pyx_n_u_mute __pyx_string_tab[132]
+#define __pyx_n_u_name __pyx_string_tab[133]
+#define __pyx_n_u_next_beat __pyx_string_tab[134]
+#define __pyx_n_u_number __pyx_string_tab[135]
+#define __pyx_n_u_offset __pyx_string_tab[136]
+#define __pyx_n_u_one __pyx_string_tab[137]
+#define __pyx_n_u_os __pyx_string_tab[138]
+#define __pyx_n_u_peer __pyx_string_tab[139]
+#define __pyx_n_u_place_2 __pyx_string_tab[140]
+#define __pyx_n_u_places __pyx_string_tab[141]
+#define __pyx_n_u_plain __pyx_string_tab[142]
+#define __pyx_n_u_pop __pyx_string_tab[143]
+#define __pyx_n_u_randbits __pyx_string_tab[144]
+#define __pyx_n_u_region __pyx_string_tab[145]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[146]
+#define __pyx_n_u_replace __pyx_string_tab[147]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[148]
+#define __pyx_n_u_run __pyx_string_tab[149]
+#define __pyx_n_u_secrets __pyx_string_tab[150]
+#define __pyx_n_u_self __pyx_string_tab[151]
+#define __pyx_n_u_setdefault __pyx_string_tab[152]
+#define __pyx_n_u_signal __pyx_string_tab[153]
+#define __pyx_n_u_silent __pyx_string_tab[154]
+#define __pyx_n_u_state __pyx_string_tab[155]
+#define __pyx_n_u_suppress __pyx_string_tab[156]
+#define __pyx_n_u_text __pyx_string_tab[157]
+#define __pyx_n_u_threading __pyx_string_tab[158]
+#define __pyx_n_u_update __pyx_string_tab[159]
+#define __pyx_n_u_use_setstate __pyx_string_tab[160]
+#define __pyx_n_u_values __pyx_string_tab[161]
+#define __pyx_n_u_vector __pyx_string_tab[162]
+#define __pyx_n_u_weakref __pyx_string_tab[163]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591__7 __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_q_a __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_q_0_kQR_9HAQ_7_1L_a_1 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_q_l_vWE_Q_q_q_q_awk_awk __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6 __pyx_string_tab[173]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4507,7 +4509,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<173; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<174; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4555,7 +4557,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<10; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<173; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<174; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -9362,6 +9364,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int64_t __pyx_v_limit;
   uint64_t __pyx_v_count;
   int __pyx_v_code;
+  int __pyx_v_due;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -9394,9 +9397,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":336
- *         cdef uint64_t count
+  /* "ivshmem/channel/membership.pyx":337
  *         cdef int code
+ *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
@@ -9406,8 +9409,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":337
- *         cdef int code
+    /* "ivshmem/channel/membership.pyx":338
+ *         cdef bint due
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
  *         one.fd = place_of(self.ending, 0)[0]
@@ -9423,16 +9426,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":336
- *         cdef uint64_t count
+    /* "ivshmem/channel/membership.pyx":337
  *         cdef int code
+ *         cdef bint due
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":338
+  /* "ivshmem/channel/membership.pyx":339
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -9444,7 +9447,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":339
+  /* "ivshmem/channel/membership.pyx":340
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -9453,7 +9456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":340
+  /* "ivshmem/channel/membership.pyx":341
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -9462,7 +9465,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":341
+    /* "ivshmem/channel/membership.pyx":342
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -9470,9 +9473,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 341, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 342, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -9480,7 +9483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":342
+      /* "ivshmem/channel/membership.pyx":343
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -9489,7 +9492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":343
+      /* "ivshmem/channel/membership.pyx":344
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9502,7 +9505,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":344
+            /* "ivshmem/channel/membership.pyx":345
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -9511,7 +9514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":345
+            /* "ivshmem/channel/membership.pyx":346
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9534,7 +9537,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":346
+              /* "ivshmem/channel/membership.pyx":347
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)             # <<<<<<<<<<<<<<
@@ -9558,7 +9561,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":345
+              /* "ivshmem/channel/membership.pyx":346
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
@@ -9567,51 +9570,56 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":347
+            /* "ivshmem/channel/membership.pyx":348
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
  *                         eventfd_read(one.fd, &count)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     due = now() >= next_beat
 */
             __pyx_t_3 = (ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL) > 0);
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":348
+              /* "ivshmem/channel/membership.pyx":349
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
- *                         next_beat = now() + self.beat
+ *                     due = now() >= next_beat
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
 */
               (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-              /* "ivshmem/channel/membership.pyx":347
+              /* "ivshmem/channel/membership.pyx":348
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + PAUSE)
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
  *                         eventfd_read(one.fd, &count)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     due = now() >= next_beat
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":349
+            /* "ivshmem/channel/membership.pyx":350
  *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
  *                         eventfd_read(one.fd, &count)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
+ *                     due = now() >= next_beat             # <<<<<<<<<<<<<<
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                         next_beat = now() + self.beat
+*/
+            __pyx_v_due = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_next_beat);
+
+            /* "ivshmem/channel/membership.pyx":351
+ *                         eventfd_read(one.fd, &count)
+ *                     due = now() >= next_beat
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
 */
-            __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_next_beat);
-
-            if (__pyx_t_1) {
-
+            if (__pyx_v_due) {
             } else {
 
-              __pyx_t_3 = __pyx_t_1;
-
+              __pyx_t_3 = __pyx_v_due;
               goto __pyx_L19_bool_binop_done;
             }
             __pyx_t_1 = (!((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0));
@@ -9623,17 +9631,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":350
- *                         eventfd_read(one.fd, &count)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+              /* "ivshmem/channel/membership.pyx":352
+ *                     due = now() >= next_beat
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":351
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+              /* "ivshmem/channel/membership.pyx":353
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
  *                             code = ivshmem_beat(&self.member)
@@ -9644,7 +9652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":352
+                /* "ivshmem/channel/membership.pyx":354
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -9653,8 +9661,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":351
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+                /* "ivshmem/channel/membership.pyx":353
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
  *                             code = ivshmem_beat(&self.member)
@@ -9662,7 +9670,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":353
+              /* "ivshmem/channel/membership.pyx":355
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -9671,17 +9679,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":349
- *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+              /* "ivshmem/channel/membership.pyx":351
  *                         eventfd_read(one.fd, &count)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
+ *                     due = now() >= next_beat
+ *                     if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
 */
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":343
+          /* "ivshmem/channel/membership.pyx":344
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9698,16 +9706,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":354
+      /* "ivshmem/channel/membership.pyx":356
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
- *         finally:
+ *                     if due and self.sleepers:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 354, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 356, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -9715,29 +9723,70 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":355
+        /* "ivshmem/channel/membership.pyx":357
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
+ *                     if due and self.sleepers:
+ *                         self.kick_all()
+*/
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 357, __pyx_L5_error)
+
+
+        /* "ivshmem/channel/membership.pyx":358
+ *                 if not self.closed:
+ *                     self.after_beat(code)
+ *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
+ *                         self.kick_all()
+ *         finally:
+*/
+        if (__pyx_v_due) {
+        } else {
+
+          __pyx_t_1 = __pyx_v_due;
+          goto __pyx_L24_bool_binop_done;
+        }
+        __pyx_t_3 = (__pyx_v_self->sleepers != 0);
+
+
+        __pyx_t_1 = __pyx_t_3;
+
+        __pyx_L24_bool_binop_done:;
+        if (__pyx_t_1) {
+
+
+          /* "ivshmem/channel/membership.pyx":359
+ *                     self.after_beat(code)
+ *                     if due and self.sleepers:
+ *                         self.kick_all()             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":354
+          /* "ivshmem/channel/membership.pyx":358
+ *                 if not self.closed:
+ *                     self.after_beat(code)
+ *                     if due and self.sleepers:             # <<<<<<<<<<<<<<
+ *                         self.kick_all()
+ *         finally:
+*/
+        }
+
+        /* "ivshmem/channel/membership.pyx":356
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
- *         finally:
+ *                     if due and self.sleepers:
 */
       }
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":357
- *                     self.after_beat(code)
+  /* "ivshmem/channel/membership.pyx":361
+ *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -9750,18 +9799,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":358
+        /* "ivshmem/channel/membership.pyx":362
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":357
- *                     self.after_beat(code)
+        /* "ivshmem/channel/membership.pyx":361
+ *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -9791,18 +9840,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":358
+          /* "ivshmem/channel/membership.pyx":362
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L25_error)
+          __pyx_t_16 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L28_error)
 
 
-          /* "ivshmem/channel/membership.pyx":357
- *                     self.after_beat(code)
+          /* "ivshmem/channel/membership.pyx":361
+ *                         self.kick_all()
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -9821,7 +9870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
       __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
       goto __pyx_L1_error;
-      __pyx_L25_error:;
+      __pyx_L28_error:;
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_XGIVEREF(__pyx_t_14);
       __Pyx_XGIVEREF(__pyx_t_15);
@@ -9857,12 +9906,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
 
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":360
+/* "ivshmem/channel/membership.pyx":364
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -9884,7 +9934,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   unsigned int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":365
+  /* "ivshmem/channel/membership.pyx":369
  *         A process that can only read polls, unless all its ends are rung always.
  *         """
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -9893,7 +9943,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":367
+  /* "ivshmem/channel/membership.pyx":371
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, peer, process, machine
  *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
@@ -9902,7 +9952,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_polls = (__pyx_v_self->vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":369
+  /* "ivshmem/channel/membership.pyx":373
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -9914,7 +9964,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":370
+    /* "ivshmem/channel/membership.pyx":374
  *         cdef unsigned i
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends             # <<<<<<<<<<<<<<
@@ -9925,7 +9975,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":369
+    /* "ivshmem/channel/membership.pyx":373
  *         cdef bint polls = self.vector < 0
  *         cdef unsigned i
  *         if memory.readonly:             # <<<<<<<<<<<<<<
@@ -9934,7 +9984,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":371
+  /* "ivshmem/channel/membership.pyx":375
  *         if memory.readonly:
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -9948,7 +9998,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "ivshmem/channel/membership.pyx":372
+    /* "ivshmem/channel/membership.pyx":376
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9957,7 +10007,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":373
+      /* "ivshmem/channel/membership.pyx":377
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
@@ -9966,7 +10016,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/channel/membership.pyx":372
+      /* "ivshmem/channel/membership.pyx":376
  *             return  # `after_beat` asks the ends
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -9975,7 +10025,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":374
+    /* "ivshmem/channel/membership.pyx":378
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -9987,7 +10037,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":375
+      /* "ivshmem/channel/membership.pyx":379
  *                 break
  *             if i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9996,7 +10046,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":374
+      /* "ivshmem/channel/membership.pyx":378
  *             if polls:
  *                 break
  *             if i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -10005,7 +10055,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":380
  *             if i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10014,7 +10064,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":377
+    /* "ivshmem/channel/membership.pyx":381
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10023,7 +10073,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_peer_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":378
+    /* "ivshmem/channel/membership.pyx":382
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10035,7 +10085,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":379
+      /* "ivshmem/channel/membership.pyx":383
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10044,7 +10094,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       goto __pyx_L4_continue;
 
-      /* "ivshmem/channel/membership.pyx":378
+      /* "ivshmem/channel/membership.pyx":382
  *             at = ivshmem_place_at(&self.member.area, i)
  *             peer = ivshmem_peer_at(&self.member.area, i)
  *             if peer == IVSHMEM_NO_PEER:             # <<<<<<<<<<<<<<
@@ -10053,7 +10103,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":384
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10065,7 +10115,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":381
+      /* "ivshmem/channel/membership.pyx":385
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -10074,7 +10124,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":380
+      /* "ivshmem/channel/membership.pyx":384
  *             if peer == IVSHMEM_NO_PEER:
  *                 continue
  *             if peer & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
@@ -10084,7 +10134,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       goto __pyx_L9;
     }
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":386
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10096,7 +10146,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":384
+      /* "ivshmem/channel/membership.pyx":388
  *             elif (peer ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -10105,7 +10155,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":385
+      /* "ivshmem/channel/membership.pyx":389
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -10114,7 +10164,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":387
+      /* "ivshmem/channel/membership.pyx":391
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
@@ -10132,7 +10182,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
         goto __pyx_L10_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":388
+      /* "ivshmem/channel/membership.pyx":392
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
@@ -10147,7 +10197,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
       __pyx_L10_bool_binop_done:;
       __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":382
+      /* "ivshmem/channel/membership.pyx":386
  *             if peer & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (peer ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -10161,7 +10211,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   __pyx_L5_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":390
+  /* "ivshmem/channel/membership.pyx":394
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -10170,7 +10220,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":360
+  /* "ivshmem/channel/membership.pyx":364
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10189,7 +10239,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":392
+/* "ivshmem/channel/membership.pyx":396
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10216,7 +10266,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":394
+  /* "ivshmem/channel/membership.pyx":398
  *     cdef list open_ends(self):
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]             # <<<<<<<<<<<<<<
@@ -10224,15 +10274,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  * 
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 394, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 398, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
     if (unlikely(__pyx_v_self->ends == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-      __PYX_ERR(0, 394, __pyx_L5_error)
+      __PYX_ERR(0, 398, __pyx_L5_error)
     }
-    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L5_error)
+    __pyx_t_2 = __Pyx_PyDict_Values(__pyx_v_self->ends); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 398, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
+    __pyx_t_3 = PySequence_List(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_2 = __pyx_t_3; __Pyx_INCREF(__pyx_t_2);
@@ -10242,13 +10292,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 394, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 398, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
@@ -10272,11 +10322,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 394, __pyx_L5_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_GIVEREF(__pyx_t_3);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 394, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_3))) __PYX_ERR(0, 398, __pyx_L5_error)
       __pyx_t_3 = 0;
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10290,7 +10340,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":395
+  /* "ivshmem/channel/membership.pyx":399
  *         # Other threads open and close ends: values() alone would find the dictionary changed.
  *         found = [end() for end in list(self.ends.values())]
  *         return [end for end in found if end is not None]             # <<<<<<<<<<<<<<
@@ -10298,7 +10348,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
  *     cdef int look_for_quiet_ends(self) except -1:
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 395, __pyx_L12_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L12_error)
     __Pyx_GOTREF(__pyx_t_1);
     __pyx_t_2 = __pyx_v_found; __Pyx_INCREF(__pyx_t_2);
     __pyx_t_4 = 0;
@@ -10306,20 +10356,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 395, __pyx_L12_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 399, __pyx_L12_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 395, __pyx_L12_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L12_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
       __pyx_t_8 = (__pyx_8genexpr1__pyx_v_end != Py_None);
       if (__pyx_t_8) {
 
-        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 395, __pyx_L12_error)
+        if (unlikely(__Pyx_ListComp_Append(__pyx_t_1, __pyx_8genexpr1__pyx_v_end))) __PYX_ERR(0, 399, __pyx_L12_error)
       }
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -10341,7 +10391,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":392
+  /* "ivshmem/channel/membership.pyx":396
  *         self.polls = polls
  * 
  *     cdef list open_ends(self):             # <<<<<<<<<<<<<<
@@ -10367,7 +10417,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":397
+/* "ivshmem/channel/membership.pyx":401
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10393,7 +10443,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look_for_quiet_ends", 0);
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":403
  *     cdef int look_for_quiet_ends(self) except -1:
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]             # <<<<<<<<<<<<<<
@@ -10401,13 +10451,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
  *         return 0
 */
   { /* enter inner scope */
-    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L5_error)
+    __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 403, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_2);
     if (unlikely(__pyx_t_2 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 399, __pyx_L5_error)
+      __PYX_ERR(0, 403, __pyx_L5_error)
     }
     __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = 0;
@@ -10416,20 +10466,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 399, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 403, __pyx_L5_error)
         #endif
         if (__pyx_t_4 >= __pyx_temp) break;
       }
       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_4;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_XDECREF_SET(__pyx_8genexpr2__pyx_v_end, __pyx_t_2);
       __pyx_t_2 = 0;
-      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 399, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyBool_FromLong(((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end)->__pyx_vtab)->is_rung(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_8genexpr2__pyx_v_end))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_GIVEREF(__pyx_t_2);
-      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 399, __pyx_L5_error)
+      if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_1, __pyx_t_2))) __PYX_ERR(0, 403, __pyx_L5_error)
       __pyx_t_2 = 0;
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10443,7 +10493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_v_rung = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":400
+  /* "ivshmem/channel/membership.pyx":404
  *         """Find out, where memory can only be read, whether peers ring for each end."""
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)             # <<<<<<<<<<<<<<
@@ -10466,10 +10516,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_rung};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_all, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 400, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 404, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 404, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_8 = (!__pyx_t_6);
 
@@ -10480,7 +10530,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   __pyx_L10_bool_binop_done:;
   __pyx_v_self->polls = __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":405
  *         rung = [(<Dependent>end).is_rung() for end in self.open_ends()]
  *         self.polls = self.vector < 0 or not all(rung)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10493,7 +10543,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":397
+  /* "ivshmem/channel/membership.pyx":401
  *         return [end for end in found if end is not None]
  * 
  *     cdef int look_for_quiet_ends(self) except -1:             # <<<<<<<<<<<<<<
@@ -10516,7 +10566,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_en
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":403
+/* "ivshmem/channel/membership.pyx":407
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -10548,7 +10598,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":405
+  /* "ivshmem/channel/membership.pyx":409
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10560,20 +10610,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":406
+    /* "ivshmem/channel/membership.pyx":410
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()             # <<<<<<<<<<<<<<
  *         if self.mapping.closed:
  *             return self.abandon()
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 406, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 410, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":405
+    /* "ivshmem/channel/membership.pyx":409
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10582,34 +10632,34 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":407
+  /* "ivshmem/channel/membership.pyx":411
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":408
+    /* "ivshmem/channel/membership.pyx":412
  *             return self.lose_place()
  *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 412, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":407
+    /* "ivshmem/channel/membership.pyx":411
  *         if code == IVSHMEM_CLOSED:
  *             return self.lose_place()
  *         if self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10618,7 +10668,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":409
+  /* "ivshmem/channel/membership.pyx":413
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10634,7 +10684,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":410
+      /* "ivshmem/channel/membership.pyx":414
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10659,17 +10709,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":411
+        /* "ivshmem/channel/membership.pyx":415
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L5_error)
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":410
+        /* "ivshmem/channel/membership.pyx":414
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10678,7 +10728,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":409
+      /* "ivshmem/channel/membership.pyx":413
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10693,7 +10743,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":412
+    /* "ivshmem/channel/membership.pyx":416
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10701,7 +10751,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *         if code > 0:
 */
     __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 412, __pyx_L7_except_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 416, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -10713,7 +10763,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":409
+    /* "ivshmem/channel/membership.pyx":413
  *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
@@ -10734,7 +10784,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":414
+  /* "ivshmem/channel/membership.pyx":418
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10746,7 +10796,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":415
+    /* "ivshmem/channel/membership.pyx":419
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places             # <<<<<<<<<<<<<<
@@ -10755,7 +10805,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     ivshmem_ring_places((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":414
+    /* "ivshmem/channel/membership.pyx":418
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         if code > 0:             # <<<<<<<<<<<<<<
@@ -10764,7 +10814,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":416
+  /* "ivshmem/channel/membership.pyx":420
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10773,17 +10823,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   if (__pyx_v_self->mapping->fixed) {
 
-    /* "ivshmem/channel/membership.pyx":417
+    /* "ivshmem/channel/membership.pyx":421
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()             # <<<<<<<<<<<<<<
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_quiet_ends(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":416
+    /* "ivshmem/channel/membership.pyx":420
  *         if code > 0:
  *             ivshmem_ring_places(&self.member)  # it freed places
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10792,18 +10842,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":418
+  /* "ivshmem/channel/membership.pyx":422
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
 */
-  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 418, __pyx_L1_error)
+  __pyx_t_9 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 422, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   if (unlikely(__pyx_t_9 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 418, __pyx_L1_error)
+    __PYX_ERR(0, 422, __pyx_L1_error)
   }
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -10812,18 +10862,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 418, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 422, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 418, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 422, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":419
+    /* "ivshmem/channel/membership.pyx":423
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10832,12 +10882,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 419, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10857,13 +10907,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 419, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 423, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 419, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L20_error)
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 423, __pyx_L20_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -10882,7 +10932,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 419, __pyx_L20_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 423, __pyx_L20_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10897,17 +10947,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":420
+            /* "ivshmem/channel/membership.pyx":424
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L26_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent *)((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)->__pyx_vtab)->beat(((struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L26_error)
 
 
-            /* "ivshmem/channel/membership.pyx":419
+            /* "ivshmem/channel/membership.pyx":423
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
@@ -10926,23 +10976,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 419, __pyx_L28_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 423, __pyx_L28_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_3);
             {
               PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 419, __pyx_L28_except_error)
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L28_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
             __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 419, __pyx_L28_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 423, __pyx_L28_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 419, __pyx_L28_except_error)
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 423, __pyx_L28_except_error)
             __pyx_t_7 = (!__pyx_t_1);
 
 
@@ -10953,7 +11003,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
               __Pyx_XGIVEREF(__pyx_t_3);
               __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
               __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
-              __PYX_ERR(0, 419, __pyx_L28_except_error)
+              __PYX_ERR(0, 423, __pyx_L28_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10979,7 +11029,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
           if (__pyx_t_6) {
             __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 419, __pyx_L1_error)
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 423, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
@@ -10994,7 +11044,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       __pyx_L37:;
     }
 
-    /* "ivshmem/channel/membership.pyx":418
+    /* "ivshmem/channel/membership.pyx":422
  *         if self.mapping.fixed:
  *             self.look_for_quiet_ends()
  *         for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -11004,20 +11054,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":421
+  /* "ivshmem/channel/membership.pyx":425
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<Dependent>end).beat()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 421, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 425, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":403
+  /* "ivshmem/channel/membership.pyx":407
  *         return 0
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
@@ -11041,7 +11091,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":423
+/* "ivshmem/channel/membership.pyx":427
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11127,7 +11177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":425
+  /* "ivshmem/channel/membership.pyx":429
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -11136,29 +11186,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":430
+  /* "ivshmem/channel/membership.pyx":434
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 430, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":431
+  /* "ivshmem/channel/membership.pyx":435
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 431, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 435, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":432
+  /* "ivshmem/channel/membership.pyx":436
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -11172,7 +11222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":433
+    /* "ivshmem/channel/membership.pyx":437
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -11181,7 +11231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":438
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -11190,7 +11240,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":435
+    /* "ivshmem/channel/membership.pyx":439
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11216,7 +11266,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":436
+      /* "ivshmem/channel/membership.pyx":440
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -11225,7 +11275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":435
+      /* "ivshmem/channel/membership.pyx":439
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -11234,7 +11284,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":437
+    /* "ivshmem/channel/membership.pyx":441
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -11243,7 +11293,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":442
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -11252,7 +11302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":439
+    /* "ivshmem/channel/membership.pyx":443
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -11261,7 +11311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":440
+    /* "ivshmem/channel/membership.pyx":444
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -11270,7 +11320,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":441
+    /* "ivshmem/channel/membership.pyx":445
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -11279,46 +11329,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":442
+    /* "ivshmem/channel/membership.pyx":446
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 442, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":448
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":445
+    /* "ivshmem/channel/membership.pyx":449
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":446
+    /* "ivshmem/channel/membership.pyx":450
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 450, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -11328,53 +11378,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":447
+    /* "ivshmem/channel/membership.pyx":451
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 447, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 451, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":452
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 448, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 452, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 448, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 452, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":453
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 449, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 453, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":450
+    /* "ivshmem/channel/membership.pyx":454
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 450, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 454, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -11385,13 +11435,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 450, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 454, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 450, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 454, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -11401,34 +11451,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 450, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 454, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 450, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 454, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":444
+    /* "ivshmem/channel/membership.pyx":448
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 444, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 448, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 444, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 448, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -11437,21 +11487,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":443
+    /* "ivshmem/channel/membership.pyx":447
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 443, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":452
+  /* "ivshmem/channel/membership.pyx":456
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -11469,7 +11519,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":423
+  /* "ivshmem/channel/membership.pyx":427
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -11506,7 +11556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":454
+/* "ivshmem/channel/membership.pyx":458
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11519,7 +11569,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":455
+  /* "ivshmem/channel/membership.pyx":459
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -11547,7 +11597,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":458
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -11561,7 +11611,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":457
+/* "ivshmem/channel/membership.pyx":461
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11609,32 +11659,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 457, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 461, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 461, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 457, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 461, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 457, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 461, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 457, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 461, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 457, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 461, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 457, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 461, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11676,17 +11726,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":464
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 460, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 464, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":461
+  /* "ivshmem/channel/membership.pyx":465
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11698,7 +11748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":462
+    /* "ivshmem/channel/membership.pyx":466
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -11706,9 +11756,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 462, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 462, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -11720,7 +11770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 462, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -11730,14 +11780,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 462, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 466, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 462, __pyx_L1_error)
+    __PYX_ERR(0, 466, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":465
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -11746,7 +11796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":463
+  /* "ivshmem/channel/membership.pyx":467
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11755,7 +11805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":464
+    /* "ivshmem/channel/membership.pyx":468
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -11763,7 +11813,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11782,14 +11832,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 464, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 468, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 464, __pyx_L1_error)
+    __PYX_ERR(0, 468, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":463
+    /* "ivshmem/channel/membership.pyx":467
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -11798,7 +11848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":465
+  /* "ivshmem/channel/membership.pyx":469
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -11807,7 +11857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":468
+  /* "ivshmem/channel/membership.pyx":472
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11825,7 +11875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L6_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":469
+  /* "ivshmem/channel/membership.pyx":473
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(
  *             &self.member.area, index, number             # <<<<<<<<<<<<<<
@@ -11839,7 +11889,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 
   __pyx_L6_bool_binop_done:;
 
-  /* "ivshmem/channel/membership.pyx":468
+  /* "ivshmem/channel/membership.pyx":472
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11849,7 +11899,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":475
  *             &self.member.area, index, number
  *         ):
  *             return False             # <<<<<<<<<<<<<<
@@ -11867,7 +11917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":472
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         if ivshmem_value(number) == 0 or not ivshmem_place_free(             # <<<<<<<<<<<<<<
@@ -11876,7 +11926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":472
+  /* "ivshmem/channel/membership.pyx":476
  *         ):
  *             return False
  *         ivshmem_ring_places(&self.member)             # <<<<<<<<<<<<<<
@@ -11885,17 +11935,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   ivshmem_ring_places((&__pyx_v_self->member));
 
-  /* "ivshmem/channel/membership.pyx":473
+  /* "ivshmem/channel/membership.pyx":477
  *             return False
  *         ivshmem_ring_places(&self.member)
  *         self.flush()             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 477, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":474
+  /* "ivshmem/channel/membership.pyx":478
  *         ivshmem_ring_places(&self.member)
  *         self.flush()
  *         return True             # <<<<<<<<<<<<<<
@@ -11913,7 +11963,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":457
+  /* "ivshmem/channel/membership.pyx":461
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -11937,7 +11987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":478
+/* "ivshmem/channel/membership.pyx":482
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12012,7 +12062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":484
+  /* "ivshmem/channel/membership.pyx":488
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -12022,7 +12072,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":485
+  /* "ivshmem/channel/membership.pyx":489
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12039,9 +12089,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -12054,9 +12104,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 489, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -12068,18 +12118,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":486
+    /* "ivshmem/channel/membership.pyx":490
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
  *                 try:
  *                     end.close()
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_open_ends(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     if (unlikely(__pyx_t_3 == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 486, __pyx_L1_error)
+      __PYX_ERR(0, 490, __pyx_L1_error)
     }
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -12088,18 +12138,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 486, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 490, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":487
+      /* "ivshmem/channel/membership.pyx":491
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12115,7 +12165,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":488
+          /* "ivshmem/channel/membership.pyx":492
  *             for end in self.open_ends():
  *                 try:
  *                     end.close()             # <<<<<<<<<<<<<<
@@ -12129,12 +12179,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 492, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":487
+          /* "ivshmem/channel/membership.pyx":491
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12150,7 +12200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":489
+        /* "ivshmem/channel/membership.pyx":493
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12160,7 +12210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 489, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 493, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -12168,7 +12218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":490
+            /* "ivshmem/channel/membership.pyx":494
  *                     end.close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -12179,7 +12229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":489
+          /* "ivshmem/channel/membership.pyx":493
  *                 try:
  *                     end.close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -12200,7 +12250,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":487
+        /* "ivshmem/channel/membership.pyx":491
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():
  *                 try:             # <<<<<<<<<<<<<<
@@ -12221,7 +12271,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":486
+      /* "ivshmem/channel/membership.pyx":490
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:
  *             for end in self.open_ends():             # <<<<<<<<<<<<<<
@@ -12231,7 +12281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":485
+    /* "ivshmem/channel/membership.pyx":489
  *         """
  *         error = None
  *         if self.is_own() and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -12240,17 +12290,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":495
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 495, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":492
+  /* "ivshmem/channel/membership.pyx":496
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12261,7 +12311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":493
+    /* "ivshmem/channel/membership.pyx":497
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -12269,9 +12319,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 493, __pyx_L1_error)
+    __PYX_ERR(0, 497, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":492
+    /* "ivshmem/channel/membership.pyx":496
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -12280,7 +12330,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":478
+  /* "ivshmem/channel/membership.pyx":482
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -12307,7 +12357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":495
+/* "ivshmem/channel/membership.pyx":499
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12330,7 +12380,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":497
+  /* "ivshmem/channel/membership.pyx":501
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -12342,7 +12392,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":498
+  /* "ivshmem/channel/membership.pyx":502
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12354,7 +12404,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":499
+    /* "ivshmem/channel/membership.pyx":503
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -12367,7 +12417,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":498
+    /* "ivshmem/channel/membership.pyx":502
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -12376,7 +12426,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":504
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12388,17 +12438,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":501
+    /* "ivshmem/channel/membership.pyx":505
  *             return 0
  *         if self.is_own():
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 501, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 505, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":502
+    /* "ivshmem/channel/membership.pyx":506
  *         if self.is_own():
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -12412,12 +12462,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 502, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 506, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":500
+    /* "ivshmem/channel/membership.pyx":504
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.is_own():             # <<<<<<<<<<<<<<
@@ -12426,7 +12476,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":503
+  /* "ivshmem/channel/membership.pyx":507
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12452,17 +12502,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":504
+    /* "ivshmem/channel/membership.pyx":508
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_10membership_10Membership_release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 508, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":503
+    /* "ivshmem/channel/membership.pyx":507
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or not self.is_own():             # <<<<<<<<<<<<<<
@@ -12471,7 +12521,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":505
+  /* "ivshmem/channel/membership.pyx":509
  *         if ivshmem_shut(&self.state) or not self.is_own():
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -12484,7 +12534,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":499
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -12505,7 +12555,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":507
+/* "ivshmem/channel/membership.pyx":511
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12525,7 +12575,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":510
+  /* "ivshmem/channel/membership.pyx":514
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -12537,7 +12587,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":511
+  /* "ivshmem/channel/membership.pyx":515
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12548,7 +12598,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":512
+    /* "ivshmem/channel/membership.pyx":516
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -12562,12 +12612,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 512, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 516, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":511
+    /* "ivshmem/channel/membership.pyx":515
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -12576,7 +12626,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":513
+  /* "ivshmem/channel/membership.pyx":517
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -12588,7 +12638,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":514
+  /* "ivshmem/channel/membership.pyx":518
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -12600,21 +12650,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":515
+  /* "ivshmem/channel/membership.pyx":519
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 515, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":516
+  /* "ivshmem/channel/membership.pyx":520
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12623,7 +12673,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":517
+    /* "ivshmem/channel/membership.pyx":521
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12632,7 +12682,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":518
+    /* "ivshmem/channel/membership.pyx":522
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -12641,7 +12691,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":519
+    /* "ivshmem/channel/membership.pyx":523
  *             self.leave()
  *             self.pinned = False
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12650,7 +12700,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":516
+    /* "ivshmem/channel/membership.pyx":520
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12659,7 +12709,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":520
+  /* "ivshmem/channel/membership.pyx":524
  *             self.pinned = False
  *             self.mapping.give_back()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12672,7 +12722,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":511
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -12692,7 +12742,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":522
+/* "ivshmem/channel/membership.pyx":526
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12704,7 +12754,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":523
+  /* "ivshmem/channel/membership.pyx":527
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12726,7 +12776,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":524
+    /* "ivshmem/channel/membership.pyx":528
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -12735,7 +12785,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":523
+    /* "ivshmem/channel/membership.pyx":527
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.is_own():             # <<<<<<<<<<<<<<
@@ -12744,7 +12794,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":529
  *         if self.joined and self.is_own():
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -12753,7 +12803,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":526
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12765,7 +12815,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":527
+/* "ivshmem/channel/membership.pyx":531
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12788,7 +12838,7 @@ static void __pyx_pw_7ivshmem_7channel_10membership_10Membership_11__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
 
-  /* "ivshmem/channel/membership.pyx":528
+  /* "ivshmem/channel/membership.pyx":532
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12797,7 +12847,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":529
+    /* "ivshmem/channel/membership.pyx":533
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -12806,7 +12856,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":530
+    /* "ivshmem/channel/membership.pyx":534
  *         if self.pinned:
  *             self.leave()
  *             self.mapping.give_back()             # <<<<<<<<<<<<<<
@@ -12815,7 +12865,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->mapping->__pyx_vtab)->give_back(__pyx_v_self->mapping);
 
-    /* "ivshmem/channel/membership.pyx":528
+    /* "ivshmem/channel/membership.pyx":532
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -12824,7 +12874,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":531
+  /* "ivshmem/channel/membership.pyx":535
  *             self.leave()
  *             self.mapping.give_back()
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -12833,7 +12883,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":531
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -12845,7 +12895,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":533
+/* "ivshmem/channel/membership.pyx":537
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -12886,7 +12936,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("whose", 0);
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":539
  *     cdef str whose(self, uint64_t owner):
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -12895,7 +12945,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/membership.pyx":536
+  /* "ivshmem/channel/membership.pyx":540
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -12907,7 +12957,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":537
+    /* "ivshmem/channel/membership.pyx":541
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which is no place's own"             # <<<<<<<<<<<<<<
@@ -12925,7 +12975,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":536
+    /* "ivshmem/channel/membership.pyx":540
  *         """Say to which place a word belongs, by the owner word of its slot."""
  *         cdef ivshmem_place place = ivshmem_place_of(owner)
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -12934,7 +12984,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":538
+  /* "ivshmem/channel/membership.pyx":542
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which is no place's own"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -12948,7 +12998,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_places, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 538, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   if (likely(PyList_CheckExact(__pyx_t_2)) || PyTuple_CheckExact(__pyx_t_2)) {
@@ -12956,9 +13006,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __pyx_t_5 = 0;
     __pyx_t_6 = NULL;
   } else {
-    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_5 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 542, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 538, __pyx_L1_error)
+    __pyx_t_6 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 542, __pyx_L1_error)
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   for (;;) {
@@ -12967,7 +13017,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 542, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -12977,7 +13027,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 542, __pyx_L1_error)
           #endif
           if (__pyx_t_5 >= __pyx_temp) break;
         }
@@ -12988,13 +13038,13 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         #endif
         ++__pyx_t_5;
       }
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 538, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 542, __pyx_L1_error)
     } else {
       __pyx_t_2 = __pyx_t_6(__pyx_t_3);
       if (unlikely(!__pyx_t_2)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 538, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 542, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13007,7 +13057,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       if (unlikely(size != 7)) {
         if (size > 7) __Pyx_RaiseTooManyValuesError(7);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 538, __pyx_L1_error)
+        __PYX_ERR(0, 542, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -13027,25 +13077,25 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_INCREF(__pyx_t_13);
       } else {
         __pyx_t_7 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_7);
         __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_8);
         __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __pyx_t_10 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __pyx_t_11 = __Pyx_PyList_GET_ITEM_REF(sequence, 4, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_11);
         __pyx_t_12 = __Pyx_PyList_GET_ITEM_REF(sequence, 5, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_12);
         __pyx_t_13 = __Pyx_PyList_GET_ITEM_REF(sequence, 6, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 538, __pyx_L1_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 542, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_13);
       }
       #else
@@ -13053,7 +13103,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         Py_ssize_t i;
         PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
         for (i=0; i < 7; i++) {
-          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 538, __pyx_L1_error)
+          PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 542, __pyx_L1_error)
           __Pyx_GOTREF(item);
           *(temps[i]) = item;
         }
@@ -13063,7 +13113,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     } else {
       Py_ssize_t index = -1;
       PyObject** temps[7] = {&__pyx_t_7,&__pyx_t_8,&__pyx_t_9,&__pyx_t_10,&__pyx_t_11,&__pyx_t_12,&__pyx_t_13};
-      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 538, __pyx_L1_error)
+      __pyx_t_14 = PyObject_GetIter(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 542, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_14);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_15 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_14);
@@ -13072,7 +13122,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
         __Pyx_GOTREF(item);
         *(temps[index]) = item;
       }
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 538, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_15(__pyx_t_14), 7) < (0)) __PYX_ERR(0, 542, __pyx_L1_error)
       __pyx_t_15 = NULL;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       goto __pyx_L7_unpacking_done;
@@ -13080,7 +13130,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __pyx_t_15 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 538, __pyx_L1_error)
+      __PYX_ERR(0, 542, __pyx_L1_error)
       __pyx_L7_unpacking_done:;
     }
     __Pyx_XDECREF_SET(__pyx_v_index, __pyx_t_7);
@@ -13098,16 +13148,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     __Pyx_XDECREF_SET(__pyx_v_name, __pyx_t_13);
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":543
  *             return "which is no place's own"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_index, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (__pyx_t_16) {
 
@@ -13117,9 +13167,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 
       goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 539, __pyx_L1_error)
+    __pyx_t_16 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_v_epoch, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_16 < 0))) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
     __pyx_t_1 = __pyx_t_16;
@@ -13128,23 +13178,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":540
+      /* "ivshmem/channel/membership.pyx":544
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"             # <<<<<<<<<<<<<<
  *         return f"which belonged to place {place.index}"
  * 
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_index, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_v_process, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
-      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __pyx_t_11 = __Pyx_PyObject_CallOneArg(__pyx_t_12, __pyx_v_name); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 540, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_t_11), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_which_belongs_to_place;
@@ -13163,7 +13213,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __pyx_t_19 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_17, 7, __pyx_t_18, __pyx_t_19);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 540, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 544, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -13180,7 +13230,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":539
+      /* "ivshmem/channel/membership.pyx":543
  *             return "which is no place's own"
  *         for index, epoch, _, _, _, process, name in self.places():
  *             if index == place.index and epoch == place.epoch:             # <<<<<<<<<<<<<<
@@ -13189,7 +13239,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":542
  *         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *             return "which is no place's own"
  *         for index, epoch, _, _, _, process, name in self.places():             # <<<<<<<<<<<<<<
@@ -13199,16 +13249,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/membership.pyx":541
+  /* "ivshmem/channel/membership.pyx":545
  *             if index == place.index and epoch == place.epoch:
  *                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"
  *         return f"which belonged to place {place.index}"             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
 */
-  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_place.index, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_which_belonged_to_place, __pyx_t_3); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 545, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
@@ -13222,7 +13272,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   __pyx_t_11 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":533
+  /* "ivshmem/channel/membership.pyx":537
  *         free(self.pulses)
  * 
  *     cdef str whose(self, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -13256,7 +13306,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_whose(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":543
+/* "ivshmem/channel/membership.pyx":547
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -13292,7 +13342,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":549
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -13303,12 +13353,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 545, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 549, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 545, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13322,7 +13372,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 545, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 549, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -13335,7 +13385,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":546
+  /* "ivshmem/channel/membership.pyx":550
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -13361,7 +13411,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":547
+    /* "ivshmem/channel/membership.pyx":551
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -13373,11 +13423,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 547, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 547, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 551, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 551, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 547, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 551, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -13389,7 +13439,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":548
+    /* "ivshmem/channel/membership.pyx":552
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -13397,41 +13447,41 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 548, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 552, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":553
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"             # <<<<<<<<<<<<<<
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
  *                 " has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_10membership_10Membership_whose(__pyx_v_self, __pyx_v_channel->fault.owner); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_t_12); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 549, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_t_12); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":554
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
  *                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"             # <<<<<<<<<<<<<<
  *                 " has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 550, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 554, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 550, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 554, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -13445,7 +13495,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":553
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"             # <<<<<<<<<<<<<<
@@ -13467,7 +13517,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     }
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 549, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 553, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -13492,7 +13542,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 548, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 552, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13506,7 +13556,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":546
+    /* "ivshmem/channel/membership.pyx":550
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -13515,7 +13565,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":553
+  /* "ivshmem/channel/membership.pyx":557
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13527,7 +13577,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":554
+    /* "ivshmem/channel/membership.pyx":558
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)             # <<<<<<<<<<<<<<
@@ -13535,9 +13585,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return NoChannels("the region's channels are of a version that is not known here")
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NO_AREA); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13557,7 +13607,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 554, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13571,7 +13621,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":553
+    /* "ivshmem/channel/membership.pyx":557
  *                 " has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -13580,7 +13630,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":555
+  /* "ivshmem/channel/membership.pyx":559
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13592,7 +13642,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":556
+    /* "ivshmem/channel/membership.pyx":560
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -13600,7 +13650,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13619,7 +13669,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 556, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13633,7 +13683,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":555
+    /* "ivshmem/channel/membership.pyx":559
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(NO_AREA)
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -13642,7 +13692,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":561
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13654,7 +13704,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":562
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -13662,17 +13712,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 558, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":563
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_3 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 563, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all_2;
     __pyx_t_4[1] = __pyx_t_3;
@@ -13683,7 +13733,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 559, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 563, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -13704,7 +13754,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13718,7 +13768,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":561
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -13727,7 +13777,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":566
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13739,7 +13789,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":567
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -13747,11 +13797,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 563, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 567, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -13772,7 +13822,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 567, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13786,7 +13836,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":562
+    /* "ivshmem/channel/membership.pyx":566
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -13795,7 +13845,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":564
+  /* "ivshmem/channel/membership.pyx":568
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13807,7 +13857,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":565
+    /* "ivshmem/channel/membership.pyx":569
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -13815,19 +13865,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 565, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 569, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":566
+    /* "ivshmem/channel/membership.pyx":570
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_12 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_17 = 1;
@@ -13848,7 +13898,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 565, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13862,7 +13912,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":568
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -13871,7 +13921,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":568
+  /* "ivshmem/channel/membership.pyx":572
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13883,7 +13933,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":569
+    /* "ivshmem/channel/membership.pyx":573
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -13891,19 +13941,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " device, which queues and calls need: only a process of the host can take from it"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 569, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":574
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this processor may refuse a compare-exchange in a guest's mapping of the"             # <<<<<<<<<<<<<<
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_12 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_processor_may_refuse_a_comp); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -13924,7 +13974,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -13938,7 +13988,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":568
+    /* "ivshmem/channel/membership.pyx":572
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -13947,17 +13997,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":573
+  /* "ivshmem/channel/membership.pyx":577
  *                 " device, which queues and calls need: only a process of the host can take from it"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
 */
   __pyx_t_7 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
-  __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_3;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -13972,7 +14022,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 573, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -13994,7 +14044,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 573, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -14008,7 +14058,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":543
+  /* "ivshmem/channel/membership.pyx":547
  *         return f"which belonged to place {place.index}"
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -14189,7 +14239,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
 /* "ivshmem/channel/membership.pxd":43
  *     cdef dict ends  # id -> a weak reference to an end that is open
  *     cdef object threads  # a threading.local, with the Wakeup of each thread
- *     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys             # <<<<<<<<<<<<<<
+ *     cdef readonly object loops  # what each asyncio loop watches (sleeping_tasks.pyx), by weak keys             # <<<<<<<<<<<<<<
  *     cdef bint told  # the endpoint writes to `kick` after its waits
  *     cdef bint polls  # not every process that this one waits for can ring it
 */
@@ -16129,49 +16179,49 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":423
+  /* "ivshmem/channel/membership.pyx":427
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 423, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 427, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 423, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 427, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":457
+  /* "ivshmem/channel/membership.pyx":461
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 457, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 461, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":478
+  /* "ivshmem/channel/membership.pyx":482
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 478, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -16269,7 +16319,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_builtin_all = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_all); if (!__pyx_builtin_all) __PYX_ERR(0, 404, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_get.type = (PyObject*)&PyDict_Type;
@@ -16372,38 +16422,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{23},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{164},{263},{90}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{10},{4},{21},{64},{2},{15},{1},{59},{2},{17},{1},{2},{15},{1},{4},{179},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{12},{30},{50},{6},{4},{23},{118},{20},{37},{60},{61},{147},{153},{24},{23},{23},{0},{14},{12},{11},{9},{27},{29},{12},{10},{28},{30},{16},{21},{17},{14},{7},{10},{12},{11},{17},{20},{12},{8},{9},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{24},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{5},{16},{13},{14},{3},{18},{2},{4},{18},{5},{6},{4},{10},{5},{10},{6},{3},{6},{3},{8},{5},{6},{8},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{5},{3},{8},{6},{16},{7},{15},{3},{7},{4},{10},{6},{6},{5},{8},{4},{9},{6},{12},{6},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{10},{9},{11},{55},{94},{276},{164},{286},{90}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2023 bytes) */
-static const char cstring[] = "x\332\215VMs\023\311\031F\211\301\302\230`\255\315\342\024$i/,\266\301\366\306\301\005\304@m\264\266\027\250$^d\\\265$\225\324\320\232iY\035\215\246G\323=\222U\225T|\364q\216s\234\343\034u\324QG\216>\316\321?\201\237\220\247{$Y\300%.\230\351y\373\375|\336/\221\025?\0206\223\222\020\252\010\0215\302\333\262\336dM\313\256S\317c\356F\235\370.\005\207\276SuFh\300\250~\020E\033\314{F\336\017\005\310P\200p\257&\336\023\227K%\265@\363\356\361\212\n\030#\265\200\0365\231\247VWW\267\211\024MFF\246U\035\266m\352\221N\300\025\024\013c\010:E\320%u*\211\364\005w\231C\270Z#k\204K\302\233\276\220\222W]FV6\266\311\366\205g\232\375\373}\341\261}\241Ui\315;]U\027\236\026s\230\313\253,\240\212\271]\"U\300m\305\002\315\344\2217{o\326\267\236n\021\3529$`\377b6\274\227a\325v\251\224y\360\325\220\273\212{Du}&7\310\353\032\351\212\220x\014~\301c\037|\223\002p\310#\222)\343\3312\220\021\212*.<\013\342\334;Z&\016\017`\204\267M\274?RW\262\rJj\"h@\237]\347\256C\232\264K\204\007OmWHF::\026\256L\204pg\010\267\244\244#\002\207:\216\005\023\214\272.B\0200\032\214\341\r\000d[{\tO\206RkD\004\346\333\3446O-\360\031J\300\016t6F\tu\270\244@\232y\346\031\004\020=\262\271\314\277\235a\3727F\3652\3726\214r\364\245\330\261\032\236\277\033r~\2073\222!\353\334\337\360\273\307\236@zj4t\025\261\254\2009\241\315,\2138\241\301\307\023\336:\322\325\346\324\305\255\315=\256,+\367]G1\021\2314\265i\020s49`G@\335\200\006\013\201\020M\r\362\230{\033(7\230\206\265\332\275(e\311\002\344e}}\254\363\355\353\277\357\2757\240\201m\327d\016\265\271a\243\342\024[\031\261\275\320l\253\023V\001\351\027\236\200\326\244\276\217|h?\240\300A9\230<\377_L\333:\214<r\3351U\335Wl\322\300\262\374\024\n\344\226\2226p\326zM?p\r\205\"\rOt\000\014\013\330d\356!\236k\247M\001\223\237 \333\001\210\306\332\232\206A\237\362\034\254\254\016\221\241h\207N\216^@\214\271Q\033C\202\3314\224\006j\255G\242\241=\265M\204\317\274\317\362wD\2717\351\022t\353V\010XM\313Sb\213\246\217\310\326\331\261\2269\202J\017\324\243\220I\265\234\343f\300\312\307\225""\303\332\334fk\350\036n\327I+d`3Mn\243U\244i\337\355\274\313\350\270a\206\242u!\363\261\244\047\035\302E\351p\225\353\2512\027\350\014;\337\3005I\227\237\223\r\3429\005\036\002\366\235<\330\035\021\004\241\257\206_{\272cvL\275\230\343.\0036\016P\032\0376\306\235a\233\231fY\223W\2306\022C\346\342\362u^\316F\331_\307\315vq\372R\335\047w_\350\233\2705e=\361}Q\014\023\304|qL\020\202\320\333\377\311*\037\354\225\367\3050h\271/^{\230\302\032\007y`*\330\370\3733\243\215?\263\356.F4H4\350Z\326\233\3561\376k\212\265\217qr\300j\2265\034\254\030\025\226\345\350\033\3741\255\317\034\216\271!\324B\317\326\357\243Q@\370k\242\310\314[8\241k(\036m\346o\326\321/\214$\354@f7d\330\314\277\002&1\235\362\363P\217>\352}\220\237B\317\347v\003\332\306Y\311\351m\245\047\245V\332\n\251;\2623\232q_$aL`\307\372\003i\030\373&\047\"\370\"=\226\245\320\002x\321\232\006@\357\222\034\023G\210\000\225\351bCt( \341\322\262E Bl3\226\363\002\013\263s\320\023Tv=\233\213\2151\007\326A\025c\316vq\326\214*@V\253\324n\230\032\310\347\233-\034f\013OOylX[\204\236\262\303 \320\010pG_9X\037\371\023\2608X\347&\347\"\310\267\004k\203\263\346\310\032\004\235\213RB\276\360\317\347\016\347\032L\256\272\034\342H*k\312\317\327\316\3052q\031\225\314e5x\322\344\312\025h\364&Et\036\033\216\206|\"5C\3054\254\036|\266t\200^\2505\210Z\r\300\342\367\203\220>\226\235\361#\257c<\271\347\013?\300\364\250r%\363q\253\237RCH\225A<\310\271\003\330\261\350\030r\024>\240\302\244\305o\003W\033\030\256:\311\217<\254~3\013M2e\350\373\2503\251\221T\365\341\340\017}\007W\030~\343\234\267\251\2139\3266k\250\203N\301l\004\242d\245-\270C\036\340\047\222\247\036oYj\365\222\361C\347\376\244\220M]\316\246\276\212\226\364i\346\364aT\321\207\345\244\225^I\351I\341|\352wq\353\214\374\276w\255\377l\3208\253\034dS\363\321\037\343WI9\251dS\323\047\377\216\236\304KY\361a\272\231\376\245\377\253\001\315\246\256\235n\236\024>\026/\315\334\326\027sQA?\246\243V|%v\323%-\323>\3759\332\213\027\342JV\204\335\254x+j\235\353\207\276ke\305\033g7\036\244\367R""\232vz\215\301\255\017\205\363O)\245\223\362y\361~B\023\225>\351}\333k}\234\271t\365\372\351\217\321\310\330\354\351^t3\242\221\212\237$\337&\255l\266tVZJJ\311R\262\225t\322\243^%\233\275\031\375\003\204\025x3{\343\364?q9~\227\274M\177\221\336M\377\331_\352?\035<B\030s\245lv>z\036\267\222b\372\313\364\017)\244J\321\257\021\221y\255\003\236B6\013\357\243\307\361|\3742\331\314f\177\033\323\3708\221\3517gk\177\032\\\201\n\310\277H\n\311\327Ip\266\372\254\377\250O\265\354\255\270\240u\317\335\214*\331\334\235x7\231I\227\322\347\275V6\367\233\270\022\327\222\037\022\330^\214g\222\365\264\325\273\322\263\373\363\375\037 in\001_\372\264\367\250W\355C\307B\3642\336\324\226\001\317i\353\244\374\361\312\030\206k\247\217\243\371h7\236\216\303\244\254\275|`B\254\234\335\177\326\337\354\357\016\246\007\341\207\262f\333:=\006\352`x\010\3554+\226\242;H\312\354\365\323C\370y9\376\333\331\375\307=\332k\365\247\372/\007O>,\235C\344E\\\210\027\223y\370i\247\013g\353\337\367[#\376\351\270\223\320s\004\275\231\025o\303\265r|\230\224t:\214O\271\217\305KW\277\201\2609\314\302\274\306\276\022;\t`\275\236\373\275\030\227\342{1O\202\264\224\232P\266\001T\361\252v\362^\344\000\3779](7\277\316\026\356\304\345l\341\026\322\274\235\034\246\013H\320\342\335d3y\231>J\355\336W\275M}\027\032\365,y\224p\2409\215H\246\373\355\301\301\240\225-\336C\001\277M/\247\225\224jN\031\337\215\337\"\027\367R\247\267\336o\r\n\203\205\301\273\017\007\037\014\347\216\316j\272\333+d\213\267\343\255X%O\323\315\354\316\335\3449\224\026z\013\250\250\305;\361O\240\315\315G[p\010\266\027\343kp\246|>\254\257<F\344\354U\\\006\014\263\227\256\226t\251\352\014t\"\033\255p\230,$\357\322C(;\354/\016P{\272eth\025]-p\260\215\304 \364\377\242<L\344\300\365UT\3161\3235\245k\361\177\002\232KX";
-    PyObject *data = __Pyx_DecompressString(cstring, 2023, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2035 bytes) */
+static const char cstring[] = "x\332\215VMs\023\311\031FY\203\005\230`\255\315\342\004\222\264\027\026\333`{\243\340\002b\2406Z\354\005*\211\027\031W\355&\225\324\320\232iY\035\215\246G\323=\222U\225T|\364q\216s\234\343\034u\324QG\216>\316\321?\201\237\220\247{$Y\300%.\230\351y\373\375|\336/\221U?\0206\223\222\020\252\010\021u\302;\262\321b-\313nP\317c\356f\203\370.\005\207\276S\rFh\300\250~\020E\233\314{J\336\215\004\310H\200p\257.\336\021\227K%\265@\353\316\321\252\n\030#\365\200\036\266\230\247\326\326\326\266\211\024-F\306\246U\003\266m\352\221n\300\025\024\013c\010:E\320#\r*\211\364\005w\231C\270Z\047\353\204K\302[\276\220\222\327\\FV7\267\311\366\271g\232\375\273=\341\261=\241Ui\315/z\252!<-\3460\227\327X@\025s{D\252\200\333\212\005\232\311#ov\337ll=\331\"\324sH\300\376\305lx/\303\232\355R)\363\340k!w\025\367\210\352\371Ln\222\327u\322\023!\361\030\374\202\307>\370\246\005\340\220G$S\306\263\025 #\024U\\x\026\304\271w\270B\034\036\300\010\357\230x\177\240\256d\233\224\324E\320\204>\273\301]\207\264h\217\010\017\236\332\256\220\214tu,\\\231\010\341\316\010nIIW\004\016u\034\013&\030u]\204 `4\230\300\033\000\310\216\366\022\236\214\244\326\211\010\314\267\311m\236Z\3403\222\200\035\350l\216\023\352pI\2014\363\3143\010 zhs\231\177;\243\364o\216\353e\374m\030\345\370K\261#5:\177;\342\374\026g$C6\270\277\351\367\216<\201\364\324i\350*bY\001sB\233Y\026qB\203\217\047\274\r\244\253\303\251\213[\233{\\YV\356\273\216b*2ij\323 \346hr\300\016\201\272\001\r\026\002!Z\032\344\t\3676Pn2\rk\255w^\312\222\005\310\313\306\306D\347\333\327\177\337}g@\003\333\216\311\034js\323F\305)\266:f{\256\331\326\246\254\002\322\317<\001\255E}\037\371\320~@\201\203r0y\376\277\230\266u\030y\344\272cj\272\257\330\264\201\025\3711\024\310-%\035\340\254\365\232~\340\032\nE\232\236\350\002\030\026\260\351\334C<\327N[\002&?B\266\013\020\215\265u\r\203>\3459X]\033!C\321\016\335\034\275\200\030s\3436\206\004\263i(\r\324Z\217DC{j\233\010\237y\237\344\357\220ro\332%\350\326\255\020\260\272\226\247\304\026-\037\221m\260#-s\010\225""\036\250\207!\223j%\307\315\200\225\217+\207u\270\315\326\321=\334n\220v\310\300f\232\334F\253H\323\276\333y\227\321I\303\214D\033B\346cIO:\204\213\322\341*\327Sc.\320\031u\276\201k\232.?%\033\304s\n<\004\354/\362`_\210 \010}5\372\332\325\035\363\302\324\2139\3560`\343\000\245\311as\322\031\266\231i\2265}\205i#1d\316/_\347\345l\224\375u\322l\347\247\317\325}t\367\231\276\251[S\326S\337\347\3050E\314\027\307\024!\010\275\275\037\255\312\376neO\214\202\226{\342\265\207)\254q\220\373\246\202\215\277?1\332\3743\353\355`D\203D\203\236e\275\351\035\341\277\246X{\030\047\373\254nY\243\301\212QaY\216\276\301\037\323\372\314\341\210\033B=\364l\375>\034\007\204\277\026\212\314\274\205\023\272\206\342\321V\376f]\375\302H\302\016dvS\206\255\374+`\022\323)?\217\364\350\243\336\007\371)\364|n7\241m\222\225\234\336QzRj\245\355\220\272c;\343\031\367Y\022&\004v\244?\220\206\211or*\202\317\322cY\n-\200\027\255k\000\364.\3111q\204\010P\231.6D\227\002\022.-[\004\"\3046c9/\2600;\007=Ae\317\263\271\330\234p`\035\3240\346l\027g\315\250\002d\265F\355\246\251\201|\276\331\302a\266\360\364\224\307\206\265E\350);\014\002\215\000w\364\225\203\210\260A\364\301 \343`\243\233\264\213 _\024\254\003\346\272#\353\220u\316\253\t)\303?\237;\234k<\271\352q\210#\257\254%?\335<\347\373\304eT2\227\325\341L\213+W\240\327[\024\001zl4\035\362\241\324\n\025\323\310zp\333\3221z\241\326 \352u`\213\237\020B\372\330w\306\217\274\224\361\344\236/\374\000\003\244\306\225\314\047\256~J\215\"U\006\364 \347\016`\307\242\023\324Q\373@\013\303\026?\017\\m`\264\355$?\364\260\375\31584\371\224\241\357\243\324\244\006S5F\263?\364\035\\a\376M\322\336\241.FY\307l\242.\232\005\343\021\210\222\325\216\340\016\271\217_I\236z\264e\251\265\013\306\017\235\376\343B6s1\233\3712Z\326\247+\047\017\242\252>\254$\355\364RJ\217\013g3\277\213\333\247\344\367\375\253\203\247\303\346iu?\233Y\210\376\030\277J*I5\233\231=\376w\3648^\316\212\017\322r\372\227\301/\2074\233\271zR>.|(^\270rK_\314G\005\375\230\215\332\361\245\330M\227\265L\347""\344\247h7^\214\253Y\021v\263\342\315\250}\246\037\372\256\235\025\257\237^\277\237\336Mi\332\3557\2077\337\027\316>\246\224\216+g\305{\tMT\372\270\377M\277\375\341\312\205\313\327N~\210\306\306\346Nv\243\033\021\215T\3748\371&igs\245\323\322rRJ\226\223\255\244\233\036\366\253\331\334\215\350\037 \254\302\233\271\353\047\377\211+\361\317\311\333\364\027\351\235\364\237\203\345\301\223\341C\2041_\312\346\026\242gq;)\246_\244\177H!U\212~\205\210\314k\003\360\024\2629x\037=\212\027\342\227I9\233\373mL\343\243D\246_\237\256\377ix\t* \377<)$_%\301\351\332\323\301\303\001\325\2627\343\202\326=\177#\252f\363\267\343\235\344J\272\234>\353\267\263\371\337\304\325\270\236|\237\300\366R|%\331H\333\375K}{\2600\370\036\222\346\026\360\245O\372\017\373\265\001t,F/\343\262\266\014xN\332\307\225\017\227&0\\=y\024-D;\361l\034&\025\355\345}\023b\365\364\336\323Ay\2603\234\035\206\357+\232m\353\344\010\250\203\341\001\264\323\254X\212n#)s\327N\016\340\347\305\370o\247\367\036\365i\277=\230\031\274\034>~\277|\006\221\347q!^J\026\340\247\235.\236n|7h\217\371g\343nB\317\020t9+\336\202k\225\370 )\351t\030\237r\037\213\027.\177\r\341\212\316\331\034\314k\354\253\261\223\000\326k\271\337Kq)\276\033\363$HK\251\te\033@\025/k\047\357F\016\360\237\327\205r\343\253l\361v\\\311\026o\"\315\333\311A\272\210\004-\335I\312\311\313\364aj\367\277\354\227\365]h\324\263\344a\302\201\346,\"\231\035t\206\373\303v\266t\027\005\3746\275\230VS\232-\376:\276\023\277M\276H\312\271\302\255X%\317\373\205~\251\177\267\337\030\324\206\005\315\376B\2476\335\351\343\343\226\341x\222\226\263\333w\222g\320\\\350/\242\254\226n\307?\2026\277\020mA\tt-\305W\341Q\345\\iY\363\274N\252g\243\262\313CG*_\305\025\2403w\341rIW\260NL7\262\321!\007\311b\362sz\000\365\007\203\245!JRw\222\216\270\252\213\010z;\310\027\020\371/\252\306\000\002\270_E\225\034J]j\272D\377\007\336*U\007";
+    PyObject *data = __Pyx_DecompressString(cstring, 2035, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2694 bytes) */
-static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)))\177: some s\005\373thy\000can w\177rite to4\001\375 \202\000ory ha\377s spoile\377d it, , \377is impos\377sible (.\317: : \221\006+\001?N\237oneNoG\001V\001C\337ython3\001de\377liberate\377ly stric\347ter\242\000x\000PEP\377-484 and\277 rejec\273\000s\377ubclasse\375s\225!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\250 n set\306\002\047\376\310 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\245@\231Dsa \377wordadd_]n\357\000all\300\000o\246@}r\326&remov\242\001\\\273@\317D, o\364\001e\326C\240\325C\324 \205d\207`Q\000k\311Ed\267isa\347 en\001\002r\275r8\000gcis\n\003dR\251d.\250e\010\005e%\001s\026\005\257text\323d/\323d/\374\343`\212@ship.p\377yxno def\377ault __r\377educe__ {du\213bnon-\254@\357vial\033\000cinOit__\223\204\002\246bt\320\007\351s\227\204\002\255\"d\253\204\001regx\363 \301b_\000room\341!\266\245\204\005s:\343 ke\326` \273by\301\204\007ser\225@-\375-\334% SIZE`\364\260\"$\000D\265Bory.Wcre\311`(\203E=#\001\335)k\010is y\016is\336\326@pped\203\002recad\214`\343B+\013ma\020\022\243: \246 \364\003\256\205\001b\324\205\001e\315e\340\010\047s\324\006\242\206\002of\177 a vers\203!\366\345\205\002isA\000t kn\377own here\343th\362G<\000\322#amo\367ng \315*was ?freed,\252!\006\001\346\376#()\313a\276 a n\367ew \271\"r on|\274\206\010/\000ecaus\346\"\376D\001silent:\337 openX\013ag\267ain\207\tor\206\205\002r\373ef<\001a com\177pare-ex\240\210\001\365g\273@n\340\000gues\323t\047\327#\315\"f\301\207\002de\377vice, wh\177ich que$\000\276\340\206\002calls\272\206\002:\352\340\205\003a\207\210\006o5\003hosst \223\210\001\346\210\001 fr\270`;itB\003bel\233 \363\206\004*\233\211\001 \014\ts\277\210\001p\014\010\355\"\350\302\211\003\234@\364 C\327\211\003Cor\257rupt\007\004E\327\205\001C""\332\350\206\001d\006\002De\231 de\253nt\000\006.\221\205\006c\317\210\002_\375_\017\tsetsta\227te_\025\005I\305\212\003S\002M\003em\346\205\004\000\007=\017\017\n?\016/\010\300\216\210\002?\010\203gT\010\263\213\003e\010ru\377nNO_AREA\373No\374\004sNoIn\233te\203\"sR\250\206\002\203\"W\377eakKeyDi\375c\262\211\001ary__P\363yx\001\000\016\001_Nex\277tRef__\322\211\004e\377____dict\322\004\001eL\001\004\002x\243\207\001__/func\035\001g\231%+\000\371m\342`1\001moduln:\002nam\002\003ewJ\001\375pk\000checks\357um__\n\001res\007ult\006\003\343#\022\002\214\213\001\033\003?unpickK\000\261F\3463\003vt\274\211\001\237\001quaal`\005\334\210\005\303N\366\210\006ex\323\001/set_\224\005s\267\010\336N\337__tes\376\001af\317ter_\310\213\001\216#do\377orbell_n\377owait_is\377_corouti\273ne&\003in_\357\213\002a\377llasynci\373o.\031\006satbe\257atcl+\000_&\000t\377raceback\374\222\214\002\344\211\003codeco\376\305@xtlibco\377untcurre\365nj\000d\027\001deen\356!\001end\000\000poi\366\357Bor\240\213\003even_tfdsf6\000d\316\207\007|\255@\260@pidii\203\205\001\317ityi<\000\322@em\371s\347\213\r\303\213\007lease\367lef\207\000mitl\377ocalmach\334\351\000\317\211\001ing\323\217\003mu\373te\357Anext_\366\335\001nu\236\205\001offs\377etoneosp\347eer\367\220\002\373\220\003pla\377inpopran\237dbits\324\213\003\334\213\001s\266\353!at\355\"re\252\221\002r\337ing_a\352&ru\377nsecrets\370\230\000]\001\344\214\004signayl\206\211\003\267\206\002supp\345`\336O\000xtth\227\213\004up\377dateuse_\376\333\206\005valuesv\377ectorwea\377krefint \377(void *,\377 int64_t\363)\000\203\002\370A\200\001\330\004\277\005\330\004\022\220!\006\001\n\357\210+\220Q\017\001\047\240q\377\250\006\250a\200\001\340\004\377\037\230q\320 0\260\013\377\270;\300k\320QR\330\377\004\023\2209\230H\240A\377\240Q\330\004\007\200|\220\3777\230!\330\010+\2501\377\250L\270\016\300a\330\004\377\013\2101\200\001\360\010\000\373\n\033\025\001\020\220\001\330\010\377\020\220\007\220q\230\006\230\367l\250!0\001v\210W\220\177E\230\024""\230Q\330\010u\000?\330\010\027\220q\340\001\001L\001\377q\330\010\017\320\017*\250\377$\250a\250w\260k\300\357\027\310\001\340\004\013\021\200A\377\340\010&\240a\240t\250\3777\260%\260q\360\n\000\237\t\r\210F\220\203\000h\002\014\377\210E\220\025\220a\220t\377\2307\240%\240q\330\014\377\021\320\021!\240\021\240!\377\2404\240w\250g\260Q_\330\014\025\220\\\016\000(\213\000\377\014\017\210}\230A\230X\377\240S\250\002\250#\250]\277\270!\2708\3003\304\000\020\377\021\330\014\023\220<\230q\177\240\010\250\003\2502\2503\000W\021\220\031\350\000\014\003\001-\234 \367\001\330\014\263 \2206\230\023\377\230G\2401\330\014\036\230\377a\230x\240s\250\"\320\317,@\300\006\207 =\000=\240\377\001\240\026\240r\320);\357\2703\270a\210\000\220\027\230\373\001\330Y\000\020\025\220Q\330\377\020\034\230D\240\n\250!\377\250<\260q\330\020\035\230\377Q\230f\240B\240a\330\377\020\030\230\n\240-\250q\377\260\006\260c\270\023\270B\3707\000\031\002\274 \2508\2603\260\373b\270A\000\024\220G\2301\374v\001\234 \210q\200A\360\006\376\376\006\013\2106\220\023\220D\277\230\007\230u\240A\242\001*\376\336\002Q\320&;\2701\270\377D\300\007\300u\310A\330\177\010\013\2104\210x\220\236 \367\022\220+y\000a\330\010\021{\220\034\222@\014\r\210T\245\000\377\005\230Y\320&6\260a\377\260q\270\004\270G\3007\367\310!\3400\000=\230\001\230\367\030\240\023\245\000c\250\024\320\347-?\270\336 *\003\007\230w\367\240a\340\262 1\330\010\033\376\230\000A\230T\240\021\330\010\365\014\225C\017\237\002\010\000\t\"\232:\000A\234`\t\014|\000\370!Q\177\230d\240!\330\014\r\215\001\3776\220\030\230\021\230$\230\237i\240r\250\021\252`\241\000:v\246 \010\t\350!$\220d\350`\375\020\253`\330\025\026\330\024\034\337\230A\330\024\027\344@:\240\367T\250\024\236@\030#\2401\377\240G\2503\250c\260\022\353\2601\030\001u\330@Q\230e\257\2403\240i\313 \007\307\000\007\377\270v\300R\300q\330\030\367$\240A\361@\005\250Q\250}aB\001s\230#\230S\211@\377$\250d\260-\270q\300\377\001\300\024\300X\310R\310\372%\002C\322A\250D\260\001\330\377\030\033\2304""\230t\2408\177\2501\330\034#\240<\240@\367\001\260\024\317`\030\034\230O\236\021\000\020\023\2204\365`y\000\030\233\230\013\212\000A\340\331d\336\003\020\337\024\220H\230A\250@\014\000\363\t\021\224\205\001\376!w\220c\230}\024\250 \024\240X\250TJ\000\317T\270\030\300\371`\257\205\001t\230k:\240\243`\021\343\001v\230\255`\307\027\220\177\234`\365\002\325 H\220\002\300B6\317b\210\204\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2694, 3509);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2710 bytes) */
+static const char cstring[] = "\377 (proces\377s  at  o\377f ivshme\377m_channe\177l.h pla\037\000\376\030\001the are\375a\001\001 taken\327; `*\004 *\004 i\377nfo` lis\367ts .\000m#x(\377tree fra\377gment)))\177: some s\005\373thy\000can w\177rite to4\001\375 \202\000ory ha\377s spoile\377d it, , \377is impos\377sible (.\317: : \221\006+\001?N\237oneNoG\001V\001C\337ython3\001de\377liberate\377ly stric\347ter\242\000x\000PEP\377-484 and\277 rejec\273\000s\377ubclasse\375s\225!builti\377n types.\377 If you Sne\225\000\257\000p%\000 &\010\276\250 n set\306\002\047\376\310 otation\375_<\000ing\047 d\333irb\000iv\353\002Fa\377lse.a fo\373rk\345\000child\177 may on\247\000\177close w\242!\343it\214\"\245@\231Dsa \377wordadd_]n\357\000all\300\000o\246@}r\326&remov\242\001\\\273@\317D, o\364\001e\326C\240\325C\324 \205d\207`Q\000k\311Ed\267isa\347 en\001\002r\275r8\000gcis\n\003dR\251d.\250e\010\005e%\001s\026\005\257text\323d/\323d/\374\343`\212@ship.p\377yxno def\377ault __r\377educe__ {du\213bnon-\254@\357vial\033\000cinOit__\223\204\002\246bt\320\007\351s\227\204\002\255\"d\253\204\001regx\363 \301b_\000room\341!\266\245\204\005s:\343 ke\326` \273by\301\204\007ser\225@-\375-\334% SIZE`\364\260\"$\000D\265Bory.Wcre\311`(\203E=#\001\335)k\010is y\016is\336\326@pped\203\002recad\214`\343B+\013ma\020\022\243: \246 \364\003\256\205\001b\324\205\001e\315e\340\010\047s\324\006\242\206\002of\177 a vers\203!\366\345\205\002isA\000t kn\377own here\343th\362G<\000\322#amo\367ng \315*was ?freed,\252!\006\001\346\376#()\313a\276 a n\367ew \271\"r on|\274\206\010/\000ecaus\346\"\376D\001silent:\337 openX\013ag\267ain\207\tor\206\205\002r\373ef<\001a com\177pare-ex\240\210\001\365g\273@n\340\000gues\323t\047\327#\315\"f\301\207\002de\377vice, wh\177ich que$\000\276\340\206\002calls\272\206\002:\352\340\205\003a\207\210\006o5\003hosst \223\210\001\346\210\001 fr\270`;itB\003bel\233 \363\206\004*\233\211\001 \014\ts\277\210\001p\014\010\355\"\350\302\211\003\234@\364 C\327\211\003Cor\257rupt\007\004E\327\205\001C""\332\350\206\001d\006\002De\231 de\253nt\000\006.\221\205\006c\317\210\002_\375_\017\tsetsta\227te_\025\005I\305\212\003S\002M\003em\346\205\004\000\007=\017\017\n?\016/\010\300\216\210\002?\010\203gT\010\263\213\003e\010ru\377nNO_AREA\373No\374\004sNoIn\233te\203\"sR\250\206\002\203\"W\377eakKeyDi\375c\262\211\001ary__P\363yx\001\000\016\001_Nex\277tRef__\322\211\004e\377____dict\322\004\001eL\001\004\002x\243\207\001__/func\035\001g\231%+\000\371m\342`1\001moduln:\002nam\002\003ewJ\001\375pk\000checks\357um__\n\001res\007ult\006\003\343#\022\002\214\213\001\033\003?unpickK\000\261F\3463\003vt\274\211\001\237\001quaal`\005\334\210\005\303N\366\210\006ex\323\001/set_\224\005s\267\010\336N\337__tes\376\001af\317ter_\310\213\001\216#do\377orbell_n\377owait_is\377_corouti\273ne&\003in_\357\213\002a\377llasynci\373o.\031\006satbe\257atcl+\000_&\000t\377raceback\374\222\214\002\344\211\003codeco\376\305@xtlibco\377untcurre\365nj\000d\027\001deduween$\001end\000\000\267poi\362Bor\243\213\003e\377ventfdsf\3429\000d\321\207\007\260@\263@pid{ii\206\205\001ityi<\000\316\325@ems\352\213\r\306\213\007le\277aselef\212\000m\377itlocalm\347ach\354\000\322\211\001ing\336\326\217\003mute\362Ane\267xt_\340\001nu\241\205\001o\377ffsetone?ospeer\372\220\002\376\220\003\377plainpop\377randbits\264\327\213\003\337\213\001s\356!at\360\"r\375e\255\221\002ring_a\376\355&runsecr\307ets\230\000]\001\347\214\004si\317gnal\211\211\003\272\206\002su\363pp\350`O\000xtth\376\232\213\004updateu\367se_\336\206\005valu\377esvector\377weakrefi\377nt (void\377 *, int6\2374_t)\000\203\002\373A\200\377\001\330\004\005\330\004\022\220}!\006\001\n\210+\220Q\017\001\377\047\240q\250\006\250a\200\377\001\340\004\037\230q\320 \3770\260\013\270;\300k\320\377QR\330\004\023\2209\230\377H\240A\240Q\330\004\007\377\200|\2207\230!\330\010\377+\2501\250L\270\016\300\377a\330\004\013\2101\200\001\337\360\010\000\n\033\025\001\020\220\377\001\330\010\020\220\007\220q\277\230\006\230l\250!0\001v\377\210W\220E\230\024""\230Q\373\330\010u\000\330\010\027\220q\371\340\001\001L\001q\330\010\017\320\377\017*\250$\250a\250w\177\260k\300\027\310\001\340\004\013\377\021\200A\340\010&\240a\377\240t\2507\260%\260q\377\360\n\000\t\r\210F\220\374\203\000h\002\014\210E\220\025\220\377a\220t\2307\240%\240\377q\330\014\021\320\021!\240\377\021\240!\2404\240w\250\377g\260Q\330\014\025\220\\\372\016\000(\213\000\014\017\210}\230\377A\230X\240S\250\002\250\377#\250]\270!\2708\300\3753\304\000\020\021\330\014\023\220\377<\230q\240\010\250\003\250\2732\2503\000\021\220\031\350\000\014\272\003\001-\234 \001\330\014\263 \220\3776\230\023\230G\2401\330\377\014\036\230a\230x\240s\177\250\"\320,@\300\006\207 \376=\000=\240\001\240\026\240r\177\320);\2703\270a\210\000\337\220\027\230\001\330Y\000\020\025\377\220Q\330\020\034\230D\240\377\n\250!\250<\260q\330\377\020\035\230Q\230f\240B\377\240a\330\020\030\230\n\240\377-\250q\260\006\260c\270\307\023\270B7\000\031\002\274 \2508\337\2603\260b\270A\000\024\220\347G\2301v\001\234 \210q\200\367A\360\006\376\006\013\2106\220\377\023\220D\230\007\230u\240\365A\242\001*\336\002Q\320&;\377\2701\270D\300\007\300u\377\310A\330\010\013\2104\210\273x\220\236 \022\220+y\000a\337\330\010\021\220\034\222@\014\r\373\210T\245\000\005\230Y\320&\3776\260a\260q\270\004\270\277G\3007\310!\3400\000=\277\230\001\230\030\240\023\245\000c?\250\024\320-?\270\336 *\003\277\007\230w\240a\340\262 1\367\330\010\033\230\000A\230T\240\257\021\330\010\014\225C\017\237\002\010W\000\t\":\000A\260A\014|\000\376\370!Q\230d\240!\330\014\375\r\215\0016\220\030\230\021\230\177$\230i\240r\250\021\252`\332\241\000:\246 \010\t\350!$\220\365d\350`\020\253`\330\025\026\330\177\024\034\230A\330\024\027\344@\337:\240T\250\024\236@\030#\377\2401\240G\2503\250c\257\260\022\2601\030\001u\330@Q\277\230e\2403\240i\313 \007\376\307\000\007\270v\300R\300q\337\330\030$\240A\361@\005\250\377Q\250a\330\024\032\230#\337\230S\240\003\2400\002t\230\3774\230t\240=\260\001\260\377\021\260$\260h\270b\300u\001+\001C""\327A\250D\260\n\000\375\033\035\0028\2501\330\034#\273\240<\245@\001\260\024\324`\030\367\034\230O\021\000\020\023\2204\034\372`~\000\030\230\013\217\000\237\004Q\001{1\330!\000I\240Q\340\360d~\365\003\020\024\220H\230A\277@\317\014\000\t\021\253\205\001\225Aw\220\367c\230\024\277 \024\240X\250\375T\\\000T\270\030\300\021\330\275\014\306\205\001t\230:\240\272`\021v\372\001v\230\304`\027\220\177\263`,\214\"\354 H\220\327B6\346b\237\204\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2710, 3535);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3509 bytes) */
-static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to place which is no place\047s ownChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____set""state_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodeencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000""\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
+    #else /* compression: none (3535 bytes) */
+static const char bytes[] = " (process  at  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment))): some process that can write to the memory has spoiled it, , is impossible (.: : the area has ?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againthis processor may refuse a compare-exchange in a guest\047s mapping of the device, which queues and calls need: only a process of the host can take from itwhich belonged to place which belongs to place which is no place\047s ownChannelCorruptChannelErrorClosedErrorDependentDependent.__reduce_cython__Dependent.__setstate_cython__IvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNO_AREANoChannelsNoInterruptsRegionErrorWeakKeyDictionary__Pyx_PyDict_NextRef__annotate____dict____enter____exit____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Dependent__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____set""state_cython____test___after_fork_dict_doorbell_nowait_is_coroutineafter_in_childallasyncio.coroutinesatbeatcline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodedueencodeendendpointerrorerrorseventfdsfoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmemorymutenamenext_beatnumberoffsetoneospeerplaceplacesplainpoprandbitsregionregister_at_forkreplacering_all_nowaitrunsecretsselfsetdefaultsignalsilentstatesuppresstextthreadingupdateuse_setstatevaluesvectorweakrefint (void *, int64_t)\000ring_bell\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200\001\330\004\047\240q\250\006\250a\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2209\230H\240A\240Q\330\004\007\200|\2207\230!\330\010+\2501\250L\270\016\300a\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\020\220\001\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220q\330\004\007\200q\330\010\017\320\017*\250$\250a\250w\260k\300\027\310\001\340\010\017\320\017*\250$\250a\250w\260k\300\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000""\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\013\210=\230\001\230\030\240\023\240B\240c\250\024\320-?\270q\330\014\r\210T\220\027\230\007\230w\240a\340\014\023\2201\330\010\033\2301\230A\230T\240\021\330\010\014\210F\220!\330\010\017\210q\200A\360\010\000\t\"\240\023\240A\360\n\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\032\230#\230S\240\003\2401\330\024\027\220t\2304\230t\240=\260\001\260\021\260$\260h\270b\300\001\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\330\024\027\220t\2304\230t\2401\330\030\034\230I\240Q\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210w\220c\230\024\230T\240\024\240X\250T\260\024\260T\270\030\300\021\330\014\020\220\007\220t\230:\240Q\330\020\021\330\024\027\220v\230Q\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 163; i++) {
+    for (int i = 0; i < 164; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 47) PyUnicode_InternInPlace(&string);
@@ -16414,8 +16464,8 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 163; i < 173; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-163].length;
+    for (int i = 164; i < 174; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-164].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16425,14 +16475,14 @@ static const char bytes[] = " (process  at  of ivshmem_channel.h places of the a
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 173; i++) {
+    for (Py_ssize_t i = 0; i < 174; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 163;
+      PyObject **table = stringtab + 164;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -16535,22 +16585,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 328};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 328};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_due};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 423};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 427};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 457};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 461};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 482};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_T_XT_T_t_Q_vQ_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }

@@ -40,10 +40,11 @@ cdef class Membership:
     cdef FdArray ending  # one eventfd, which wakes the thread of the beat
     cdef dict ends  # id -> a weak reference to an end that is open
     cdef object threads  # a threading.local, with the Wakeup of each thread
-    cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys
+    cdef readonly object loops  # what each asyncio loop watches (sleeping_tasks.pyx), by weak keys
     cdef bint told  # the endpoint writes to `kick` after its waits
     cdef bint polls  # not every process that this one waits for can ring it
     cdef int watchers  # ends whose descriptor a program watches
+    cdef int sleepers  # threads that sleep until they are woken, once a beat at the latest
     cdef unsigned int state  # calls without the GIL, and whether it is closed
     cdef unsigned int generation
     cdef bint pinned

@@ -333,6 +333,7 @@ cdef class Membership:
         cdef int64_t limit
         cdef uint64_t count
         cdef int code
+        cdef bint due
         if not ivshmem_enter(&self.state):
             return
         one.fd = place_of(self.ending, 0)[0]
@@ -346,13 +347,16 @@ cdef class Membership:
                         limit = min(limit, now() + PAUSE)
                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
                         eventfd_read(one.fd, &count)
-                    if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+                    due = now() >= next_beat
+                    if due and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
                         next_beat = now() + self.beat
                         if not self.mapping.fixed:
                             code = ivshmem_beat(&self.member)
                         self.look_for_mutes()
                 if not self.closed:
                     self.after_beat(code)
+                    if due and self.sleepers:
+                        self.kick_all()
         finally:
             if ivshmem_leave(&self.state):
                 self.release()

@@ -2252,6 +2252,19 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   unsigned int writer;
   uint64_t position;
 };
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
+
+/* "sleeping_tasks.pxd":6
+ * 
+ * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_in_time(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
+ * )
+*/
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
+  int __pyx_n;
+  PyObject *options;
+};
 
 /* "native/descriptors.pxd":86
  * 
@@ -2518,6 +2531,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2560,6 +2574,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2976,6 +2991,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -3824,6 +3842,9 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
 /* SetupReduce.export */
 static int __Pyx_setup_reduce(PyObject* type_obj);
 
+/* FunctionImport.proto */
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig);
+
 /* HasAttr.proto (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 #define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
@@ -4213,6 +4234,9 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "cpython.bytes" */
 
+/* Module declarations from "ivshmem.channel.sleeping_tasks" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+
 /* Module declarations from "ivshmem.channel.queues" */
 static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7channel_6queues_taken_of(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *); /*proto*/
@@ -4314,7 +4338,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[115];
+    PyObject *__pyx_string_tab[112];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4379,100 +4403,97 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_enable __pyx_string_tab[18]
 #define __pyx_kp_u_gc __pyx_string_tab[19]
 #define __pyx_kp_u_isenabled __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[23]
-#define __pyx_kp_u_queue __pyx_string_tab[24]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[25]
-#define __pyx_n_u__2 __pyx_string_tab[26]
-#define __pyx_n_u_ClaimingEnd __pyx_string_tab[27]
-#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[28]
-#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[29]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[30]
-#define __pyx_n_u_QueueReader __pyx_string_tab[31]
-#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[32]
-#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[33]
-#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[34]
-#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[35]
-#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[36]
-#define __pyx_n_u_QueueReader_take __pyx_string_tab[37]
-#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[38]
-#define __pyx_n_u_Redelivered __pyx_string_tab[39]
-#define __pyx_n_u_Taken __pyx_string_tab[40]
-#define __pyx_n_u_Taken___bytes __pyx_string_tab[41]
-#define __pyx_n_u_Taken___enter __pyx_string_tab[42]
-#define __pyx_n_u_Taken___exit __pyx_string_tab[43]
-#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[44]
-#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[45]
-#define __pyx_n_u_Taken_done __pyx_string_tab[46]
-#define __pyx_n_u_Taken_get __pyx_string_tab[47]
-#define __pyx_n_u_Taken_give_back __pyx_string_tab[48]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[49]
-#define __pyx_n_u_annotate __pyx_string_tab[50]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[51]
-#define __pyx_n_u_enter __pyx_string_tab[52]
-#define __pyx_n_u_exit __pyx_string_tab[53]
-#define __pyx_n_u_func __pyx_string_tab[54]
-#define __pyx_n_u_getstate __pyx_string_tab[55]
-#define __pyx_n_u_main __pyx_string_tab[56]
-#define __pyx_n_u_module __pyx_string_tab[57]
-#define __pyx_n_u_name __pyx_string_tab[58]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[59]
-#define __pyx_n_u_pyx_state __pyx_string_tab[60]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[61]
-#define __pyx_n_u_qualname __pyx_string_tab[62]
-#define __pyx_n_u_reduce __pyx_string_tab[63]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[64]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[65]
-#define __pyx_n_u_set_name __pyx_string_tab[66]
-#define __pyx_n_u_setstate __pyx_string_tab[67]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[68]
-#define __pyx_n_u_test __pyx_string_tab[69]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[70]
-#define __pyx_n_u_asynchronous __pyx_string_tab[71]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[72]
-#define __pyx_n_u_buffer __pyx_string_tab[73]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[74]
-#define __pyx_n_u_code __pyx_string_tab[75]
-#define __pyx_n_u_data __pyx_string_tab[76]
-#define __pyx_n_u_decode __pyx_string_tab[77]
-#define __pyx_n_u_done __pyx_string_tab[78]
-#define __pyx_n_u_error __pyx_string_tab[79]
-#define __pyx_n_u_errors __pyx_string_tab[80]
-#define __pyx_n_u_get __pyx_string_tab[81]
-#define __pyx_n_u_get_async __pyx_string_tab[82]
-#define __pyx_n_u_get_into __pyx_string_tab[83]
-#define __pyx_n_u_get_into_async __pyx_string_tab[84]
-#define __pyx_n_u_give_back __pyx_string_tab[85]
-#define __pyx_n_u_items __pyx_string_tab[86]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[87]
-#define __pyx_n_u_kind __pyx_string_tab[88]
-#define __pyx_n_u_pop __pyx_string_tab[89]
-#define __pyx_n_u_self __pyx_string_tab[90]
-#define __pyx_n_u_setdefault __pyx_string_tab[91]
-#define __pyx_n_u_size __pyx_string_tab[92]
-#define __pyx_n_u_spin __pyx_string_tab[93]
-#define __pyx_n_u_take __pyx_string_tab[94]
-#define __pyx_n_u_take_async __pyx_string_tab[95]
-#define __pyx_n_u_taken __pyx_string_tab[96]
-#define __pyx_n_u_timeout __pyx_string_tab[97]
-#define __pyx_n_u_tobytes __pyx_string_tab[98]
-#define __pyx_n_u_until_something __pyx_string_tab[99]
-#define __pyx_n_u_values __pyx_string_tab[100]
-#define __pyx_n_u_view __pyx_string_tab[101]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[102]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[103]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[104]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[105]
-#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[106]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[114]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[22]
+#define __pyx_kp_u_queue __pyx_string_tab[23]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[24]
+#define __pyx_n_u_ClaimingEnd __pyx_string_tab[25]
+#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[26]
+#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[27]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[28]
+#define __pyx_n_u_QueueReader __pyx_string_tab[29]
+#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[30]
+#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[31]
+#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[32]
+#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[33]
+#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[34]
+#define __pyx_n_u_QueueReader_take __pyx_string_tab[35]
+#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[36]
+#define __pyx_n_u_Redelivered __pyx_string_tab[37]
+#define __pyx_n_u_Taken __pyx_string_tab[38]
+#define __pyx_n_u_Taken___bytes __pyx_string_tab[39]
+#define __pyx_n_u_Taken___enter __pyx_string_tab[40]
+#define __pyx_n_u_Taken___exit __pyx_string_tab[41]
+#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[42]
+#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[43]
+#define __pyx_n_u_Taken_done __pyx_string_tab[44]
+#define __pyx_n_u_Taken_get __pyx_string_tab[45]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[46]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[47]
+#define __pyx_n_u_annotate __pyx_string_tab[48]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[49]
+#define __pyx_n_u_enter __pyx_string_tab[50]
+#define __pyx_n_u_exit __pyx_string_tab[51]
+#define __pyx_n_u_func __pyx_string_tab[52]
+#define __pyx_n_u_getstate __pyx_string_tab[53]
+#define __pyx_n_u_main __pyx_string_tab[54]
+#define __pyx_n_u_module __pyx_string_tab[55]
+#define __pyx_n_u_name __pyx_string_tab[56]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[57]
+#define __pyx_n_u_pyx_state __pyx_string_tab[58]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[59]
+#define __pyx_n_u_qualname __pyx_string_tab[60]
+#define __pyx_n_u_reduce __pyx_string_tab[61]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[62]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[63]
+#define __pyx_n_u_set_name __pyx_string_tab[64]
+#define __pyx_n_u_setstate __pyx_string_tab[65]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[66]
+#define __pyx_n_u_test __pyx_string_tab[67]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[68]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[69]
+#define __pyx_n_u_buffer __pyx_string_tab[70]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[71]
+#define __pyx_n_u_code __pyx_string_tab[72]
+#define __pyx_n_u_data __pyx_string_tab[73]
+#define __pyx_n_u_decode __pyx_string_tab[74]
+#define __pyx_n_u_done __pyx_string_tab[75]
+#define __pyx_n_u_error __pyx_string_tab[76]
+#define __pyx_n_u_errors __pyx_string_tab[77]
+#define __pyx_n_u_get __pyx_string_tab[78]
+#define __pyx_n_u_get_async __pyx_string_tab[79]
+#define __pyx_n_u_get_into __pyx_string_tab[80]
+#define __pyx_n_u_get_into_async __pyx_string_tab[81]
+#define __pyx_n_u_give_back __pyx_string_tab[82]
+#define __pyx_n_u_items __pyx_string_tab[83]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[84]
+#define __pyx_n_u_kind __pyx_string_tab[85]
+#define __pyx_n_u_pop __pyx_string_tab[86]
+#define __pyx_n_u_self __pyx_string_tab[87]
+#define __pyx_n_u_setdefault __pyx_string_tab[88]
+#define __pyx_n_u_size __pyx_string_tab[89]
+#define __pyx_n_u_spin __pyx_string_tab[90]
+#define __pyx_n_u_take __pyx_string_tab[91]
+#define __pyx_n_u_take_async __pyx_string_tab[92]
+#define __pyx_n_u_taken __pyx_string_tab[93]
+#define __pyx_n_u_timeout __pyx_string_tab[94]
+#define __pyx_n_u_tobytes __pyx_string_tab[95]
+#define __pyx_n_u_values __pyx_string_tab[96]
+#define __pyx_n_u_view __pyx_string_tab[97]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[98]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[99]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[100]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[101]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[102]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[103]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_AQd_4q_G_fA __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_a_Qat7_1D_q_k_AT_q_F_q __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[111]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4520,7 +4541,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<112; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4576,7 +4597,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<115; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<112; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5324,7 +5345,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
 }
 
 /* "ivshmem/channel/queues.pyx":22
- * from . import asynchronous
+ * from ..errors import MessageTooLong, Redelivered
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
@@ -5413,7 +5434,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   goto __pyx_L0;
 
   /* "ivshmem/channel/queues.pyx":22
- * from . import asynchronous
+ * from ..errors import MessageTooLong, Redelivered
  * 
  * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
@@ -7920,7 +7941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
 
 /* Python wrapper */
@@ -8017,9 +8038,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8028,48 +8046,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   /* "ivshmem/channel/queues.pyx":217
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 217, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/queues.pyx":215
@@ -8077,15 +8071,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8095,11 +8087,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
 }
 
 /* "ivshmem/channel/queues.pyx":219
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
 
 /* Python wrapper */
@@ -8209,8 +8201,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8219,56 +8209,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   /* "ivshmem/channel/queues.pyx":221
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     def take_async(self, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_buffer);
+  __Pyx_GIVEREF(__pyx_v_buffer);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 221, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 221, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 221, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_buffer};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/queues.pyx":219
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
 
   /* function exit code */
@@ -8276,7 +8248,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8286,11 +8257,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
 }
 
 /* "ivshmem/channel/queues.pyx":223
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
 
 /* Python wrapper */
@@ -8387,9 +8358,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8398,64 +8366,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   /* "ivshmem/channel/queues.pyx":225
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.take, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 225, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/queues.pyx":223
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8465,7 +8407,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
 }
 
 /* "ivshmem/channel/queues.pyx":227
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -8511,7 +8453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   goto __pyx_L0;
 
   /* "ivshmem/channel/queues.pyx":227
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -11701,11 +11643,39 @@ static int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct___pyx_obj_7ivshm);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 102;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
@@ -12015,50 +11985,26 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/queues.pyx":19
+  /* "ivshmem/channel/queues.pyx":20
  * from .views cimport Received
  * 
  * from ..errors import MessageTooLong, Redelivered             # <<<<<<<<<<<<<<
- * from . import asynchronous
  * 
+ * cdef int64_t probe_queue(void *what) noexcept nogil:
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
   }
   __pyx_t_3 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
     for (__pyx_t_4=0; __pyx_t_4 < 2; __pyx_t_4++) {
-      __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-
-  /* "ivshmem/channel/queues.pyx":20
- * 
- * from ..errors import MessageTooLong, Redelivered
- * from . import asynchronous             # <<<<<<<<<<<<<<
- * 
- * cdef int64_t probe_queue(void *what) noexcept nogil:
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
-  }
-  __pyx_t_3 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_3);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_4 = 0; {
       __pyx_t_2 = __Pyx_ImportFrom(__pyx_t_3, __pyx_imported_names[__pyx_t_4]); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 20, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_4], __pyx_t_2) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
@@ -12173,7 +12119,7 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -12185,11 +12131,11 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/queues.pyx":219
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -12201,11 +12147,11 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/channel/queues.pyx":223
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.take, timeout)
+ *         return until_something(self, self.take, timeout, ())
 */
   __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
@@ -12477,41 +12423,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{16},{14},{26},{6},{73},{0},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{15},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{7},{15},{49},{141},{38},{76},{125},{23},{23},{25}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{4},{11},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{111},{13},{7},{6},{2},{9},{14},{26},{6},{73},{11},{29},{31},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{6},{18},{4},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{3},{4},{10},{4},{4},{4},{10},{5},{7},{7},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{117},{163},{9},{34},{7},{15},{49},{141},{38},{76},{125},{22},{22},{22}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1166 bytes) */
-static const char cstring[] = "x\332\225T\275s\032G\024\227\3068F\216lC\244\221\242(\305\022[\326g\3600#Y\211\222\211Cb+.\022G(x2N\263\263\334-\260\346\270\205\333=\004N\n\225\224Wny\345\225\224\224*U^I\251?A\177B\336\336\001B\340\311L\230\341\366\275}_\277\367\265\250\324\221T\240\350\273\207\210m\"Y\245\250\344\226\313\324AU\"\020\342\345\350\177\3460\tW[\322\241\024\225\035R\251S[n\357!\223\3334{\004\226\034\014\035\344Pb\016-\231\334C\222\363#\360\310\004j8\334\240B\2403\220\010f\2011:\253\302\tj\240m\242:\010I\205\242\217\250KR\2436*s\007U \330\215\231\301\033\214\232\210\214l\367\264\310\250\"0\267\270\220\337\263\226\250\326i=kT\211mS+\373\303\2137`\177\302\214\232\305\354\212NJH\3075$\330\327K\324\001\\.Xk|\324*gGN#&\206Pw\205D%\212h\273a1\203I\253\003\3716]*$\3008c\262\212~$\256\344\270\241C\320\255\242\343\322\3551:\035\317d\202\224,Jm\375\255\030L\304\2249\215t\304S\307\341\216\030r\317\206\322g\020\021bf\033\235vD\305p\253\3242c\254\303\026\030\240\314#\270\006\267[\324\321\030%\207j\235td\225\333\210\227\336S\310]\227\2651,\311\317\026au8_\331\346\004\231\305\330\241\246kPlD\226\030\337\026\n*\205$\362F\374[\234p\221\363_\271])h\214\247\021\246\tr\326\351m\341\214\323Iq\205JLD\3076\246/\231-\371\307\356f\265uC\247\371X\353\224\232\324bP0j\026u\327\243\017 \212V\004\343\021\013\003L\235\t\266\315\344\r7\225\332\350z&\251X\240W(\246\000\357\220\000\000\270D\214\032\306\047\2356\374_2C\3427\264-Oi\031\343\250\265\332\021\036\343\032#\032a\301\270\354\332\206>+\243\260\360\253\023fG\0477]+\272\261I=:a\234\260A\032lD\017M4\331\222zJ\265\240\351\022kd0L\022\317\244;\276\240m\315@\326\343 b\002\312L50\206L4r&\260\301\035\356Jf\323\250\047U\207\333\334\025\021\315xv,\024\361Ce\300\360Rh4\226\0161\250.\233\301Mj\022\t\255\215((p\264J\361>A=\306\0234\232\220\333\2232.?\274yu1\275\235\361\376\325\230m6xC\257\034db\3222q-)\330\007*\032\340\010\272x3R\321\353!Y\235\002j\311\243\206\271\300[X\360:\205\347\316\256\264\210\005.[\214\236\r\237\244\270\360\260\243\370p\030\036\037\016\343\343\3471""\200xz\320\316\326I\247\330i\320\337\343}\336\331C\377\303\305\304&OX\216\324\343W\017\236\017x\366v\266\347\"\026\363\362\371\374 q\277\273\353\025\316\363\203\344\247\335\003\357\216\227\033,\246\274\273^a\360 \355\255\251\307\252\240\371\373*\2435\036u\233\361\361A\245\325\206j\373\232]\337\016\322\327_\315-,v\367\273-\257\020\256\354\006\337\366\216\373\231>xZ\002w\240\336\366\232\352\236j\371\005\237\200\301\346A\257p\2752\267\260\2562\352\033?\347\037\007\231Ara\260\370\250+\275\347*\035~\221\rX\257\325/\364\311 \265\3525\265\300\365^\253\327\376O\376\373^\242\227\037\244\226\275W\000 \243r\203\324\212g\373\371\301\362c\360\363*\370<\314\025\303\342\333\360\355\273\360\335_W\200\373\036\004\236W\253~2H\004y\r\347@%\375\371\253\305/U^\025\024\200\271Jj\347yH7\202)\325\241\3774\270\023\034\365\212\375\325\213\273\027\177^\346/\2416W\0176\374b\220\216!\356\003\244TZW\345\241\"\372H\252\371Xr\2506\375\364 \365\304\317C\246f\260\331[\203*\354\367\233\032\360/\352;\277\034\344\317\363\327\237\315=|\372\037\336>\361n\234.\205K\033\272h\276\014\016{\333\375\\\377\345\305\374 J\353o\200\031Em\352\022\324 \354\262\316\251\350\257\302\3652TM%\324\261\277\025\356\274\3507/\022\027\307\227[\341\351\037a\002A\362\220\350?\341\372n\220\013\216{Oz\345~>Ld\374\364\324u\245_\010\023_\007\205\251\353\332\305\332e\346_J\326F~";
-    PyObject *data = __Pyx_DecompressString(cstring, 1166, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1181 bytes) */
+static const char cstring[] = "x\332\225T\275S\033G\024\207\261\034\203\203m)0\020\207\024K\034\314\207\211<\314\200IH&\216b\233x<\211\203\210<\031\247\331Y\335=IkN\267\322\355\236\220\234\"\224\224Wny\345\225*URR\252T\311\237\300\237\220\267w\372\002\234L\242\031\335\276\217}\357\375\336\327\222bK\201$\361w\2030\327&\252\002\244\350\227J\340\221\n\223\204\210R\374?\362\270B\321\252\362\000H\311c\345*\270jm\203\330\302\205\354.Z\n4\364\210\007\314\356[r\265A\224\020\273\350\221KR\363\204\005R\222#\324H\356\24019\252\340\211\327\360\266M\252\250de \037\270\256\330!\270\244$<R\306`#3K\3248\330\204\rl7\214\312\252\0204w\204T\337\361\206\254T\241\232\265*\314u\301\311~\377\3645\332\357s\353\320\341n\331$%\225\347[\n\355\253E\360\020\227\217\326\006\0378\245\354\300i\314$\020\252\276T\244\010\004\2325\207[\\9-\314\267\356\203T\010\343\210\253\n\371\201\371J\320\232\t\001\253\005\317\207\265!:\023\317\346\222\025\035\000\327|\313\026\227\te\017\220\202\347\tO\366\271\307}\334\2171\002\306\310\326Z\315\230J\340U\300\261\023l\375\222[xY\304\360,\3416\3003\230\224\300\352\354\267TE\270D\024\337\001\346j\312X\353\227\340\231\303x\025\317\027\256=Ff)\365\300\366-\240VlI\351e\245\004%\025S#\365/I\202\005!~\026n9o0\036\304\230\306\310\353N/+\2579\035W\227AQ&[\256uU\310]%>$\273~\3334\360*\237\334:\000\033\034\216\005\003\273`\272\034\177\020Q\274\022\224\016X\034X\360\306\330&W#\356Jj\003\361\265\244\022\205Y\231\204B\274}\002\001\320\"\263\016)\335o5\361\377\234[\212\276\206\246:\200\022\245qk\215#:\3045D4\300Bi\311w-s\226\007a\361We\334\215Oa\373N,qY5>q\234\250\305j|@\367M\014\331Pf*\215\242\3563g`\320O\222^Kw(\200\246a0\353a\0209\006\345Z5(\305L\014r.\251%<\341+\356B\334\023.\262C\201L\036#\013\007\026\260\271Ty\314\002S*K\330`3\205\355\214),j\274>\311\016a\r\206S3\230\212\313\3231,9\276kUy\365\255Hv\356\220\273vM\324\314\232!z\033J\314w\224\344\357A\326\320\021vn4F\361\013\241x\025\020\265\022q\223\032\314A\037\r\016G\373\255_\223\355[_\355?9I\241q\047\351N?4\335\351\307\246[\340\332\222>K8\3349\262\276AF""\036\376\211^\233\3601\276C\245\250\002>\241n\371?Dz\222\244\231\314%\202\333o\025Z5\030y\377\037.\306\336\2101\313\301\365\344\375\304\207I\306Hc\226\212\322\361d/u\373\344Q\220?\316\365\246>>\331\016n\004\233\275\231tp3\310\367\356d\202\373\372\201\316\033\376\266^27\356\235\324\223\343\275\316\350e\335\014\r\273\270\026e.\276\230\230\2369\331:i\004\371\356\374\243\350\233\366^g\251\203\236f\321\035^o\006u}K7\302|\310\320`e\273\235\277\230\237\230^\324K\372\353p3\334\213\226zS\323\275\231{\047*x\2423\335\317\262\021o7:\371\016\353\245\027\202\272Q\370\301K\3752\3741|\327N\265s\275\364\\\360\002\001,\351\315^z>p\303\\o\356\001\372y\021}\332\335,t\013o\272o\336v\337\376q\216\270oa\340I\275\020NE\251(g\340l\353\251p\362|\346s\235\323y\215`\316\247\214\363\034\246\033\303Tz\047|\030\335\210v\333\205\316\302\351\315\323\337\317rgX\233\363;\313a!\312$\020\267\020R:c\252rW3sL\351\311D\263\243W\302L/\375e\230\303L\355h\245}\037\253\260\325\251\033\300?\351o\303R\224;\316]|2q\367\341\277x\373(\0309\235\355\316.\233\242\205*\332i\257u6;\317O\047{qZ\177\"\3148j\335\224\340\020\303\316\231\234\n\341\002\212\347\260j:\245\367\302\325\356\372\323N\3754u\272w\266\332=\370\255\233\"\230<&\372\227f\330\215B4\037\265:\223\335\324R\230\031\227.\264\247;\231n\352\253(?.]l\277\352\260\277\001\375\031\\\275";
+    PyObject *data = __Pyx_DecompressString(cstring, 1181, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1481 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\371d\232\r\262\005error\225s\301\004/\301\004/o\000q\000.\327pyx\005\002 \235\002heSld\246\003\374$c\362\000o\252\002\277conver\240\001t\375o\253 Python\237 obje\371\000\323!p\276\214$Claim\230 E\373nd\000\010.__re\277duce_c5\002_\375_\017\013setsta\365t\025\007M\305CTooL\377ongQueue\201R\222b\000\010C\017\017\013D\0160\tg\377et_async\036\005\rinto\000\021\034\017\320a\370\203\t\340aN\003Redel\035i\256 edT\365a\000\002\201 \366\244\205\002__\007\005ente\035r\004\010xit\023\007\241,;\005\200\231.V\003\277\205\001`\003\326\000\002\004~\000_\377back__Py\375x\001\000Dict_N\377extRef__\334\326B\357!___\221\004__\370\213\004\006\000\207\002__fun\315c\036\000_g\231E+\000ma\373in\020\001modul\235e\032\001nam\003\002\314`_\217capi.\001\010\001\316C_\346\023\001vt\262\204\001G\001qua\311l)\005\216d_\216n\247fex\224{\001\235`_]\005s\200\010\247n_\357_tes\303 _is\377_corouti\373ne\343Bhrono\273us\357Bio.\024\006s\326\243\210\003cl&\000_\326\000tr\367ace\263!code\277datade\005\002o\003ne\306\205\002\312\205\003\274`\271f\307a\262a\364\000\005\322cg\367%item\371s\270\207\r\372\205\003kindp\373op\233\207\001setde\377faultsiz\037espin\257\210\001\311g\274\210\002otime\320\000to\355\211\002\377until_so\377methingv\377aluesvie\365w\214\210\004_\364\"obj_m7\300\210\004_7\301\210\004_6\373\206\003\376\205\204\003 *(PyTywpeO\312\206\003*, \030(\342\347\206\010 0\007j\005\363\211\003con\277st *)\000\203\212\002_\377of\200\001""\330\004\n\210\377+\220Q\200A\330\010\013\377\2105\220\003\2201\330\014\377\020\220\005\220Q\330\r\021\277\220\031\230#\230Q\014\001\n\273\230!\036\001\017\210q\001\003z\177\230\021\230%\230x\240\013\001\377\033)\250\021\360\"\000\t\377\014\2104\210v\220Q\320\377\026+\2509\260F\270!\365\270G\000\023L\000\010\017\210x\377\220q\230\007\230v\240Q\373\240af\000\0475\260Q\360\377\026\000\t\033\230!\2308\377\2401\240F\250!\330\010\377\t\330\014\017\210t\2206\377\230\021\320\032.\250i\260\377v\270Q\270a\330\020\027\373\220q\025\001u\220H\230H\377\240B\240j\260\004\260A\337\330\020\024\220E~\000!\230\3771\330\020\026\220n\240A\367\330\024#E\000E\250\030\320\3771T\320TU\320UY\257\320YZ\340\305\000\007v\000\001\377\230\027\240\010\250\004\250A\377\330\014\023\2205\230\010\240\377\001\340\014\034\230A\230Qu\230\212\000\340\233\000u\220A\354\000\376\242\002t\2307\240&\250\003\377\250:\260T\270\027\300\005\337\300W\310A\310\231 \340\r_%\240T\250\021\235\0034\220\000}\020\t\000\020\220\016\230a\251!\367\010\230\001\267\0037\230\047\240\277\021\330\020$\240A\347\000d\357\250\047\260\031\203 4\270q\376\255\001G\230;\240f\250A\177\200A\360\022\000\016&3\030{\006\220K\007\023\320\023%\261!\377\240t\2507\260)\2701\367\270D\300h\000\020\220\007\220q{\244\000q\002Z\000\026\220kt\000\375\024\320\001T\240\027\250\001\330\375\024\263 \230\004\230F\240(\377\320*?\270q\300\004\300\377F\310(\320RS\320\004\371 \372\000\215@|\320\033+\250\3771\250F\260$\260f\270\177A\320\004!\240\021\340\t\013\377g\270Q\320\004-\250Q>\010\014k\300\031\310!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1481, 2153);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1506 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000(t\377ree frag\377ment), d_one.:7\000o6\000\277r read3\004i\177t, too:O\000\377is proce\357ss wQ\000sil\356:\000 wh\005\000 it\356e\000d m\032\000age\375 \034\020taken \237for gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000P\177ickling\325\001\277structy\000m\177bers su;\000\336\234\001elf.\212\004,s\374\t\001}\003must b\377e explic\357itly\355\000que\373st\204\000with \177@auto_p_\001\177e(True)\225\006\376\305!disable{en\002\001gcis\004\003\375d\242\005errors\312\261\004/\261\004/_\000a\000.p\353yx\005\002 \215\002hel\251d\226\003\354$c\342\000o\232\002c\337onver\220\001to\376\233 Python Oobje\351\000\303!p\374\004\337Claim\210 En\375d\000\010.__red\337uce_c5\002__\376\017\013setstat\372\025\007M\265CTooLo\377ngQueueR\300\202b\000\010C\017\017\013D\0160\tge\177t_async\005\r\017into\000\021\034\017\300a\203\t\374\320aN\003Redeli\016\256 edT\345a\000\002\201 \224\205\002\373__\007\005enter\016\004\010xit\023\007\241,;\005\231.\300V\003\257\205\001`\003\326\000\002\004~\000_b\377ack__Pyx\376\001\000Dict_Ne\177xtRef__\326Bn\357!___\221\004__\213\004\374\006\000\207\002__func\346\036\000_g\231E+\000mai\375n\020\001module\316\032\001nam\003\002\314`_cGapi.\001\010\001\316C_\023\001\363vt\242\204\001G\001quald)\005\216d_\216n\247fex{\001\312\235`_]\005s\200\010\247n__\367tes\303 _is_\377coroutin]e\343Bio.\010\006s\207\210\003\353cl\032\000_\312\000tra\373ce\247!coded\337atade\005\002on\001e\272\205\002\276\205\003\260`\255f\273a\246a\000\005\372\306cg\353%items\374\234\207\r\356\205\003kindpo\375p\377\206\001setdef\377aultsize;sp\370`ake\275g\240\210\002otime\304\000to\321\211\002\377valuesvi\337ewPyO\370\205\003*(\372\354\207\004_\344\"obj_7\366\240\210\004_7\241\210\004_4en\357ds_C\260\210\003End\217 *, 8\007\000\t\014\t)\377\000until_s\377omething\362G 6\325\207\003\337\204\003 *(P\337yType\244\005, \300\030(\301\207\010\254\001\323\211\004\324""\005\275\212\003co\177nst *)\000\315\212\002\377_of\200\001\330\004\n\377\210+\220Q\200A\330\010\377\013\2105\220\003\2201\330\377\014\020\220\005\220Q\330\r\177\021\220\031\230#\230Q\014\001w\n\230!\036\001\017\210q\001\003\377z\230\021\230%\230x\240\376\013\001\033)\250\021\360\"\000\377\t\014\2104\210v\220Q\377\320\026+\2509\260F\270\353!\270G\000\023L\000\010\017\210\377x\220q\230\007\230v\240\367Q\240af\000\0475\260Q\377\360\026\000\t\033\230!\230\3778\2401\240F\250!\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E~\000!\377\2301\330\020\026\220n\240\357A\330\024#E\000E\250\030\377\3201T\320TU\320U_Y\320YZ\340\305\000\007v\000\377\001\230\027\240\010\250\004\250\377A\330\014\023\2205\230\010\377\240\001\340\014\034\230A\230\353Q\230\212\000\340\233\000u\220A\374\354\000\242\002t\2307\240&\250\377\003\250:\260T\270\027\300\277\005\300W\310A\310\231 \340\277\r%\240T\250\021\235\0034\372\220\000\020\t\000\020\220\016\230a\356\251!\010\230\001\267\0037\230\047\177\240\021\330\020$\240A\347\000\337d\250\047\260\031\203 4\270\375q\255\001G\230;\240f\250\377A\200A\360\022\000\016&\3663\030\006\220K\007\023\320\023%\376\261!\240t\2507\260)\270\3571\270D\300h\000\020\220\007\343\220{\244\000q\002Z\000\026\220k\372t\000\024\320\001T\240\027\250\001\373\330\024\263 \230\004\230F\240\377(\320*?\270q\300\004\377\300F\310(\320RS\320s\004 \372\000\215@\177\230a\213@\377T\250\026\250y\270\001\320\337\004!\240\021\340\013\010\027\260\377\t\270\021\320\004-\250Q>\n\t\033\260J\270a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1506, 2222);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2153 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F""\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
+    #else /* compression: none (2222 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NonePickling of struct members such as self.message,self.taken must be explicitly requested with @auto_pickle(True)a message of disableenablegcisenabledivshmem.errorsivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__MessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbuffercline_in_tracebackcodedatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindpopselfsetdefaultsizespintaketake_asynctakentimeouttobytesvaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230""\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\340\r%\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230\047\240\021\330\020$\240A\240Q\240d\250\047\260\031\270!\2704\270q\330\020\024\220G\230;\240f\250A\200A\360\022\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\006\220a\330\014\020\220\010\230\001\330\014\023\320\023%\240Q\240a\240t\2507\260)\2701\270D\300\001\330\014\020\220\007\220{\240&\250\001\330\014\017\210q\330\020\026\220k\240\021\330\024\034\230A\230T\240\027\250\001\330\024\027\220q\230\004\230F\240(\320*?\270q\300\004\300F\310(\320RS\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 102; i++) {
+    for (int i = 0; i < 98; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 25) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -12519,8 +12465,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 102; i < 115; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-102].length;
+    for (int i = 98; i < 112; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-98].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -12530,15 +12476,15 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer (tr
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 115; i++) {
+    for (Py_ssize_t i = 0; i < 112; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 102;
-      for (Py_ssize_t i=0; i<13; ++i) {
+      PyObject **table = stringtab + 98;
+      for (Py_ssize_t i=0; i<14; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -12615,17 +12561,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 215};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 219};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 223};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -15926,6 +15872,72 @@ __PYX_GOOD:
     Py_XDECREF(setstate_cython);
     return ret;
 }
+
+/* PxdImportShared (used by FunctionImport) */
+#ifndef __PYX_HAVE_RT_ImportFromPxd_3_3_1
+#define __PYX_HAVE_RT_ImportFromPxd_3_3_1
+static int __Pyx_ImportFromPxd_3_3_1(PyObject *module, const char *name, void **p, const char *sig, const char *what, int optional) {
+    PyObject *d = 0;
+    PyObject *cobj = 0;
+    d = PyObject_GetAttrString(module, "__pyx_capi__");
+    if (!d)
+        goto bad;
+#if (defined(Py_LIMITED_API) && Py_LIMITED_API >= 0x030d0000) || (!defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030d0000)
+    PyDict_GetItemStringRef(d, name, &cobj);
+#else
+    cobj = PyDict_GetItemString(d, name);
+    Py_XINCREF(cobj);
+#endif
+    if (!cobj) {
+        if (optional && !PyErr_Occurred()) {
+            PyErr_Clear();
+            *p = NULL;
+            goto allowed_failure;
+        } else {
+            PyErr_Format(PyExc_ImportError,
+                "%.200s does not export expected C %.8s %.200s",
+                    PyModule_GetName(module), what, name);
+            goto bad;
+        }
+    }
+    if (!PyCapsule_IsValid(cobj, sig)) {
+        PyErr_Format(PyExc_TypeError,
+            "C %.8s %.200s.%.200s has wrong signature (expected %.500s, got %.500s)",
+             what, PyModule_GetName(module), name, sig, PyCapsule_GetName(cobj));
+        goto bad;
+    }
+    *p = PyCapsule_GetPointer(cobj, sig);
+    if (!(*p))
+        goto bad;
+    Py_DECREF(cobj);
+allowed_failure:
+    Py_DECREF(d);
+    return 0;
+bad:
+    Py_XDECREF(d);
+    Py_XDECREF(cobj);
+    return -1;
+}
+#endif
+
+/* FunctionImport */
+#ifndef __PYX_HAVE_RT_ImportFunction_3_3_1
+#define __PYX_HAVE_RT_ImportFunction_3_3_1
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig) {
+    if (*f) {
+        return 0; // already imported under a different name
+    }
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    int result = __Pyx_ImportFromPxd_3_3_1(module, funcname, &tmp.p, sig, "function", 0);
+    if (result == 0) {
+        *f = tmp.fp;
+    }
+    return result;
+}
+#endif
 
 /* HasAttr (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000

@@ -14,10 +14,10 @@ from libc.stdint cimport int64_t, uint64_t
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport LARGE, ReaderEnd
+from .sleeping_tasks cimport until_something
 from .views cimport Received
 
 from ..errors import MessageTooLong, Redelivered
-from . import asynchronous
 
 cdef int64_t probe_queue(void *what) noexcept nogil:
     cdef ivshmem_reader *reader = <ivshmem_reader *>what
@@ -214,15 +214,15 @@ cdef class QueueReader(ClaimingEnd):
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.get, timeout)
+        return until_something(self, self.get, timeout, ())
 
     def get_into_async(self, buffer, timeout=None):
         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.get_into, timeout, buffer)
+        return until_something(self, self.get_into, timeout, (buffer,))
 
     def take_async(self, timeout=None):
         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.take, timeout)
+        return until_something(self, self.take, timeout, ())
 
     def __iter__(self):
         return self

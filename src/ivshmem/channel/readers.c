@@ -2240,6 +2240,19 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   unsigned int writer;
   uint64_t position;
 };
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
+
+/* "sleeping_tasks.pxd":6
+ * 
+ * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_in_time(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
+ * )
+*/
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
+  int __pyx_n;
+  PyObject *options;
+};
 
 /* "native/descriptors.pxd":86
  * 
@@ -2506,6 +2519,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2548,6 +2562,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2649,12 +2664,12 @@ struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader {
 };
 
 
-/* "ivshmem/channel/readers.pyx":293
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+/* "ivshmem/channel/readers.pyx":296
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
 struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async {
   PyObject_HEAD
@@ -2967,6 +2982,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -3069,7 +3087,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *__pyx_vtabptr_7ivshmem_7channel_7readers_Reader;
 
 
-/* "ivshmem/channel/readers.pyx":325
+/* "ivshmem/channel/readers.pyx":328
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4422,6 +4440,9 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "cpython.bytes" */
 
+/* Module declarations from "ivshmem.channel.sleeping_tasks" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+
 /* Module declarations from "ivshmem.channel.views" */
 static struct __pyx_obj_7ivshmem_7channel_5views_View *(*__pyx_f_7ivshmem_7channel_5views_view_of)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message); /*proto*/
 
@@ -4548,7 +4569,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[16];
-    PyObject *__pyx_string_tab[121];
+    PyObject *__pyx_string_tab[118];
     PyObject *__pyx_number_tab[2];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4632,112 +4653,109 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_enable __pyx_string_tab[12]
 #define __pyx_kp_u_gc __pyx_string_tab[13]
 #define __pyx_kp_u_isenabled __pyx_string_tab[14]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[15]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[16]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[17]
-#define __pyx_kp_u_ivshmem_channel_readers_pyx __pyx_string_tab[18]
-#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[19]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[20]
-#define __pyx_n_u__4 __pyx_string_tab[21]
-#define __pyx_n_u_ChannelError __pyx_string_tab[22]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[23]
-#define __pyx_n_u_MessagesLost __pyx_string_tab[24]
-#define __pyx_n_u_Reader __pyx_string_tab[25]
-#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[26]
-#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[27]
-#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[28]
-#define __pyx_n_u_Reader_get_async __pyx_string_tab[29]
-#define __pyx_n_u_Reader_get_into __pyx_string_tab[30]
-#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[31]
-#define __pyx_n_u_Reader_get_rows __pyx_string_tab[32]
-#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[33]
-#define __pyx_n_u_Reader_view __pyx_string_tab[34]
-#define __pyx_n_u_Reader_view_async __pyx_string_tab[35]
-#define __pyx_n_u_ValueReader __pyx_string_tab[36]
-#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[37]
-#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[38]
-#define __pyx_n_u_ValueReader_get __pyx_string_tab[39]
-#define __pyx_n_u_ValueReader_view __pyx_string_tab[40]
-#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[41]
-#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[42]
-#define __pyx_n_u__5 __pyx_string_tab[43]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[44]
-#define __pyx_n_u_annotate __pyx_string_tab[45]
-#define __pyx_n_u_await __pyx_string_tab[46]
-#define __pyx_n_u_func __pyx_string_tab[47]
-#define __pyx_n_u_getstate __pyx_string_tab[48]
-#define __pyx_n_u_main __pyx_string_tab[49]
-#define __pyx_n_u_module __pyx_string_tab[50]
-#define __pyx_n_u_name __pyx_string_tab[51]
-#define __pyx_n_u_pyx_state __pyx_string_tab[52]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[53]
-#define __pyx_n_u_qualname __pyx_string_tab[54]
-#define __pyx_n_u_reduce __pyx_string_tab[55]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[56]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[57]
-#define __pyx_n_u_set_name __pyx_string_tab[58]
-#define __pyx_n_u_setstate __pyx_string_tab[59]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_test __pyx_string_tab[61]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[62]
-#define __pyx_n_u_rows_or_none __pyx_string_tab[63]
-#define __pyx_n_u_asynchronous __pyx_string_tab[64]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[65]
-#define __pyx_n_u_buffer __pyx_string_tab[66]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[67]
-#define __pyx_n_u_close __pyx_string_tab[68]
-#define __pyx_n_u_code __pyx_string_tab[69]
-#define __pyx_n_u_count __pyx_string_tab[70]
-#define __pyx_n_u_counted __pyx_string_tab[71]
-#define __pyx_n_u_decode __pyx_string_tab[72]
-#define __pyx_n_u_errors __pyx_string_tab[73]
-#define __pyx_n_u_found __pyx_string_tab[74]
-#define __pyx_n_u_get __pyx_string_tab[75]
-#define __pyx_n_u_get_async __pyx_string_tab[76]
-#define __pyx_n_u_get_into __pyx_string_tab[77]
-#define __pyx_n_u_get_into_async __pyx_string_tab[78]
-#define __pyx_n_u_get_rows __pyx_string_tab[79]
-#define __pyx_n_u_get_rows_async __pyx_string_tab[80]
-#define __pyx_n_u_i __pyx_string_tab[81]
-#define __pyx_n_u_items __pyx_string_tab[82]
-#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[83]
-#define __pyx_n_u_message __pyx_string_tab[84]
-#define __pyx_n_u_ndim __pyx_string_tab[85]
-#define __pyx_n_u_next __pyx_string_tab[86]
-#define __pyx_n_u_pop __pyx_string_tab[87]
-#define __pyx_n_u_rows __pyx_string_tab[88]
-#define __pyx_n_u_self __pyx_string_tab[89]
-#define __pyx_n_u_send __pyx_string_tab[90]
-#define __pyx_n_u_setdefault __pyx_string_tab[91]
-#define __pyx_n_u_shape __pyx_string_tab[92]
-#define __pyx_n_u_size __pyx_string_tab[93]
-#define __pyx_n_u_spin __pyx_string_tab[94]
-#define __pyx_n_u_text __pyx_string_tab[95]
-#define __pyx_n_u_throw __pyx_string_tab[96]
-#define __pyx_n_u_timeout __pyx_string_tab[97]
-#define __pyx_n_u_tries __pyx_string_tab[98]
-#define __pyx_n_u_until_something __pyx_string_tab[99]
-#define __pyx_n_u_value __pyx_string_tab[100]
-#define __pyx_n_u_values __pyx_string_tab[101]
-#define __pyx_n_u_view __pyx_string_tab[102]
-#define __pyx_n_u_view_async __pyx_string_tab[103]
-#define __pyx_n_u_wait_changed __pyx_string_tab[104]
-#define __pyx_n_u_wait_changed_async __pyx_string_tab[105]
-#define __pyx_n_u_whole __pyx_string_tab[106]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[107]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[108]
-#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[109]
-#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[110]
-#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_1F_oQ __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_1 __pyx_string_tab[120]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[15]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[16]
+#define __pyx_kp_u_ivshmem_channel_readers_pyx __pyx_string_tab[17]
+#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[18]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[19]
+#define __pyx_n_u_ChannelError __pyx_string_tab[20]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[21]
+#define __pyx_n_u_MessagesLost __pyx_string_tab[22]
+#define __pyx_n_u_Reader __pyx_string_tab[23]
+#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[24]
+#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[25]
+#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[26]
+#define __pyx_n_u_Reader_get_async __pyx_string_tab[27]
+#define __pyx_n_u_Reader_get_into __pyx_string_tab[28]
+#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[29]
+#define __pyx_n_u_Reader_get_rows __pyx_string_tab[30]
+#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[31]
+#define __pyx_n_u_Reader_view __pyx_string_tab[32]
+#define __pyx_n_u_Reader_view_async __pyx_string_tab[33]
+#define __pyx_n_u_ValueReader __pyx_string_tab[34]
+#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[35]
+#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[36]
+#define __pyx_n_u_ValueReader_get __pyx_string_tab[37]
+#define __pyx_n_u_ValueReader_view __pyx_string_tab[38]
+#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[39]
+#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[40]
+#define __pyx_n_u__4 __pyx_string_tab[41]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[42]
+#define __pyx_n_u_annotate __pyx_string_tab[43]
+#define __pyx_n_u_await __pyx_string_tab[44]
+#define __pyx_n_u_func __pyx_string_tab[45]
+#define __pyx_n_u_getstate __pyx_string_tab[46]
+#define __pyx_n_u_main __pyx_string_tab[47]
+#define __pyx_n_u_module __pyx_string_tab[48]
+#define __pyx_n_u_name __pyx_string_tab[49]
+#define __pyx_n_u_pyx_state __pyx_string_tab[50]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[51]
+#define __pyx_n_u_qualname __pyx_string_tab[52]
+#define __pyx_n_u_reduce __pyx_string_tab[53]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[54]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[55]
+#define __pyx_n_u_set_name __pyx_string_tab[56]
+#define __pyx_n_u_setstate __pyx_string_tab[57]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[58]
+#define __pyx_n_u_test __pyx_string_tab[59]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[60]
+#define __pyx_n_u_rows_or_none __pyx_string_tab[61]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[62]
+#define __pyx_n_u_buffer __pyx_string_tab[63]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[64]
+#define __pyx_n_u_close __pyx_string_tab[65]
+#define __pyx_n_u_code __pyx_string_tab[66]
+#define __pyx_n_u_count __pyx_string_tab[67]
+#define __pyx_n_u_counted __pyx_string_tab[68]
+#define __pyx_n_u_decode __pyx_string_tab[69]
+#define __pyx_n_u_errors __pyx_string_tab[70]
+#define __pyx_n_u_found __pyx_string_tab[71]
+#define __pyx_n_u_get __pyx_string_tab[72]
+#define __pyx_n_u_get_async __pyx_string_tab[73]
+#define __pyx_n_u_get_into __pyx_string_tab[74]
+#define __pyx_n_u_get_into_async __pyx_string_tab[75]
+#define __pyx_n_u_get_rows __pyx_string_tab[76]
+#define __pyx_n_u_get_rows_async __pyx_string_tab[77]
+#define __pyx_n_u_i __pyx_string_tab[78]
+#define __pyx_n_u_items __pyx_string_tab[79]
+#define __pyx_n_u_ivshmem_channel_readers __pyx_string_tab[80]
+#define __pyx_n_u_message __pyx_string_tab[81]
+#define __pyx_n_u_ndim __pyx_string_tab[82]
+#define __pyx_n_u_next __pyx_string_tab[83]
+#define __pyx_n_u_pop __pyx_string_tab[84]
+#define __pyx_n_u_rows __pyx_string_tab[85]
+#define __pyx_n_u_self __pyx_string_tab[86]
+#define __pyx_n_u_send __pyx_string_tab[87]
+#define __pyx_n_u_setdefault __pyx_string_tab[88]
+#define __pyx_n_u_shape __pyx_string_tab[89]
+#define __pyx_n_u_size __pyx_string_tab[90]
+#define __pyx_n_u_spin __pyx_string_tab[91]
+#define __pyx_n_u_text __pyx_string_tab[92]
+#define __pyx_n_u_throw __pyx_string_tab[93]
+#define __pyx_n_u_timeout __pyx_string_tab[94]
+#define __pyx_n_u_tries __pyx_string_tab[95]
+#define __pyx_n_u_value __pyx_string_tab[96]
+#define __pyx_n_u_values __pyx_string_tab[97]
+#define __pyx_n_u_view __pyx_string_tab[98]
+#define __pyx_n_u_view_async __pyx_string_tab[99]
+#define __pyx_n_u_wait_changed __pyx_string_tab[100]
+#define __pyx_n_u_wait_changed_async __pyx_string_tab[101]
+#define __pyx_n_u_whole __pyx_string_tab[102]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[103]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[104]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[105]
+#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[106]
+#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[107]
+#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[108]
+#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[109]
+#define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_avT_y __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_avT __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_avT_2 __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_Q_avT_Ja __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[117]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_2 __pyx_number_tab[1]
 /* #### Code section: module_state_clear ### */
@@ -4787,7 +4805,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<16; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<121; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<118; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4848,7 +4866,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<16; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<121; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<118; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<2; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5832,23 +5850,89 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_attempt(struct __pyx_obj_7
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         return ivshmem_reader_sleep(&self.reader)
- * 
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
 
 static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
+  int __pyx_v_code;
   int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
 
   /* "ivshmem/channel/readers.pyx":55
  * 
  *     cdef int begin_sleep(self) except -2:
- *         return ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *             return 0
+*/
+  __pyx_v_code = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
+
+  /* "ivshmem/channel/readers.pyx":56
+ *     cdef int begin_sleep(self) except -2:
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
+ *             return 0
+ *         return code
+*/
+  if (!__pyx_v_self->pending) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->pending;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.reader.slot == IVSHMEM_NO_SLOT);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_f_7ivshmem_7channel_7readers_probe_reader((&__pyx_v_self->__pyx_base.reader)) != 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/readers.pyx":57
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *             return 0             # <<<<<<<<<<<<<<
+ *         return code
+ * 
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/readers.pyx":56
+ *     cdef int begin_sleep(self) except -2:
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):             # <<<<<<<<<<<<<<
+ *             return 0
+ *         return code
+*/
+  }
+
+  /* "ivshmem/channel/readers.pyx":58
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+ *             return 0
+ *         return code             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
   {
 
-    __pyx_r = ivshmem_reader_sleep((&__pyx_v_self->__pyx_base.reader));
+    __pyx_r = __pyx_v_code;
   }
   goto __pyx_L0;
 
@@ -5856,18 +5940,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         return ivshmem_reader_sleep(&self.reader)
- * 
+ *         cdef int code = ivshmem_reader_sleep(&self.reader)
+ *         if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
 */
 
   /* function exit code */
   __pyx_L0:;
 
+
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":57
- *         return ivshmem_reader_sleep(&self.reader)
+/* "ivshmem/channel/readers.pyx":60
+ *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -5877,7 +5962,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_begin_sleep(struct __pyx_o
 static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":58
+  /* "ivshmem/channel/readers.pyx":61
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -5889,7 +5974,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":59
+    /* "ivshmem/channel/readers.pyx":62
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -5898,7 +5983,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":58
+    /* "ivshmem/channel/readers.pyx":61
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -5907,8 +5992,8 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":57
- *         return ivshmem_reader_sleep(&self.reader)
+  /* "ivshmem/channel/readers.pyx":60
+ *         return code
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -5919,7 +6004,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/readers.pyx":61
+/* "ivshmem/channel/readers.pyx":64
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5930,7 +6015,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_6Reader_end_sleep(struct __pyx_ob
 static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":62
+  /* "ivshmem/channel/readers.pyx":65
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -5939,7 +6024,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":63
+  /* "ivshmem/channel/readers.pyx":66
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -5948,7 +6033,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_reader;
 
-  /* "ivshmem/channel/readers.pyx":64
+  /* "ivshmem/channel/readers.pyx":67
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -5961,7 +6046,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":61
+  /* "ivshmem/channel/readers.pyx":64
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5975,7 +6060,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_6Reader_probe(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":66
+/* "ivshmem/channel/readers.pyx":69
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -5992,7 +6077,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":67
+  /* "ivshmem/channel/readers.pyx":70
  * 
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
@@ -6001,7 +6086,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/readers.pyx":68
+  /* "ivshmem/channel/readers.pyx":71
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6033,17 +6118,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":69
+    /* "ivshmem/channel/readers.pyx":72
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 72, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":68
+    /* "ivshmem/channel/readers.pyx":71
  *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -6052,7 +6137,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":70
+  /* "ivshmem/channel/readers.pyx":73
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6065,7 +6150,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":66
+  /* "ivshmem/channel/readers.pyx":69
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6082,7 +6167,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":74
+/* "ivshmem/channel/readers.pyx":77
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -6105,17 +6190,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/readers.pyx":78
+  /* "ivshmem/channel/readers.pyx":81
  *         cdef int code
  *         cdef ivshmem_message message
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.take_pending():
  *             return self.tell_lost()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":79
+  /* "ivshmem/channel/readers.pyx":82
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
@@ -6127,20 +6212,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":80
+    /* "ivshmem/channel/readers.pyx":83
  *         self.enter()
  *         if self.take_pending():
  *             return self.tell_lost()             # <<<<<<<<<<<<<<
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 80, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":79
+    /* "ivshmem/channel/readers.pyx":82
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
@@ -6149,7 +6234,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":81
+  /* "ivshmem/channel/readers.pyx":84
  *         if self.take_pending():
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -6158,7 +6243,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-  /* "ivshmem/channel/readers.pyx":82
+  /* "ivshmem/channel/readers.pyx":85
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6170,7 +6255,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":83
+    /* "ivshmem/channel/readers.pyx":86
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6186,7 +6271,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 83, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 86, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -6204,7 +6289,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":84
+      /* "ivshmem/channel/readers.pyx":87
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)             # <<<<<<<<<<<<<<
@@ -6213,17 +6298,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
       ivshmem_reader_settle((&__pyx_v_self->__pyx_base.reader));
 
-      /* "ivshmem/channel/readers.pyx":85
+      /* "ivshmem/channel/readers.pyx":88
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *                 return code
  *             code = self.wait(timeout, spin)
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 88, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/readers.pyx":86
+      /* "ivshmem/channel/readers.pyx":89
  *                 ivshmem_reader_settle(&self.reader)
  *                 self.membership.flush()
  *                 return code             # <<<<<<<<<<<<<<
@@ -6236,7 +6321,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":83
+      /* "ivshmem/channel/readers.pyx":86
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -6245,17 +6330,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":87
+    /* "ivshmem/channel/readers.pyx":90
  *                 self.membership.flush()
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 87, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 90, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/readers.pyx":88
+    /* "ivshmem/channel/readers.pyx":91
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6267,7 +6352,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":89
+      /* "ivshmem/channel/readers.pyx":92
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
@@ -6280,7 +6365,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":88
+      /* "ivshmem/channel/readers.pyx":91
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6289,7 +6374,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":90
+    /* "ivshmem/channel/readers.pyx":93
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -6301,20 +6386,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/readers.pyx":91
+      /* "ivshmem/channel/readers.pyx":94
  *                 return code
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()             # <<<<<<<<<<<<<<
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_1;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":90
+      /* "ivshmem/channel/readers.pyx":93
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -6323,7 +6408,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":82
+    /* "ivshmem/channel/readers.pyx":85
  *             return self.tell_lost()
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6332,7 +6417,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":92
+  /* "ivshmem/channel/readers.pyx":95
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -6344,7 +6429,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":93
+    /* "ivshmem/channel/readers.pyx":96
  *                 return self.tell_lost()
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
@@ -6355,27 +6440,27 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/readers.pyx":94
+    /* "ivshmem/channel/readers.pyx":97
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.message = message
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":95
+    /* "ivshmem/channel/readers.pyx":98
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":96
+    /* "ivshmem/channel/readers.pyx":99
  *             self.membership.flush()
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
@@ -6384,7 +6469,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/readers.pyx":92
+    /* "ivshmem/channel/readers.pyx":95
  *             if self.take_pending():  # another thread left it
  *                 return self.tell_lost()
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -6393,7 +6478,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":97
+  /* "ivshmem/channel/readers.pyx":100
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -6405,20 +6490,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/readers.pyx":98
+    /* "ivshmem/channel/readers.pyx":101
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return self.tell_lost()
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 101, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 98, __pyx_L1_error)
+    __PYX_ERR(0, 101, __pyx_L1_error)
 
-    /* "ivshmem/channel/readers.pyx":97
+    /* "ivshmem/channel/readers.pyx":100
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -6427,20 +6512,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":99
+  /* "ivshmem/channel/readers.pyx":102
  *         if code:
  *             raise self.fail(code)
  *         return self.tell_lost()             # <<<<<<<<<<<<<<
  * 
  *     cdef int tell_lost(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->tell_lost(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 102, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":74
+  /* "ivshmem/channel/readers.pyx":77
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -6461,7 +6546,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":101
+/* "ivshmem/channel/readers.pyx":104
  *         return self.tell_lost()
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -6492,7 +6577,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("tell_lost", 0);
 
-  /* "ivshmem/channel/readers.pyx":103
+  /* "ivshmem/channel/readers.pyx":106
  *     cdef int tell_lost(self) except -1:
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost             # <<<<<<<<<<<<<<
@@ -6503,7 +6588,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 
   __pyx_v_lost = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":104
+  /* "ivshmem/channel/readers.pyx":107
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -6529,7 +6614,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/readers.pyx":105
+    /* "ivshmem/channel/readers.pyx":108
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0             # <<<<<<<<<<<<<<
@@ -6542,7 +6627,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":104
+    /* "ivshmem/channel/readers.pyx":107
  *         """Raise MessagesLost if a reader that blocks lost messages before this one."""
  *         cdef uint64_t lost = self.message.lost
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -6551,7 +6636,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":106
+  /* "ivshmem/channel/readers.pyx":109
  *         if lost == 0 or self.reader.overflow != IVSHMEM_BLOCK:
  *             return 0
  *         self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -6560,17 +6645,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
 */
   __pyx_v_self->message.lost = 0;
 
-  /* "ivshmem/channel/readers.pyx":107
+  /* "ivshmem/channel/readers.pyx":110
  *             return 0
  *         self.message.lost = 0
  *         self.keep()             # <<<<<<<<<<<<<<
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 110, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":108
+  /* "ivshmem/channel/readers.pyx":111
  *         self.message.lost = 0
  *         self.keep()
  *         raise MessagesLost(             # <<<<<<<<<<<<<<
@@ -6578,43 +6663,43 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
  *             f" {counted(lost, 'message')} of a writer were lost",
 */
   __pyx_t_6 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
 
-  /* "ivshmem/channel/readers.pyx":109
+  /* "ivshmem/channel/readers.pyx":112
  *         self.keep()
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 112, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
 
-  /* "ivshmem/channel/readers.pyx":110
+  /* "ivshmem/channel/readers.pyx":113
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *             lost,
  *         )
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
-  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_GIVEREF(__pyx_t_10);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 110, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 113, __pyx_L1_error);
   __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 110, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 113, __pyx_L1_error);
   __pyx_t_10 = 0;
-  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 110, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6623,7 +6708,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_12[3] = __pyx_t_11;
   __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-  /* "ivshmem/channel/readers.pyx":109
+  /* "ivshmem/channel/readers.pyx":112
  *         self.keep()
  *         raise MessagesLost(
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"             # <<<<<<<<<<<<<<
@@ -6639,19 +6724,19 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   __pyx_t_4 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_4);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 109, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 112, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-  /* "ivshmem/channel/readers.pyx":111
+  /* "ivshmem/channel/readers.pyx":114
  *             f"channel {self.name!r}: this process was stopped, and writers continued without it:"
  *             f" {counted(lost, 'message')} of a writer were lost",
  *             lost,             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 114, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_14 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -6672,14 +6757,14 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 108, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 108, __pyx_L1_error)
+  __PYX_ERR(0, 111, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":101
+  /* "ivshmem/channel/readers.pyx":104
  *         return self.tell_lost()
  * 
  *     cdef int tell_lost(self) except -1:             # <<<<<<<<<<<<<<
@@ -6705,7 +6790,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_tell_lost(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":114
+/* "ivshmem/channel/readers.pyx":117
  *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6721,7 +6806,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":115
+  /* "ivshmem/channel/readers.pyx":118
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6733,7 +6818,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":116
+    /* "ivshmem/channel/readers.pyx":119
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:
  *             return False             # <<<<<<<<<<<<<<
@@ -6746,7 +6831,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":115
+    /* "ivshmem/channel/readers.pyx":118
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -6755,7 +6840,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":117
+  /* "ivshmem/channel/readers.pyx":120
  *         if not self.pending:
  *             return False
  *         self.pending = False             # <<<<<<<<<<<<<<
@@ -6764,17 +6849,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
 */
   __pyx_v_self->pending = 0;
 
-  /* "ivshmem/channel/readers.pyx":118
+  /* "ivshmem/channel/readers.pyx":121
  *             return False
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/readers.pyx":119
+  /* "ivshmem/channel/readers.pyx":122
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)
  *         return True             # <<<<<<<<<<<<<<
@@ -6787,7 +6872,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":114
+  /* "ivshmem/channel/readers.pyx":117
  *         )
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6804,7 +6889,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_take_pending(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":121
+/* "ivshmem/channel/readers.pyx":124
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6819,7 +6904,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":123
+  /* "ivshmem/channel/readers.pyx":126
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -6828,20 +6913,20 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/readers.pyx":124
+  /* "ivshmem/channel/readers.pyx":127
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":121
+  /* "ivshmem/channel/readers.pyx":124
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -6858,7 +6943,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_6Reader_keep(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":126
+/* "ivshmem/channel/readers.pyx":129
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -6881,7 +6966,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/readers.pyx":128
+  /* "ivshmem/channel/readers.pyx":131
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -6892,29 +6977,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":129
+  /* "ivshmem/channel/readers.pyx":132
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":130
+  /* "ivshmem/channel/readers.pyx":133
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 133, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/readers.pyx":131
+  /* "ivshmem/channel/readers.pyx":134
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -6942,7 +7027,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":126
+  /* "ivshmem/channel/readers.pyx":129
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -6964,7 +7049,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_6Reader_copy_out(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":133
+/* "ivshmem/channel/readers.pyx":136
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7012,20 +7097,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 133, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 133, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":135
+      /* "ivshmem/channel/readers.pyx":138
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7038,7 +7123,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 133, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7051,7 +7136,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 133, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7064,7 +7149,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":133
+  /* "ivshmem/channel/readers.pyx":136
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7107,7 +7192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":156
+        /* "ivshmem/channel/readers.pyx":159
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -7121,21 +7206,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/readers.pyx":157
+          /* "ivshmem/channel/readers.pyx":160
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 157, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 160, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":158
+            /* "ivshmem/channel/readers.pyx":161
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7153,7 +7238,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":157
+            /* "ivshmem/channel/readers.pyx":160
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7162,19 +7247,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
 */
           }
 
-          /* "ivshmem/channel/readers.pyx":159
+          /* "ivshmem/channel/readers.pyx":162
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 159, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/readers.pyx":160
+          /* "ivshmem/channel/readers.pyx":163
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7185,7 +7270,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/readers.pyx":161
+            /* "ivshmem/channel/readers.pyx":164
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -7204,7 +7289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 161, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 164, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -7223,7 +7308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/readers.pyx":160
+            /* "ivshmem/channel/readers.pyx":163
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -7234,21 +7319,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
         }
 
 
-        /* "ivshmem/channel/readers.pyx":162
+        /* "ivshmem/channel/readers.pyx":165
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 165, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 162, __pyx_L4_error)
+        __PYX_ERR(0, 165, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/readers.pyx":133
+      /* "ivshmem/channel/readers.pyx":136
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7290,7 +7375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":164
+/* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7340,24 +7425,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 167, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 167, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":165
+      /* "ivshmem/channel/readers.pyx":168
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7367,17 +7452,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 164, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 167, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 167, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 167, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7390,7 +7475,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 167, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7403,7 +7488,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":164
+  /* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7460,17 +7545,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":177
+        /* "ivshmem/channel/readers.pyx":180
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":178
+        /* "ivshmem/channel/readers.pyx":181
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7479,7 +7564,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":179
+          /* "ivshmem/channel/readers.pyx":182
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -7493,21 +7578,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_v__ = __pyx_t_5;
 
-            /* "ivshmem/channel/readers.pyx":180
+            /* "ivshmem/channel/readers.pyx":183
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 180, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 183, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/readers.pyx":181
+              /* "ivshmem/channel/readers.pyx":184
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -7525,7 +7610,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":180
+              /* "ivshmem/channel/readers.pyx":183
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -7534,7 +7619,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":182
+            /* "ivshmem/channel/readers.pyx":185
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -7545,7 +7630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 
             __pyx_v_message = __pyx_t_7;
 
-            /* "ivshmem/channel/readers.pyx":183
+            /* "ivshmem/channel/readers.pyx":186
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7557,7 +7642,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
             if (unlikely(__pyx_t_6)) {
 
 
-              /* "ivshmem/channel/readers.pyx":184
+              /* "ivshmem/channel/readers.pyx":187
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -7566,17 +7651,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":185
+              /* "ivshmem/channel/readers.pyx":188
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L7_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 188, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/readers.pyx":186
+              /* "ivshmem/channel/readers.pyx":189
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7584,19 +7669,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
  *                     )
 */
               __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 186, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 189, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":187
+              /* "ivshmem/channel/readers.pyx":190
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 187, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 190, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 187, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 190, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -7608,7 +7693,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               #endif
               __pyx_t_2 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 187, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 190, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -7630,14 +7715,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 186, __pyx_L7_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 189, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __Pyx_Raise(__pyx_t_8, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 186, __pyx_L7_error)
+              __PYX_ERR(0, 189, __pyx_L7_error)
 
-              /* "ivshmem/channel/readers.pyx":183
+              /* "ivshmem/channel/readers.pyx":186
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7646,28 +7731,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":189
+            /* "ivshmem/channel/readers.pyx":192
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 189, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 192, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/readers.pyx":190
+              /* "ivshmem/channel/readers.pyx":193
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 190, __pyx_L7_error)
+              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 193, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_8);
               {
                 PyObject *__pyx_temp;
@@ -7681,7 +7766,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/readers.pyx":189
+              /* "ivshmem/channel/readers.pyx":192
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -7692,21 +7777,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
           }
 
 
-          /* "ivshmem/channel/readers.pyx":191
+          /* "ivshmem/channel/readers.pyx":194
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 191, __pyx_L7_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 194, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_Raise(__pyx_t_8, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 191, __pyx_L7_error)
+          __PYX_ERR(0, 194, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/readers.pyx":193
+        /* "ivshmem/channel/readers.pyx":196
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7760,7 +7845,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":164
+      /* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7806,7 +7891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_2get_into(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":195
+/* "ivshmem/channel/readers.pyx":198
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7856,24 +7941,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":196
+      /* "ivshmem/channel/readers.pyx":199
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7883,17 +7968,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 195, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 198, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7906,7 +7991,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7919,7 +8004,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":195
+  /* "ivshmem/channel/readers.pyx":198
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7980,7 +8065,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":214
+        /* "ivshmem/channel/readers.pyx":217
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -7989,33 +8074,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/readers.pyx":216
+        /* "ivshmem/channel/readers.pyx":219
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/readers.pyx":217
+        /* "ivshmem/channel/readers.pyx":220
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 220, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 217, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 220, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":218
+          /* "ivshmem/channel/readers.pyx":221
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -8028,14 +8113,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 218, __pyx_L4_error)
+          __PYX_ERR(0, 221, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":217
+          /* "ivshmem/channel/readers.pyx":220
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -8044,33 +8129,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":219
+        /* "ivshmem/channel/readers.pyx":222
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 219, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 222, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 219, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 222, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/readers.pyx":220
+        /* "ivshmem/channel/readers.pyx":223
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L4_error)
+        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":221
+        /* "ivshmem/channel/readers.pyx":224
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -8079,7 +8164,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/readers.pyx":222
+          /* "ivshmem/channel/readers.pyx":225
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -8091,7 +8176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 222, __pyx_L8_error)
+              __PYX_ERR(0, 225, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -8102,7 +8187,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/readers.pyx":223
+          /* "ivshmem/channel/readers.pyx":226
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -8111,7 +8196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/readers.pyx":224
+          /* "ivshmem/channel/readers.pyx":227
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -8124,7 +8209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/readers.pyx":225
+            /* "ivshmem/channel/readers.pyx":228
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8136,21 +8221,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":226
+              /* "ivshmem/channel/readers.pyx":229
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 226, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 229, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":227
+                /* "ivshmem/channel/readers.pyx":230
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -8169,7 +8254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/readers.pyx":226
+                /* "ivshmem/channel/readers.pyx":229
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8178,7 +8263,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":225
+              /* "ivshmem/channel/readers.pyx":228
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -8188,7 +8273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/readers.pyx":229
+            /* "ivshmem/channel/readers.pyx":232
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -8198,7 +8283,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/readers.pyx":230
+              /* "ivshmem/channel/readers.pyx":233
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8210,7 +8295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":231
+                /* "ivshmem/channel/readers.pyx":234
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -8219,7 +8304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":230
+                /* "ivshmem/channel/readers.pyx":233
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8228,7 +8313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":232
+              /* "ivshmem/channel/readers.pyx":235
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8240,20 +8325,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/readers.pyx":233
+                /* "ivshmem/channel/readers.pyx":236
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 233, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 233, __pyx_L8_error)
+                __PYX_ERR(0, 236, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":232
+                /* "ivshmem/channel/readers.pyx":235
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -8262,7 +8347,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":234
+              /* "ivshmem/channel/readers.pyx":237
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8288,17 +8373,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":235
+                /* "ivshmem/channel/readers.pyx":238
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 235, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 238, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/readers.pyx":236
+                /* "ivshmem/channel/readers.pyx":239
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -8307,7 +8392,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":234
+                /* "ivshmem/channel/readers.pyx":237
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -8318,7 +8403,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/readers.pyx":237
+            /* "ivshmem/channel/readers.pyx":240
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -8329,7 +8414,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/readers.pyx":238
+            /* "ivshmem/channel/readers.pyx":241
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8341,7 +8426,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":239
+              /* "ivshmem/channel/readers.pyx":242
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -8350,17 +8435,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/readers.pyx":240
+              /* "ivshmem/channel/readers.pyx":243
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 240, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 243, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/readers.pyx":241
+              /* "ivshmem/channel/readers.pyx":244
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8372,7 +8457,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":242
+                /* "ivshmem/channel/readers.pyx":245
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -8381,7 +8466,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/readers.pyx":241
+                /* "ivshmem/channel/readers.pyx":244
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -8390,7 +8475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               }
 
-              /* "ivshmem/channel/readers.pyx":243
+              /* "ivshmem/channel/readers.pyx":246
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -8398,19 +8483,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 243, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 246, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/readers.pyx":244
+              /* "ivshmem/channel/readers.pyx":247
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 244, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 247, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 244, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 247, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -8422,7 +8507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 244, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 247, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -8444,14 +8529,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 243, __pyx_L8_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 246, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
               }
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 243, __pyx_L8_error)
+              __PYX_ERR(0, 246, __pyx_L8_error)
 
-              /* "ivshmem/channel/readers.pyx":238
+              /* "ivshmem/channel/readers.pyx":241
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -8460,21 +8545,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
             }
 
-            /* "ivshmem/channel/readers.pyx":246
+            /* "ivshmem/channel/readers.pyx":249
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 246, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 249, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/readers.pyx":247
+              /* "ivshmem/channel/readers.pyx":250
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -8483,7 +8568,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/readers.pyx":248
+              /* "ivshmem/channel/readers.pyx":251
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -8492,7 +8577,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/readers.pyx":246
+              /* "ivshmem/channel/readers.pyx":249
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -8502,7 +8587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/readers.pyx":250
+            /* "ivshmem/channel/readers.pyx":253
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -8512,7 +8597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/readers.pyx":251
+              /* "ivshmem/channel/readers.pyx":254
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8524,7 +8609,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/readers.pyx":252
+                /* "ivshmem/channel/readers.pyx":255
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8536,7 +8621,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/readers.pyx":253
+                  /* "ivshmem/channel/readers.pyx":256
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -8545,7 +8630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/readers.pyx":252
+                  /* "ivshmem/channel/readers.pyx":255
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -8554,20 +8639,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
 */
                 }
 
-                /* "ivshmem/channel/readers.pyx":254
+                /* "ivshmem/channel/readers.pyx":257
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 254, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 254, __pyx_L8_error)
+                __PYX_ERR(0, 257, __pyx_L8_error)
 
-                /* "ivshmem/channel/readers.pyx":251
+                /* "ivshmem/channel/readers.pyx":254
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -8580,14 +8665,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/readers.pyx":255
+          /* "ivshmem/channel/readers.pyx":258
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L8_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -8602,7 +8687,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/readers.pyx":257
+        /* "ivshmem/channel/readers.pyx":260
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8656,7 +8741,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
         }
       }
 
-      /* "ivshmem/channel/readers.pyx":195
+      /* "ivshmem/channel/readers.pyx":198
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8707,7 +8792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_4get_rows(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":259
+/* "ivshmem/channel/readers.pyx":262
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8756,20 +8841,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 259, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 262, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 259, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 262, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":260
+      /* "ivshmem/channel/readers.pyx":263
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8782,7 +8867,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 262, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8795,7 +8880,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 259, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 262, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8808,7 +8893,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_7readers_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":259
+  /* "ivshmem/channel/readers.pyx":262
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8852,7 +8937,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":276
+        /* "ivshmem/channel/readers.pyx":279
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -8864,7 +8949,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/readers.pyx":277
+          /* "ivshmem/channel/readers.pyx":280
  *         """
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8872,35 +8957,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
  *                 " that it was made for: release one"
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 280, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
 
-          /* "ivshmem/channel/readers.pyx":278
+          /* "ivshmem/channel/readers.pyx":281
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 278, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 281, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 278, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 281, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 278, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8917,7 +9002,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 278, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 281, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8939,14 +9024,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 277, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 280, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 277, __pyx_L4_error)
+          __PYX_ERR(0, 280, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":276
+          /* "ivshmem/channel/readers.pyx":279
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -8955,21 +9040,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":281
+        /* "ivshmem/channel/readers.pyx":284
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 281, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 284, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/readers.pyx":282
+          /* "ivshmem/channel/readers.pyx":285
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -8987,7 +9072,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":281
+          /* "ivshmem/channel/readers.pyx":284
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -8996,14 +9081,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":283
+        /* "ivshmem/channel/readers.pyx":286
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 283, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 286, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -9018,7 +9103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":259
+      /* "ivshmem/channel/readers.pyx":262
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -9062,12 +9147,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_6view(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":285
+/* "ivshmem/channel/readers.pyx":288
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
 
 /* Python wrapper */
@@ -9110,24 +9195,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 285, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 288, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 285, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 288, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 285, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9138,7 +9223,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 285, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 288, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9164,75 +9249,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":287
+  /* "ivshmem/channel/readers.pyx":290
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.get, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def get_into_async(self, buffer, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 287, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":285
+  /* "ivshmem/channel/readers.pyx":288
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.get_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9241,12 +9297,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_8get_async(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":289
- *         return asynchronous.until_something(self, self.get, timeout)
+/* "ivshmem/channel/readers.pyx":292
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
 
 /* Python wrapper */
@@ -9290,35 +9346,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 289, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 292, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 289, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 289, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 289, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 292, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 289, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 292, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 289, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 292, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 289, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 292, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9329,7 +9385,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 289, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 292, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9356,66 +9412,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":291
+  /* "ivshmem/channel/readers.pyx":294
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.get_into, timeout, (buffer,))             # <<<<<<<<<<<<<<
  * 
  *     async def get_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 294, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_buffer);
+  __Pyx_GIVEREF(__pyx_v_buffer);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_buffer) != (0)) __PYX_ERR(0, 294, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 294, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 291, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_buffer};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":289
- *         return asynchronous.until_something(self, self.get, timeout)
+  /* "ivshmem/channel/readers.pyx":292
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
 
   /* function exit code */
@@ -9423,7 +9459,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.get_into_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9433,12 +9468,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_10get_into_async(st
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/readers.pyx":293
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+/* "ivshmem/channel/readers.pyx":296
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
 
 /* Python wrapper */
@@ -9482,35 +9517,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 293, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 296, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 293, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 293, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 296, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 293, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 296, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 293, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 296, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 296, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9521,7 +9556,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 293, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 296, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9554,7 +9589,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 293, __pyx_L1_error)
+    __PYX_ERR(0, 296, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9568,7 +9603,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_12get_rows_async(st
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers); if (unlikely(!gen)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9591,10 +9626,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  __Pyx_PySendResult __pyx_t_6;
-  int __pyx_t_7;
+  __Pyx_PySendResult __pyx_t_4;
+  int __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -9610,48 +9643,30 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 293, __pyx_L1_error)
+    __PYX_ERR(0, 296, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/readers.pyx":295
+  /* "ivshmem/channel/readers.pyx":298
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)             # <<<<<<<<<<<<<<
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))             # <<<<<<<<<<<<<<
  *         return found or 0
  * 
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_cur_scope->__pyx_v_rows);
+  __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_rows);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_rows) != (0)) __PYX_ERR(0, 298, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_cur_scope->__pyx_v_self), __pyx_t_1, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 295, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, __pyx_cur_scope->__pyx_v_rows};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (likely(__pyx_t_6 == PYGEN_NEXT)) {
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_3, &__pyx_r);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  if (likely(__pyx_t_4 == PYGEN_NEXT)) {
     __Pyx_GOTREF(__pyx_r);
     __Pyx_XGIVEREF(__pyx_r);
     __Pyx_RefNannyFinishContext();
@@ -9660,56 +9675,56 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 295, __pyx_L1_error)
-    __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
-  } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 298, __pyx_L1_error)
+    __pyx_t_3 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_3);
+  } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
-    __pyx_t_1 = __pyx_r; __pyx_r = NULL;
+    __pyx_t_3 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 295, __pyx_L1_error)
+    __PYX_ERR(0, 298, __pyx_L1_error)
   }
-  __Pyx_GIVEREF(__pyx_t_1);
-  __pyx_cur_scope->__pyx_v_found = __pyx_t_1;
-  __pyx_t_1 = 0;
+  __Pyx_GIVEREF(__pyx_t_3);
+  __pyx_cur_scope->__pyx_v_found = __pyx_t_3;
+  __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/readers.pyx":296
+  /* "ivshmem/channel/readers.pyx":299
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
-  if (!__pyx_t_7) {
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
+  if (!__pyx_t_5) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
-    __pyx_t_1 = __pyx_cur_scope->__pyx_v_found;
+    __pyx_t_3 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_1 = __pyx_t_4;
-  __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __pyx_t_2;
+  __pyx_t_2 = 0;
   __pyx_L5_bool_binop_done:;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/readers.pyx":293
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+  /* "ivshmem/channel/readers.pyx":296
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
 
   /* function exit code */
@@ -9717,7 +9732,6 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("get_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -9733,7 +9747,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7readers_6Reader_14generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":298
+/* "ivshmem/channel/readers.pyx":301
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9782,39 +9796,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 298, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 298, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 298, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 298, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 301, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 298, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 301, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 298, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9848,7 +9862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/readers.pyx":299
+  /* "ivshmem/channel/readers.pyx":302
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -9862,10 +9876,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 299, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 302, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -9888,7 +9902,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":298
+  /* "ivshmem/channel/readers.pyx":301
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -9909,12 +9923,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_15_rows_or_none(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":301
+/* "ivshmem/channel/readers.pyx":304
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.view, timeout)
+ *         return until_something(self, self.view, timeout, ())
 */
 
 /* Python wrapper */
@@ -9957,24 +9971,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 304, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 304, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 304, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -9985,7 +9999,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 304, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10011,75 +10025,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":303
+  /* "ivshmem/channel/readers.pyx":306
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.view, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.view, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":301
+  /* "ivshmem/channel/readers.pyx":304
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.view, timeout)
+ *         return until_something(self, self.view, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.readers.Reader.view_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10088,8 +10073,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_17view_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":305
- *         return asynchronous.until_something(self, self.view, timeout)
+/* "ivshmem/channel/readers.pyx":308
+ *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -10116,7 +10101,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":306
+  /* "ivshmem/channel/readers.pyx":309
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10134,8 +10119,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":305
- *         return asynchronous.until_something(self, self.view, timeout)
+  /* "ivshmem/channel/readers.pyx":308
+ *         return until_something(self, self.view, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -10149,7 +10134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_19__iter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":308
+/* "ivshmem/channel/readers.pyx":311
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10183,7 +10168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":309
+  /* "ivshmem/channel/readers.pyx":312
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -10197,7 +10182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 309, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10211,7 +10196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":308
+  /* "ivshmem/channel/readers.pyx":311
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -10231,7 +10216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_21__next__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":311
+/* "ivshmem/channel/readers.pyx":314
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10259,7 +10244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":312
+  /* "ivshmem/channel/readers.pyx":315
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10277,7 +10262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":311
+  /* "ivshmem/channel/readers.pyx":314
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -10292,7 +10277,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_23__aiter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":314
+/* "ivshmem/channel/readers.pyx":317
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10326,7 +10311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":315
+  /* "ivshmem/channel/readers.pyx":318
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -10340,7 +10325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 315, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 318, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10354,7 +10339,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_25__anext__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":314
+  /* "ivshmem/channel/readers.pyx":317
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -10580,7 +10565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_6Reader_29__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":320
+/* "ivshmem/channel/readers.pyx":323
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10592,7 +10577,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":321
+  /* "ivshmem/channel/readers.pyx":324
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -10601,7 +10586,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/readers.pyx":322
+  /* "ivshmem/channel/readers.pyx":325
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -10614,7 +10599,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":320
+  /* "ivshmem/channel/readers.pyx":323
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -10628,7 +10613,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_probe_value(void *__pyx_v_what
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":333
+/* "ivshmem/channel/readers.pyx":336
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -10640,7 +10625,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":335
+  /* "ivshmem/channel/readers.pyx":338
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10652,7 +10637,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":336
+    /* "ivshmem/channel/readers.pyx":339
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -10665,7 +10650,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/readers.pyx":335
+    /* "ivshmem/channel/readers.pyx":338
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10674,7 +10659,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":337
+  /* "ivshmem/channel/readers.pyx":340
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -10687,7 +10672,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":333
+  /* "ivshmem/channel/readers.pyx":336
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -10701,12 +10686,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_attempt(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":339
+/* "ivshmem/channel/readers.pyx":342
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         if self.reader.slot == IVSHMEM_NO_SLOT:
- *             return IVSHMEM_AGAIN
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
 */
 
 static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
@@ -10714,52 +10699,39 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/readers.pyx":340
+  /* "ivshmem/channel/readers.pyx":343
  * 
  *     cdef int begin_sleep(self) except -2:
- *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             return IVSHMEM_AGAIN
- *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+ *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
 */
-  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.slot == IVSHMEM_NO_SLOT);
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.reader.slot != IVSHMEM_NO_SLOT);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":341
+    /* "ivshmem/channel/readers.pyx":344
  *     cdef int begin_sleep(self) except -2:
- *         if self.reader.slot == IVSHMEM_NO_SLOT:
- *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
+ * 
 */
-    {
+    ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-      __pyx_r = IVSHMEM_AGAIN;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/readers.pyx":340
+    /* "ivshmem/channel/readers.pyx":343
  * 
  *     cdef int begin_sleep(self) except -2:
- *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
- *             return IVSHMEM_AGAIN
- *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+ *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":342
- *         if self.reader.slot == IVSHMEM_NO_SLOT:
- *             return IVSHMEM_AGAIN
- *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
- *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
- * 
-*/
-  ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
-
-  /* "ivshmem/channel/readers.pyx":343
- *             return IVSHMEM_AGAIN
- *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+  /* "ivshmem/channel/readers.pyx":345
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
@@ -10779,12 +10751,12 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":339
+  /* "ivshmem/channel/readers.pyx":342
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
- *         if self.reader.slot == IVSHMEM_NO_SLOT:
- *             return IVSHMEM_AGAIN
+ *         if self.reader.slot != IVSHMEM_NO_SLOT:
+ *             ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
 */
 
   /* function exit code */
@@ -10793,7 +10765,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":345
+/* "ivshmem/channel/readers.pyx":347
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10804,7 +10776,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_begin_sleep(struct _
 static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/readers.pyx":346
+  /* "ivshmem/channel/readers.pyx":348
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10816,7 +10788,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":347
+    /* "ivshmem/channel/readers.pyx":349
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -10825,7 +10797,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/readers.pyx":346
+    /* "ivshmem/channel/readers.pyx":348
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -10834,7 +10806,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":345
+  /* "ivshmem/channel/readers.pyx":347
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -10846,7 +10818,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 
 }
 
-/* "ivshmem/channel/readers.pyx":349
+/* "ivshmem/channel/readers.pyx":351
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10857,7 +10829,7 @@ static void __pyx_f_7ivshmem_7channel_7readers_11ValueReader_end_sleep(struct __
 static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/readers.pyx":350
+  /* "ivshmem/channel/readers.pyx":352
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -10866,7 +10838,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/readers.pyx":351
+  /* "ivshmem/channel/readers.pyx":353
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -10875,7 +10847,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7readers_probe_value;
 
-  /* "ivshmem/channel/readers.pyx":352
+  /* "ivshmem/channel/readers.pyx":354
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -10888,7 +10860,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":349
+  /* "ivshmem/channel/readers.pyx":351
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -10902,7 +10874,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7readers_11ValueReader_probe(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":354
+/* "ivshmem/channel/readers.pyx":356
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10919,7 +10891,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/readers.pyx":355
+  /* "ivshmem/channel/readers.pyx":357
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10945,17 +10917,17 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/readers.pyx":356
+    /* "ivshmem/channel/readers.pyx":358
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 358, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/readers.pyx":355
+    /* "ivshmem/channel/readers.pyx":357
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -10964,7 +10936,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/readers.pyx":357
+  /* "ivshmem/channel/readers.pyx":359
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10977,7 +10949,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":354
+  /* "ivshmem/channel/readers.pyx":356
  *         return 1
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -10994,7 +10966,7 @@ static int __pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":359
+/* "ivshmem/channel/readers.pyx":361
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -11021,7 +10993,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/readers.pyx":362
+  /* "ivshmem/channel/readers.pyx":364
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -11035,7 +11007,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/readers.pyx":363
+    /* "ivshmem/channel/readers.pyx":365
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11047,7 +11019,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":364
+      /* "ivshmem/channel/readers.pyx":366
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -11064,7 +11036,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":363
+      /* "ivshmem/channel/readers.pyx":365
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11073,7 +11045,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":365
+    /* "ivshmem/channel/readers.pyx":367
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11085,20 +11057,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/readers.pyx":366
+      /* "ivshmem/channel/readers.pyx":368
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 366, __pyx_L1_error)
+      __PYX_ERR(0, 368, __pyx_L1_error)
 
-      /* "ivshmem/channel/readers.pyx":365
+      /* "ivshmem/channel/readers.pyx":367
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -11107,19 +11079,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":367
+    /* "ivshmem/channel/readers.pyx":369
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 367, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/readers.pyx":368
+    /* "ivshmem/channel/readers.pyx":370
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -11128,7 +11100,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/readers.pyx":373
+    /* "ivshmem/channel/readers.pyx":375
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11140,7 +11112,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/readers.pyx":374
+      /* "ivshmem/channel/readers.pyx":376
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -11159,7 +11131,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 374, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 376, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -11177,7 +11149,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/readers.pyx":373
+      /* "ivshmem/channel/readers.pyx":375
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -11186,7 +11158,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
 */
     }
 
-    /* "ivshmem/channel/readers.pyx":375
+    /* "ivshmem/channel/readers.pyx":377
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11197,20 +11169,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   }
 
 
-  /* "ivshmem/channel/readers.pyx":376
+  /* "ivshmem/channel/readers.pyx":378
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 376, __pyx_L1_error)
+  __PYX_ERR(0, 378, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":359
+  /* "ivshmem/channel/readers.pyx":361
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -11234,7 +11206,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":378
+/* "ivshmem/channel/readers.pyx":380
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11303,24 +11275,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":389
+        /* "ivshmem/channel/readers.pyx":391
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 389, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":390
+        /* "ivshmem/channel/readers.pyx":392
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 390, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 392, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -11335,7 +11307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":378
+      /* "ivshmem/channel/readers.pyx":380
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11373,7 +11345,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_get(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":392
+/* "ivshmem/channel/readers.pyx":394
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11422,20 +11394,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 392, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 394, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 392, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 394, __pyx_L3_error)
 
-      /* "ivshmem/channel/readers.pyx":393
+      /* "ivshmem/channel/readers.pyx":395
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -11448,7 +11420,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 392, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 394, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11461,7 +11433,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 392, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 394, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11474,7 +11446,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/readers.pyx":392
+  /* "ivshmem/channel/readers.pyx":394
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11508,25 +11480,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":405
+        /* "ivshmem/channel/readers.pyx":407
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 407, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":406
+        /* "ivshmem/channel/readers.pyx":408
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 406, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 406, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 408, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 408, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -11542,7 +11514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":392
+      /* "ivshmem/channel/readers.pyx":394
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11580,7 +11552,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_2wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":408
+/* "ivshmem/channel/readers.pyx":410
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11651,17 +11623,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/readers.pyx":416
+        /* "ivshmem/channel/readers.pyx":418
  *         """
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/readers.pyx":417
+        /* "ivshmem/channel/readers.pyx":419
  *         cdef int code
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11670,7 +11642,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/readers.pyx":418
+        /* "ivshmem/channel/readers.pyx":420
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11682,7 +11654,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/readers.pyx":419
+          /* "ivshmem/channel/readers.pyx":421
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -11700,7 +11672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/readers.pyx":418
+          /* "ivshmem/channel/readers.pyx":420
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11709,7 +11681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":420
+        /* "ivshmem/channel/readers.pyx":422
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -11721,20 +11693,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/readers.pyx":421
+          /* "ivshmem/channel/readers.pyx":423
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 421, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7readers_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 423, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 421, __pyx_L4_error)
+          __PYX_ERR(0, 423, __pyx_L4_error)
 
-          /* "ivshmem/channel/readers.pyx":420
+          /* "ivshmem/channel/readers.pyx":422
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -11743,14 +11715,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
 */
         }
 
-        /* "ivshmem/channel/readers.pyx":422
+        /* "ivshmem/channel/readers.pyx":424
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 422, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_5views_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -11765,7 +11737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/readers.pyx":408
+      /* "ivshmem/channel/readers.pyx":410
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11804,12 +11776,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_4view(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":424
+/* "ivshmem/channel/readers.pyx":426
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.wait_changed, timeout)
+ *         return until_something(self, self.wait_changed, timeout, ())
 */
 
 /* Python wrapper */
@@ -11852,24 +11824,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 426, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 426, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11880,7 +11852,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 426, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11906,75 +11878,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/readers.pyx":426
+  /* "ivshmem/channel/readers.pyx":428
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.wait_changed, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.wait_changed, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 428, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":424
+  /* "ivshmem/channel/readers.pyx":426
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.wait_changed, timeout)
+ *         return until_something(self, self.wait_changed, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.readers.ValueReader.wait_changed_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -11983,8 +11926,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_6wait_changed
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":428
- *         return asynchronous.until_something(self, self.wait_changed, timeout)
+/* "ivshmem/channel/readers.pyx":430
+ *         return until_something(self, self.wait_changed, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -12011,7 +11954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":429
+  /* "ivshmem/channel/readers.pyx":431
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12029,8 +11972,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":428
- *         return asynchronous.until_something(self, self.wait_changed, timeout)
+  /* "ivshmem/channel/readers.pyx":430
+ *         return until_something(self, self.wait_changed, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -12044,7 +11987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_8__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":431
+/* "ivshmem/channel/readers.pyx":433
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12078,7 +12021,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/readers.pyx":432
+  /* "ivshmem/channel/readers.pyx":434
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -12092,7 +12035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 432, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12106,7 +12049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":431
+  /* "ivshmem/channel/readers.pyx":433
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12126,7 +12069,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_10__next__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":434
+/* "ivshmem/channel/readers.pyx":436
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12154,7 +12097,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/readers.pyx":435
+  /* "ivshmem/channel/readers.pyx":437
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12172,7 +12115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":434
+  /* "ivshmem/channel/readers.pyx":436
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12187,7 +12130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_12__aiter__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/readers.pyx":437
+/* "ivshmem/channel/readers.pyx":439
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12220,7 +12163,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/readers.pyx":438
+  /* "ivshmem/channel/readers.pyx":440
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -12232,7 +12175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 440, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12246,7 +12189,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7readers_11ValueReader_14__anext__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/readers.pyx":437
+  /* "ivshmem/channel/readers.pyx":439
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -13224,11 +13167,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_restore;
   __pyx_vtable_7ivshmem_7channel_7readers_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader *, int))__pyx_f_7ivshmem_7channel_7readers_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader)) __PYX_ERR(0, 328, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader = &__pyx_type_7ivshmem_7channel_7readers_ValueReader;
   #endif
@@ -13236,7 +13179,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader);
@@ -13246,12 +13189,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers_ValueReade
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_vtabptr_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7readers_ValueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -13269,14 +13212,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 296, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7readers___pyx_scope_struct__get_rows_async);
@@ -13566,6 +13509,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct___pyx_obj_7ivshm);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 102;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   {
     __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.views"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
@@ -13892,46 +13855,22 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/readers.pyx":19
+  /* "ivshmem/channel/readers.pyx":20
  * from .views cimport view_of
  * 
  * from ..errors import ChannelError, MessagesLost, MessageTooLong             # <<<<<<<<<<<<<<
  * from ..text import counted
- * from . import asynchronous
+ * 
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/readers.pyx":20
- * 
- * from ..errors import ChannelError, MessagesLost, MessageTooLong
- * from ..text import counted             # <<<<<<<<<<<<<<
- * from . import asynchronous
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
@@ -13941,20 +13880,20 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/readers.pyx":21
+ * 
  * from ..errors import ChannelError, MessagesLost, MessageTooLong
- * from ..text import counted
- * from . import asynchronous             # <<<<<<<<<<<<<<
+ * from ..text import counted             # <<<<<<<<<<<<<<
  * 
  * # -- messages -------------------------------------------------------------------------------------
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__4, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -13964,33 +13903,33 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":164
+  /* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":165
+  /* "ivshmem/channel/readers.pyx":168
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":164
+  /* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -13998,36 +13937,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":195
+  /* "ivshmem/channel/readers.pyx":198
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":196
+  /* "ivshmem/channel/readers.pyx":199
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":195
+  /* "ivshmem/channel/readers.pyx":198
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14035,36 +13974,36 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":259
+  /* "ivshmem/channel/readers.pyx":262
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/readers.pyx":260
+  /* "ivshmem/channel/readers.pyx":263
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":259
+  /* "ivshmem/channel/readers.pyx":262
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -14072,86 +14011,86 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":285
+  /* "ivshmem/channel/readers.pyx":288
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get, timeout)
+ *         return until_something(self, self.get, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":289
- *         return asynchronous.until_something(self, self.get, timeout)
+  /* "ivshmem/channel/readers.pyx":292
+ *         return until_something(self, self.get, timeout, ())
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ *         return until_something(self, self.get_into, timeout, (buffer,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 292, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":293
- *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+  /* "ivshmem/channel/readers.pyx":296
+ *         return until_something(self, self.get_into, timeout, (buffer,))
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
- *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+ *         found = await until_something(self, self._rows_or_none, timeout, (rows,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 296, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":298
+  /* "ivshmem/channel/readers.pyx":301
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":301
+  /* "ivshmem/channel/readers.pyx":304
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.view, timeout)
+ *         return until_something(self, self.view, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -14181,48 +14120,48 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":378
+  /* "ivshmem/channel/readers.pyx":380
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 378, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/readers.pyx":392
+  /* "ivshmem/channel/readers.pyx":394
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/readers.pyx":393
+  /* "ivshmem/channel/readers.pyx":395
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
 
-  /* "ivshmem/channel/readers.pyx":392
+  /* "ivshmem/channel/readers.pyx":394
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -14230,38 +14169,38 @@ __Pyx_RefNannySetupContext("PyInit_readers", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 392, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 394, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":408
+  /* "ivshmem/channel/readers.pyx":410
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 408, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 408, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 410, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/readers.pyx":424
+  /* "ivshmem/channel/readers.pyx":426
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.wait_changed, timeout)
+ *         return until_something(self, self.wait_changed, timeout, ())
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 424, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7readers_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_readers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7readers_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -14358,7 +14297,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/readers.pyx":164
+  /* "ivshmem/channel/readers.pyx":167
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14367,7 +14306,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 164, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 167, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -14408,41 +14347,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{16},{14},{12},{27},{68},{73},{0},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{12},{18},{6},{18},{5},{4},{5},{7},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{15},{5},{6},{4},{10},{12},{18},{5}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{135},{9},{19},{89},{35},{353},{166},{74},{37},{23},{23},{23},{25},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{57},{22},{27},{22},{15},{1},{2},{62},{1},{13},{8},{7},{6},{2},{9},{14},{12},{27},{68},{73},{12},{14},{12},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{1},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{18},{6},{18},{5},{4},{5},{7},{6},{6},{5},{3},{9},{8},{14},{8},{14},{1},{5},{23},{7},{4},{4},{3},{4},{4},{4},{10},{5},{4},{4},{4},{5},{7},{5},{5},{6},{4},{10},{12},{18},{5}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{117},{135},{9},{19},{89},{35},{353},{166},{74},{37},{22},{22},{22},{22},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1318 bytes) */
-static const char cstring[] = "x\332\215T\317o\023G\024\216\325@\035HE\\,pHh\307\020\232\000\251\221iB \252T\271)H \250p\222\006rZMv\307\336-\353\035{g\326\216Q\017\034}\334\343\034\347\270\307=\372\350c\216>\3561\177B\376\204\276\331]\007\377P\245Z\362\356\314\233\367\276\367\2767\337[\2049\242\216N6Q\307\264t\023a\227 l\333\210\233p`q\324\301\0145\260AP\215\272\273\310%6\301\214@\004A\047]N\330&\302\216\2010ri\007\231\340:n\345&8y\265\032q\223#Z\003\307\216kq0t\010\344\261)\343\033\334%\000\356\342z\2038\374ai\027\355B\240\305P\323\245:a,.\200q\332l\022#\201M\020\030\322\251\303-\307#`\261\270I=U\356.\372\r\243\006\204\341:Q\371t\023;\016\261\221a1|b\023\342\250g]\267X\2622\25463\033\244QJ\375J\243=q]\352\262\321\216\223S\236\256\237\244\236O\\\002MqY\251\331=\005\356l\027\250\245\\!-\357PH\t\204\230E\035\206\200\215C\210\241\010\250\306\251^A7\021\301\320\357\264XF\354Z\311$\266\261\031\257\022t\244C.\312\321\tQd\333\304\345@\226SH\365\276\013\214\035DO\376&:\217\301\232\226\376\311\266\234\372^R\337KE\340]\202}H\351[\352\324\323\035{\013]\337\217\361\223gI\323\\bx:\321\364\030U\323.\355\214p\3061\237=Q\2245\352j\016\360Imu\3025\314\272\216>\266\267\034N\247\2663>\njj;\341\323\266Hgl\231\234\035a\333K\023\217-g\231L\036\316\320\031?\206\344\343[\225k|\337\301\026\327\324\345\327\211\361_\366\2446M\323\336wO\341\377\207\245s\355O\320\316>\251iZ|\225*9\374p\034\005\277\232\027\373k\365Qe\360k`\313\211\337\324\360\354\330\342\340F\374\006\255i\251\233Z\266\271\322\260:hy\330\0369\245\035\320fzqi \247j\003\315\270\004fc\351g\232\244i0\321\252Z\213i:ua\320,\207L( \246m\272\324\241\036\213\327\026-]z\262d,t[E\0013\356b\235\234`\375\223\016\343Otj\300\337sx\374 \206\021[\222\361\253\201\311\200\316\\*k\244\241I-\215T3\251\036\013>\022\r6=\337\351\324\246C\347\300\214:p?M\332T\201j\362\340\303`@\007\014R\303\236\315\231\211\233\204Y\237\tkB>\360\344\300\262\303a\262\201\033w-\302\240h\313\326\030m\020\370h9\365\266RF\374`J@_\005;.\223Y\311tLjC\217]\017\2069\271[\230lm\047\255^\333I\313\327\266\025 ""\323\216\340\211\036m\374\237\000W\001\247c\373\022>\236\2176Q\0326\362M{\361p..\226\326\276d\242\371k\275\307~\365K%\312\336\350q\377\205\250\210#\371\"\330\013Z`Zy\030\344.\320\334\302bo\253\327\361u\221\027\037\345\207\340uX\215\026\277\3677\005\216\226\356\210\242\330\022\237\203\\\260\036\346\302\265\320\354\343\213\253I\200\347W\374c\360Y\274\351\227\025x\307\307~[\034\312\034\000\337/\207\271\213\302\334\302w\275W~1\311\274\023#y\262\"\217\003\014.\017~\t\313\027ks\013wD\356<\273*\336H,[Q\366zo\333\277\352\237\210\214\252\340\021\024[\215\262K\376\025\377H\224\005PP\345<\2239\371S\220\211\262\013*\365\226\357\211=\321\r\256\207\345hq\311\217\343\356\371\277\373P\373M\377\251\177\000H\371\333>\027\3332#\227\203bT\370Q\264\316\363+\342W\331\n2A>8\016q\310\373e\345\244\200ZQaY\255\341\375\2030\344\003\345\225\000<\227\317\300\3750\274\335\2776\270?\250F\205U\361R\346\224;4iM\304\371v\304\206\274\047+Q\276 \2622\253\"\013\342\nPH\000\001\370\216(\201\265\260\016\260\337\016\237\274;\253\236\341\363%E\342T\264\342\0027\240\307\244\377\264\277\337w\007\267\006\354\254\030\345\227E.\312\257\212\312y\376n\002\325\026\007\022@VD9Z\275\233\324\271\001\314\324=\234/\256\252\236\t\325\340\365\355\260\252\356`\005z\366\\\226\345+\360Q=S\355\374\013l\345h)i_E\034K\034\345\025\3364\2257\201\021\026g\351L\322\330\037\356\037\014\017>\014?|\234\345R\353\357\365[\n{G\026\325\325\254\371\246\300cU^,}\025\311\360F\021\256\266(\267d7\314\204yPa,\207o@^\211\306\256\367\312\t\006I\3240\241\271\213[\323r\033\256\374\034T\003\034\360\360E\277\322?\034\344\206\363Hf\316\341\370\237\341\312\343\240\034\274\212\013\254\014\347!\357\224\271\336\257\016\347a:\246\314t\000f@\2352\177\032,\237\025\207\327@\364\377\002\\\251\271\325";
-    PyObject *data = __Pyx_DecompressString(cstring, 1318, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1332 bytes) */
+static const char cstring[] = "x\332\215TAs\323F\024\216\247@\035H\207\270x\300\220P\326\020JBS3\246\t\201Lg:n\n3e\240\305I\232\220\223f#\255-\025YkkWv\314\245\034}\324q\217{\324QG\035s\344\350\243\216\371\t\371\t}+\311\211\035\0173hF\253\335\267o\277\367\276o\337\023\302\034QG\047\253\250gZ\272\211\260K\020\266m\304M\330\2608\352a\206Z\330 \250A\335M\344\022\233`F\340\004A\207}N\330*\302\216\2010ri\017\231\340:n\345&8y\215\006q\323-\332\000\307\236kq0\364\010\304\261)\343\313\334%\000\356\342f\2138|\245\262\2116\341\240\305P\333\245:a,I\200q\332n\023#\205M\021\030\322\251\303-\307#`\261\270I=\225\356&\372\r\243\026\034\303M\242\342\351&v\034b#\303b\370\320&\304QcS\267X:3\254.3[\244U!\256K]6Zqr\304\263\371\223\014\341\211K@\004\227U\332\375#\340\3126\201J\306\r\302\360\036\205\020@\200Y\324a\010\262w\0101T\302J(\245\r\250\207\010\006}\263\344\030\261\033\025\223\330\306j2K\321\221\016\261(G\207D\221\353\022\227\0039N!\324\273>0t\020=\374\227\350<\001k[\372\007\333r\232[i~/\025\201\267)\366.\245o\250\323\314V\354\r\250\274\235\340\247cE\323\\bx:\321\364\004U\323\316\354\214p\3061\237\336Q\2245\352j\016\360\311lM\3025\314\372\216>\266\266\034N/,\247|\024\324\205\345\204O\327\"\275\261i\272\267\207m/\013<6\235f2\2719Eg|\033\202\217/U\254\361u\017[\\S\227\337$\306\227\354in\232\246\275\353\037\301\373\207\245s\355/\250\235m\322\320\264\344*Upxpr\n\236\206\227\370k\315Qf\360\264\260\345$_jxvbqp+\371B\255i\231\233\232v\271\252Y\265\321\361\260=r\312\024\320\246\26483\220#\265\0001\316\200\331X\370)\2214\r:Xek1M\247.4\226\345\220\211\nHh[\264r\266\313\322V\320m\345\tl\270\213ur\210\365\017:\2648\321\251\001\257\347\360d \206\221X\322\226k\200\311\0005\316\252iT7\223\3653\252\224\311\212\261\340G\320:\353\332\254S\263^bY\2439\320\227\016\334I\233\266\325A\325m\320\374\006\2606H\003{6g&n\023f}$\254\r\361\300\223\233\340\310\241\233\201\033w-\302\272\352\372\223\201\251*9\257\312\361Z\230\256\213\236Im\362\256\377w\332\263\217\227\031w=\230\244w\t\235\254md\231k\033Y\352\332\232\312L\033\2654\374\353\036""\257\242s\204/\315Wf@V\313\326\030m\021\370u:\315\257\210\264\256X0m\017\306\257Km\335\0056,\373!d\251e\307F\276\231\342+3\211B\264\361)\027_\272:\370\311\257\177\252\305\371\353\003\356\277\0205\261\047_\004[A\007L\013+A\341\024\315\314\316\r\326\006=_\027E\361^\356\007\177\206\365x\356{\177U\340x\376\216(\2135\3611(\004\217\302B\270\024\232\021>\275\222\036\360\374\232\177\000>s7\374\252\002\357\371\330\357\212]Y\000\340\007\325\260pZ\232\231\375n\360\312/\247\2217\022$O\326\344A\200\301\345\341/a\365tif\366\216(\234\344\027\305k\211e\047\316_\033\254\373W\374C\221S\031<\206d\353q~\336\277\354\357\211\252\000\n*\235g\262 \177\014rq~V\205^\363=\261%\372\301\265\260\032\317\315\373\311\271\373\376\357>\344~\303\177\352\357\000R\361\226\317\305\272\314\311\333A9.\335\023\235\223\342\202\370Uv\202\\P\014\016B\034\362\250\252\234\024P\047.\335Vs\370\376 \014\371Py\245\000\317\3453p\337\roEW\217\037\034\327\343\322\242x)\013\312\035DZ\022I\274\r\261,\357\313Z\\,\211\274\314\253\223%q\031(\244\200\000|GT\300Zz\004\260\337\016\237\274\375\\\377\214O\346\025\211#\321I\022\\\006\215I\3644\332\216\334\343\233\307\354s9.\336\026\205\270\270(j\047\305\273)TW\354H\000Y\020\325x\361n\232\34720S\367p2\267\2504\023J\340G\353a]\335\301\002h\366\\V\345+\360Q\232)9\377\001[5\236O\345\253\211\003\211\343\242\302\273H\345u`\204\345i:\2234\266\207\333;\303\235\375\341\376\373i.\215h+\352(\354\rYVW\263\344\233\002\217ey:\177^$\303\353e\270\332\262\\\223\3750\027\026\241\n\223r\370\006\312+\255\261k\203j\212A\322j\230\250\271\323\233\027\313m\270\360sP\017p\300\303\027Q-\332=.\014/!\231;\201\355\377\004\026]\271\033\334\014\372Qnx\t\302\216[o\205\263\021\370Bo\214[\357E\263\n\001 \307\255\013\341\353\010\017\257B\271\377\017\025T\317\212";
+    PyObject *data = __Pyx_DecompressString(cstring, 1332, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1693 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\353m.!\004.\010\005err\367ors\026\005text\272#\004/K\004/re\222 r\337s.pyx\371\000s:r\201 b\346\003\344\000twop\000~\316\000sions \313\000\357need\275\001one\234\247\"\313  ea\355 \246\004s\377elf.held\331,\005\002X\003 c\273\000ot\367 be\351\001vert\266\352\000to\354 Py\357\000n\177 object\227A\377 picklin\253gC\354\003E\275\001M\203#T\277ooLong\007\004s\345L\363 R\271\002\000\003.__\377reduce_c\366Q\002__\017\006sets\347tat\010\017\357\001_or\363_n\315\000?\004get_\337async\005\010in\003to\000\014\023\016\272!8\010U\002<\t\217view\242\004\007\001^\003V\017alue\277\003\000\010\270\017\017\013\300\276\0160\t\275\000?\ts\001O\twawit_\313aged\000\025~\372\003___Pyx\001\000\277Dict_N\271`R\217ef__\306B\310!\035\000a\274I\002&\000func-\000_yg\341%:\000main\020\001\277module\032\001nSam\003\002\351`_\212C_\007\001\363vt\320\204\001;\001quald\035\005\305D_\305N\336Fexo\001\312\331@_Q\005st\010\343N__\357test\323\000is_\377coroutin\363e_\366I\362Bhronwous\376Bio.!\006\315s\221\205\003cl2\001\327\000tr\377acebackc\177losecod\001\000\337untco\002\000edV\n\001de\371\205\003f\020\000d\324`\000\321f\337a\317a\000\005\352c\365a\377\205\001\000\005~\200\204\003iitems\320\206\r\374\257\206\004\233\207\004ndimne\237xtpop\300\206\001\200\206\001s\377endsetde\377faultsha\377pesizesp\353in\202\207\001t\343\000wti\377meouttri\373es\267\000il_so\377methingv\004\224\204\001\000\002s\264\204\001\247\204\007\263i\277i\255\205\003\357whol\341 ruc\367t _\327Bobj_m7\227\210\004_7\300\210\004_5\211\205\001\377s_View *\227(st\017\037rU\001\312\206\004E?nd *, 0\004U\005\366\247\211\004)\000\331\205\002of\200\001\377""\330\004\n\210+\220Q\200\377A\330\010\017\210t\2209\377\230A\230V\2409\250C\373\250q\020\000\033)\250\021\360\377 \000\t\014\2104\210w\377\220c\230\024\230X\240W\377\250I\260Q\330\014\022\220\377,\230a\330\020\032\230!\377\2304\230z\250\021\250\047\377\260\021\260$\260h\270a\373\360\006+\003u\220A\220Y\336!\000\014\023\2201Y\001w\220\177a\220v\230T\240\021i\000\377#1\260\021\360\030\000\t_\r\210F\220!t\0037E\002\177u\240A\240Y\250a\214\000\377%3\2601\360$\000\t\377\032\230\021\340\010\034\230J\377\240a\240q\330\010\013\210\1775\220\006\220b\230\001~\001\375*\252\000Q\330\010\020\220\005\237\220V\2301\230\300\000\213\0016\377\240\021\240&\250\001\330\010\373\t\330x\0004\220u\230C\377\230y\250\013\2601\330\014{\020\2203\002\"\220B\220\271\000\337\023\2202\220SG\000\024\027\377\220t\2305\240\001\240\031\377\250!\330\030\037\230q\340\377\024\033\230<\240q\250\001\377\250\024\250Y\260a\260t\347\2701\330\"\000E\001q\330\030\371\031\010\001\005\000\036\230d\240%|\"\001\030\001t\2308\2406,\000\377T\260\027\270\n\300#\300\377Q\330\030\034\230E\240\021\364+\001\242 $\250!\023\2207\230\377(\240\"\240A\330\024\030\317\230\010\240\010\241\000\006\000\005\230\271QJ\004V\000\032\230.\267\000\030\375\047z\000\007\320/M\310Q\377\310a\340\020\023\2204\220\327x\230q\234\002(\341 e\270\3772\270R\270r\300\026\300\377s\310!\330\024\031\230\021\377\330\024\034\230A\340\024\035\376E\003v\230S\240\001\330\030\377\033\2301\330\034\035\330\030\262\244\001(\327\000\204A\340\014&\000\230{Q\230\335!\0475\260Q\200A}\033\300@8\2401\240F\373\000\264\260!\313!U\324@1\330u\002u\236\217`Y\240a\330\221 \017\000\032}\230\276\nJ\250d\260!\275\017\376\271\013R\320RS\320SW\367\320WX\272\017f\270C\270\335qX\0017\240!\321a$\220\267h\230a\233\010\360\020\233g\320\373\017!\330@!\2404\240y\277\260\001\260\024\260Q\211c\003\\\334`\336c\013\2101>\003e\210c\333\017\210\351h\360\026\337m\320\033\377-\250Q\250a\250t\260\3779\270A\270T\300\021\320\377\004 \240\001\340\010\017\210\377|\320\033+\2501\250F\377\260$\260f""\270A\320\004\374u\000\010\014g\270Q\320\004)\033\250\021\037\014o\300\024\000S\0006\014\377k\300\031\310!\320\n1\003\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1693, 2434);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1709 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\377tes, and\377 a row h\354(\000\n\tth\"\000uff\333er\025\003of&\000wr\333it\016\000wee\000lo\277st(treZ\000r\377agment).\367: :y\000is p\277rocess|\002s?toppedg\003<\003\377s contin\377ued with\377out it: o?a m4\000ag\242\000\377f channe\377l disabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\367/re\202 rs.p[yx\351\000s:\361\000b\326\003\316\324\000two`\000\276\000si\357ons \273\000nee\235d\255\001one\227\"\273  \363ea\335 \226\004self?.held,\005\002X\003\373 c\253\000ot be\336\331\001vert\332\000to\366\334 Py\337\000n ob\357ject\207A pi\177cklingC\334\003\365E\275\001M\363\003TooL\267ong\007\004sL\343 R\374\271\002\000\003.__red\337uce_cQ\002__\376\017\006setstat|\010\017\357\001_or_n\315\000\376?\004get_asy{nc\005\010into\000\014\340\023\016\272!8\010U\002<\tvie\361w\242\004\007\001^\003Valu\001e\277\003\000\010\270\017\017\013\276\0160\t\275\000\370?\ts\001O\twait_\316\273aged\000\025\372\003__\357_Pyx\001\000Dic\367t_N\271`Ref_\221_\306B\310!\035\000aI\002&\000f7unc-\000_g\341%:\000\357main\020\001modwule\032\001nam\003\002j\351`_\212C_\007\001vt\300\204\001\236;\001qual\035\005\305D_L\305N\336Fexo\001\331@_Q\005\371st\010\343N__tes\375t\323\000is_cor\177outine_\366I\256\362Bio.\025\006s\205\205\003c\371l&\001\313\000trace\377backclos\357ecod\001\000unt\333co\002\000ed\n\001de\n\355\205\003f\020\000d\310`\305f\323a\303a\300\000\005\336c\351a\363\205\001\000\005\364cii\047tem\255\206\006\345\206\004.\243\206\004\377\206\004\377ndimnext\347pop\264\206\001\364\205\001sen\377dsetdefa\377ultshape\377sizespin\376\366\206\001throwti\377meouttri\047esv\371a\000\002s\231\204\001\214\204\007\370\230i\244i\222\205\003whole\367PyO\256\206\003*(st\277ruct _\307Boobj_7\367\207\004_7\240\210\004\353_4\226\001_\313\206\005nd \307*, 8\007\000\t\014\t)\000\376\331 il_some_thingG 5\343\205\001\177s_View v\"+5r\313\000s\244\207\004E\225\003\313\004\354""\277\005\361\211\004)\000\263\206\002of\200\377\001\330\004\n\210+\220Q\377\200A\330\010\017\210t\220\3779\230A\230V\2409\250\367C\250q\020\000\033)\250\021\377\360 \000\t\014\2104\210\377w\220c\230\024\230X\240\377W\250I\260Q\330\014\022\377\220,\230a\330\020\032\230\377!\2304\230z\250\021\250\377\047\260\021\260$\260h\270\367a\360\006+\003u\220A\220\275Y!\000\014\023\2201Y\001w\377\220a\220v\230T\240\021\376i\000#1\260\021\360\030\000\277\t\r\210F\220!t\0037\376E\002u\240A\240Y\250a\376\214\000%3\2601\360$\000\377\t\032\230\021\340\010\034\230\377J\240a\240q\330\010\013\377\2105\220\006\220b\230\001\372~\001*\252\000Q\330\010\020\220?\005\220V\2301\230\300\000\213\001\3776\240\021\240&\250\001\330\367\010\t\330x\0004\220u\230\377C\230y\250\013\2601\330\367\014\020\2203\002\"\220B\220\276\271\000\023\2202\220SG\000\024\377\027\220t\2305\240\001\240\377\031\250!\330\030\037\230q\377\340\024\033\230<\240q\250\377\001\250\024\250Y\260a\260\317t\2701\330\"\000E\001q\330\363\030\031\010\001\005\000\036\230d\240\371%\"\001\030\001t\2308\2406\376,\000T\260\027\270\n\300#\377\300Q\330\030\034\230E\240\351\021+\001\242 $\250!\023\2207\377\230(\240\"\240A\330\024\237\030\230\010\240\010\241\000\006\000\005s\230QJ\004V\000\032\230.\267\000\373\030\047z\000\007\320/M\310\377Q\310a\340\020\023\2204\257\220x\230q\234\002(\341 e\377\2702\270R\270r\300\026\377\300s\310!\330\024\031\230\377\021\330\024\034\230A\340\024\375\035E\003v\230S\240\001\330\377\030\033\2301\330\034\035\330e\030\244\001(\327\000\204A\340\014&\000\367\230Q\230\335!\0475\260Q\372\200A\033\300@8\2401\240Fh\373\000\260!\313!U\324@1\330u\002=u\217`Y\240a\330\221 \017\000\373\032\230\276\nJ\250d\260!\374\275\017\271\013R\320RS\320S\357W\320WX\272\017f\270C\273\270qX\0017\240!\321a$o\220h\230a\233\010\360\020\233g\367\320\017!\330@!\2404\240\177y\260\001\260\024\260Q\211c\271\003\334`\336c\013\2101>\003e\266\210c\017\210\351h\360\026\337m\320\377\033-\250Q\250a\250t\377\2609\270A\270T\300\021\377\320\004 \240\001""\340\010\017\377\210\177\230a\230v\240T\377\250\026\250y\270\001\320\004\274t\000\n\t\027\260\t\270)\000);\250\021 \t\037\270\t>\001P\000\3766\t\033\260J\270a\320\n\0071\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1709, 2502);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2434 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_noneasynchronousasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesuntil_somethingvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholestruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y""\250a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004 \240""\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004)\250\021\340\010\017\210|\320\033+\2501\250F\260$\260o\300Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!\320\n1\260\021";
+    #else /* compression: none (2502 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes, and a row has  bytes, and the buffer has  of a writer were lost(tree fragment).: : this process was stopped, and writers continued without it: ?a message of channel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/readers.pyxrows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingChannelErrorMessageTooLongMessagesLostReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_async___Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_noneasyncio.coroutinesbuffercline_in_tracebackclosecodecountcounteddecodeerrorsfoundgetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciitemsivshmem.channel.readersmessagendimnextpoprowsselfsendsetdefaultshapesizespintextthrowtimeouttriesvaluevaluesviewview_asyncwait_changedwait_changed_asyncwholePyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000until_somethingstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_of\200\001\330\004\n\210+\220Q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260""\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010""\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004 \240\001\340\010\017\210\177\230a\230v\240T\250\026\250y\270\001\320\004!\240\021\340\010\017\210\177\230a\230v\240T\250\027\260\t\270\021\320\004)\250\021\340\010\017\210\177\230a\230v\240T\250\037\270\t\300\021\320\004-\250Q\340\010\017\210\177\230a\230v\240T\250\033\260J\270a\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 107; i++) {
+    for (int i = 0; i < 103; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 20) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -14450,8 +14389,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 107; i < 121; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-107].length;
+    for (int i = 103; i < 118; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-103].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -14461,15 +14400,15 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 121; i++) {
+    for (Py_ssize_t i = 0; i < 118; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 107;
-      for (Py_ssize_t i=0; i<14; ++i) {
+      PyObject **table = stringtab + 103;
+      for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -14555,44 +14494,44 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 293};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 296};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__5};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__4};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 288};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 292};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_avT_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 304};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_avT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -14605,24 +14544,24 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 378};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 380};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 392};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 394};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 408};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 410};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 424};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 426};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_readers_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_avT_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};

@@ -14,11 +14,11 @@ from libc.stdint cimport int64_t, uint64_t
 from ..native.spin cimport Probe
 from .header cimport *
 from .roles cimport ReaderEnd, TRIES
+from .sleeping_tasks cimport until_something
 from .views cimport view_of
 
 from ..errors import ChannelError, MessagesLost, MessageTooLong
 from ..text import counted
-from . import asynchronous
 
 # -- messages -------------------------------------------------------------------------------------
 
@@ -52,7 +52,10 @@ cdef class Reader(ReaderEnd):
         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
 
     cdef int begin_sleep(self) except -2:
-        return ivshmem_reader_sleep(&self.reader)
+        cdef int code = ivshmem_reader_sleep(&self.reader)
+        if self.pending or self.reader.slot == IVSHMEM_NO_SLOT and probe_reader(&self.reader):
+            return 0
+        return code
 
     cdef void end_sleep(self) noexcept:
         if self.reader.slot != IVSHMEM_NO_SLOT:
@@ -284,15 +287,15 @@ cdef class Reader(ReaderEnd):
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.get, timeout)
+        return until_something(self, self.get, timeout, ())
 
     def get_into_async(self, buffer, timeout=None):
         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.get_into, timeout, buffer)
+        return until_something(self, self.get_into, timeout, (buffer,))
 
     async def get_rows_async(self, rows, timeout=None):
         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
-        found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
+        found = await until_something(self, self._rows_or_none, timeout, (rows,))
         return found or 0
 
     def _rows_or_none(self, rows, timeout):
@@ -300,7 +303,7 @@ cdef class Reader(ReaderEnd):
 
     def view_async(self, timeout=None):
         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.view, timeout)
+        return until_something(self, self.view, timeout, ())
 
     def __iter__(self):
         return self
@@ -337,9 +340,8 @@ cdef class ValueReader(ReaderEnd):
         return ivshmem_value_look(&self.reader, &self.message)
 
     cdef int begin_sleep(self) except -2:
-        if self.reader.slot == IVSHMEM_NO_SLOT:
-            return IVSHMEM_AGAIN
-        ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
+        if self.reader.slot != IVSHMEM_NO_SLOT:
+            ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
 
     cdef void end_sleep(self) noexcept:
@@ -423,7 +425,7 @@ cdef class ValueReader(ReaderEnd):
 
     def wait_changed_async(self, timeout=None):
         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.wait_changed, timeout)
+        return until_something(self, self.wait_changed, timeout, ())
 
     def __iter__(self):
         return self

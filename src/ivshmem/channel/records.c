@@ -2475,6 +2475,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;

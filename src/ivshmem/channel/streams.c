@@ -2238,10 +2238,23 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   unsigned int writer;
   uint64_t position;
 };
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
+
+/* "sleeping_tasks.pxd":6
+ * 
+ * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_in_time(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
+ * )
+*/
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
+  int __pyx_n;
+  PyObject *options;
+};
 struct __pyx_t_7ivshmem_7channel_7streams_Probed;
 
-/* "ivshmem/channel/streams.pyx":29
- * from . import asynchronous, stream_files
+/* "ivshmem/channel/streams.pyx":30
+ * from . import stream_files
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     SEND = 0
@@ -2252,7 +2265,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1
 };
 
-/* "ivshmem/channel/streams.pyx":151
+/* "ivshmem/channel/streams.pyx":152
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2529,6 +2542,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2571,6 +2585,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2615,7 +2630,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "ivshmem/channel/streams.pyx":34
+/* "ivshmem/channel/streams.pyx":35
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2628,7 +2643,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "ivshmem/channel/streams.pyx":180
+/* "ivshmem/channel/streams.pyx":181
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2642,7 +2657,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":216
+/* "ivshmem/channel/streams.pyx":213
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2656,7 +2671,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/streams.pyx":429
+/* "ivshmem/channel/streams.pyx":426
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2975,6 +2990,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -3028,7 +3046,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/streams.pyx":34
+/* "ivshmem/channel/streams.pyx":35
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3042,7 +3060,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "ivshmem/channel/streams.pyx":180
+/* "ivshmem/channel/streams.pyx":181
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3056,7 +3074,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
 
 
-/* "ivshmem/channel/streams.pyx":216
+/* "ivshmem/channel/streams.pyx":213
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4381,6 +4399,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.roles" */
 static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
 
+/* Module declarations from "ivshmem.channel.sleeping_tasks" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
+
 /* Module declarations from "ivshmem.channel.streams" */
 static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *, int); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *); /*proto*/
@@ -4405,9 +4427,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag); /* proto */
@@ -4507,8 +4528,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[23];
-    PyObject *__pyx_string_tab[175];
+    PyObject *__pyx_codeobj_tab[22];
+    PyObject *__pyx_string_tab[170];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4614,139 +4635,134 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Half __pyx_string_tab[39]
 #define __pyx_n_u_Half___reduce_cython __pyx_string_tab[40]
 #define __pyx_n_u_Half___setstate_cython __pyx_string_tab[41]
-#define __pyx_n_u_Half__sleeps_on __pyx_string_tab[42]
-#define __pyx_n_u_Stream __pyx_string_tab[43]
-#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[44]
-#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[45]
-#define __pyx_n_u_Stream__recv_now __pyx_string_tab[46]
-#define __pyx_n_u_Stream__send_now __pyx_string_tab[47]
-#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[48]
-#define __pyx_n_u_Stream_makefile __pyx_string_tab[49]
-#define __pyx_n_u_Stream_recv __pyx_string_tab[50]
-#define __pyx_n_u_Stream_recv_async __pyx_string_tab[51]
-#define __pyx_n_u_Stream_recv_into __pyx_string_tab[52]
-#define __pyx_n_u_Stream_send __pyx_string_tab[53]
-#define __pyx_n_u_Stream_sendall __pyx_string_tab[54]
-#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[55]
-#define __pyx_n_u_Stream_setblocking __pyx_string_tab[56]
-#define __pyx_n_u_Stream_settimeout __pyx_string_tab[57]
-#define __pyx_n_u_Stream_shutdown __pyx_string_tab[58]
-#define __pyx_n_u_StreamListener __pyx_string_tab[59]
-#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[60]
-#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[61]
-#define __pyx_n_u_StreamListener_accept __pyx_string_tab[62]
-#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[63]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[64]
-#define __pyx_n_u_annotate __pyx_string_tab[65]
-#define __pyx_n_u_await __pyx_string_tab[66]
-#define __pyx_n_u_func __pyx_string_tab[67]
-#define __pyx_n_u_getstate __pyx_string_tab[68]
-#define __pyx_n_u_main __pyx_string_tab[69]
-#define __pyx_n_u_module __pyx_string_tab[70]
-#define __pyx_n_u_name_2 __pyx_string_tab[71]
-#define __pyx_n_u_pyx_state __pyx_string_tab[72]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[73]
-#define __pyx_n_u_qualname __pyx_string_tab[74]
-#define __pyx_n_u_reduce __pyx_string_tab[75]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[76]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[77]
-#define __pyx_n_u_set_name __pyx_string_tab[78]
-#define __pyx_n_u_setstate __pyx_string_tab[79]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[80]
-#define __pyx_n_u_test __pyx_string_tab[81]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[82]
-#define __pyx_n_u_recv_now __pyx_string_tab[83]
-#define __pyx_n_u_send_now __pyx_string_tab[84]
-#define __pyx_n_u_sleeps_on __pyx_string_tab[85]
-#define __pyx_n_u_accept __pyx_string_tab[86]
-#define __pyx_n_u_accept_async __pyx_string_tab[87]
-#define __pyx_n_u_all_of __pyx_string_tab[88]
-#define __pyx_n_u_asynchronous __pyx_string_tab[89]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[90]
-#define __pyx_n_u_buffer __pyx_string_tab[91]
-#define __pyx_n_u_buffering __pyx_string_tab[92]
-#define __pyx_n_u_cast __pyx_string_tab[93]
-#define __pyx_n_u_channels __pyx_string_tab[94]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[95]
-#define __pyx_n_u_close __pyx_string_tab[96]
-#define __pyx_n_u_code __pyx_string_tab[97]
-#define __pyx_n_u_connect __pyx_string_tab[98]
-#define __pyx_n_u_connection __pyx_string_tab[99]
-#define __pyx_n_u_data __pyx_string_tab[100]
-#define __pyx_n_u_deadline __pyx_string_tab[101]
-#define __pyx_n_u_deadline_of __pyx_string_tab[102]
-#define __pyx_n_u_done __pyx_string_tab[103]
-#define __pyx_n_u_encoding __pyx_string_tab[104]
-#define __pyx_n_u_errors __pyx_string_tab[105]
-#define __pyx_n_u_flag __pyx_string_tab[106]
-#define __pyx_n_u_g __pyx_string_tab[107]
-#define __pyx_n_u_gettimeout __pyx_string_tab[108]
-#define __pyx_n_u_how __pyx_string_tab[109]
-#define __pyx_n_u_index __pyx_string_tab[110]
-#define __pyx_n_u_items __pyx_string_tab[111]
-#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[112]
-#define __pyx_n_u_left __pyx_string_tab[113]
-#define __pyx_n_u_listener __pyx_string_tab[114]
-#define __pyx_n_u_makefile __pyx_string_tab[115]
-#define __pyx_n_u_membership __pyx_string_tab[116]
-#define __pyx_n_u_mode __pyx_string_tab[117]
-#define __pyx_n_u_monotonic __pyx_string_tab[118]
-#define __pyx_n_u_most __pyx_string_tab[119]
-#define __pyx_n_u_name __pyx_string_tab[120]
-#define __pyx_n_u_nbytes __pyx_string_tab[121]
-#define __pyx_n_u_newline __pyx_string_tab[122]
-#define __pyx_n_u_next __pyx_string_tab[123]
-#define __pyx_n_u_over __pyx_string_tab[124]
-#define __pyx_n_u_pop __pyx_string_tab[125]
-#define __pyx_n_u_r __pyx_string_tab[126]
-#define __pyx_n_u_recv __pyx_string_tab[127]
-#define __pyx_n_u_recv_async __pyx_string_tab[128]
-#define __pyx_n_u_recv_into __pyx_string_tab[129]
-#define __pyx_n_u_room __pyx_string_tab[130]
-#define __pyx_n_u_seconds_of __pyx_string_tab[131]
-#define __pyx_n_u_self __pyx_string_tab[132]
-#define __pyx_n_u_send __pyx_string_tab[133]
-#define __pyx_n_u_sendall __pyx_string_tab[134]
-#define __pyx_n_u_sendall_async __pyx_string_tab[135]
-#define __pyx_n_u_sent __pyx_string_tab[136]
-#define __pyx_n_u_setblocking __pyx_string_tab[137]
-#define __pyx_n_u_setdefault __pyx_string_tab[138]
-#define __pyx_n_u_settimeout __pyx_string_tab[139]
-#define __pyx_n_u_shutdown __pyx_string_tab[140]
-#define __pyx_n_u_size __pyx_string_tab[141]
-#define __pyx_n_u_spin __pyx_string_tab[142]
-#define __pyx_n_u_stream __pyx_string_tab[143]
-#define __pyx_n_u_stream_files __pyx_string_tab[144]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[145]
-#define __pyx_n_u_text __pyx_string_tab[146]
-#define __pyx_n_u_throw __pyx_string_tab[147]
-#define __pyx_n_u_time __pyx_string_tab[148]
-#define __pyx_n_u_timeout __pyx_string_tab[149]
-#define __pyx_n_u_until_no_wait __pyx_string_tab[150]
-#define __pyx_n_u_until_something __pyx_string_tab[151]
-#define __pyx_n_u_value __pyx_string_tab[152]
-#define __pyx_n_u_values __pyx_string_tab[153]
-#define __pyx_n_u_view __pyx_string_tab[154]
-#define __pyx_kp_b__3 __pyx_string_tab[155]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_T_4wgS_D_Cs __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_1_1F_iq __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_2_e1Jd_iWX __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[174]
+#define __pyx_n_u_Stream __pyx_string_tab[42]
+#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[43]
+#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[44]
+#define __pyx_n_u_Stream__recv_now __pyx_string_tab[45]
+#define __pyx_n_u_Stream__send_now __pyx_string_tab[46]
+#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[47]
+#define __pyx_n_u_Stream_makefile __pyx_string_tab[48]
+#define __pyx_n_u_Stream_recv __pyx_string_tab[49]
+#define __pyx_n_u_Stream_recv_async __pyx_string_tab[50]
+#define __pyx_n_u_Stream_recv_into __pyx_string_tab[51]
+#define __pyx_n_u_Stream_send __pyx_string_tab[52]
+#define __pyx_n_u_Stream_sendall __pyx_string_tab[53]
+#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[54]
+#define __pyx_n_u_Stream_setblocking __pyx_string_tab[55]
+#define __pyx_n_u_Stream_settimeout __pyx_string_tab[56]
+#define __pyx_n_u_Stream_shutdown __pyx_string_tab[57]
+#define __pyx_n_u_StreamListener __pyx_string_tab[58]
+#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[59]
+#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[60]
+#define __pyx_n_u_StreamListener_accept __pyx_string_tab[61]
+#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[62]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[63]
+#define __pyx_n_u_annotate __pyx_string_tab[64]
+#define __pyx_n_u_await __pyx_string_tab[65]
+#define __pyx_n_u_func __pyx_string_tab[66]
+#define __pyx_n_u_getstate __pyx_string_tab[67]
+#define __pyx_n_u_main __pyx_string_tab[68]
+#define __pyx_n_u_module __pyx_string_tab[69]
+#define __pyx_n_u_name_2 __pyx_string_tab[70]
+#define __pyx_n_u_pyx_state __pyx_string_tab[71]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[72]
+#define __pyx_n_u_qualname __pyx_string_tab[73]
+#define __pyx_n_u_reduce __pyx_string_tab[74]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[75]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[76]
+#define __pyx_n_u_set_name __pyx_string_tab[77]
+#define __pyx_n_u_setstate __pyx_string_tab[78]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[79]
+#define __pyx_n_u_test __pyx_string_tab[80]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[81]
+#define __pyx_n_u_recv_now __pyx_string_tab[82]
+#define __pyx_n_u_send_now __pyx_string_tab[83]
+#define __pyx_n_u_accept __pyx_string_tab[84]
+#define __pyx_n_u_accept_async __pyx_string_tab[85]
+#define __pyx_n_u_all_of __pyx_string_tab[86]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[87]
+#define __pyx_n_u_buffer __pyx_string_tab[88]
+#define __pyx_n_u_buffering __pyx_string_tab[89]
+#define __pyx_n_u_cast __pyx_string_tab[90]
+#define __pyx_n_u_channels __pyx_string_tab[91]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[92]
+#define __pyx_n_u_close __pyx_string_tab[93]
+#define __pyx_n_u_code __pyx_string_tab[94]
+#define __pyx_n_u_connect __pyx_string_tab[95]
+#define __pyx_n_u_connection __pyx_string_tab[96]
+#define __pyx_n_u_data __pyx_string_tab[97]
+#define __pyx_n_u_deadline __pyx_string_tab[98]
+#define __pyx_n_u_deadline_of __pyx_string_tab[99]
+#define __pyx_n_u_done __pyx_string_tab[100]
+#define __pyx_n_u_encoding __pyx_string_tab[101]
+#define __pyx_n_u_errors __pyx_string_tab[102]
+#define __pyx_n_u_flag __pyx_string_tab[103]
+#define __pyx_n_u_g __pyx_string_tab[104]
+#define __pyx_n_u_gettimeout __pyx_string_tab[105]
+#define __pyx_n_u_how __pyx_string_tab[106]
+#define __pyx_n_u_index __pyx_string_tab[107]
+#define __pyx_n_u_items __pyx_string_tab[108]
+#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[109]
+#define __pyx_n_u_left __pyx_string_tab[110]
+#define __pyx_n_u_listener __pyx_string_tab[111]
+#define __pyx_n_u_makefile __pyx_string_tab[112]
+#define __pyx_n_u_membership __pyx_string_tab[113]
+#define __pyx_n_u_mode __pyx_string_tab[114]
+#define __pyx_n_u_monotonic __pyx_string_tab[115]
+#define __pyx_n_u_most __pyx_string_tab[116]
+#define __pyx_n_u_name __pyx_string_tab[117]
+#define __pyx_n_u_nbytes __pyx_string_tab[118]
+#define __pyx_n_u_newline __pyx_string_tab[119]
+#define __pyx_n_u_next __pyx_string_tab[120]
+#define __pyx_n_u_over __pyx_string_tab[121]
+#define __pyx_n_u_pop __pyx_string_tab[122]
+#define __pyx_n_u_r __pyx_string_tab[123]
+#define __pyx_n_u_recv __pyx_string_tab[124]
+#define __pyx_n_u_recv_async __pyx_string_tab[125]
+#define __pyx_n_u_recv_into __pyx_string_tab[126]
+#define __pyx_n_u_room __pyx_string_tab[127]
+#define __pyx_n_u_seconds_of __pyx_string_tab[128]
+#define __pyx_n_u_self __pyx_string_tab[129]
+#define __pyx_n_u_send __pyx_string_tab[130]
+#define __pyx_n_u_sendall __pyx_string_tab[131]
+#define __pyx_n_u_sendall_async __pyx_string_tab[132]
+#define __pyx_n_u_sent __pyx_string_tab[133]
+#define __pyx_n_u_setblocking __pyx_string_tab[134]
+#define __pyx_n_u_setdefault __pyx_string_tab[135]
+#define __pyx_n_u_settimeout __pyx_string_tab[136]
+#define __pyx_n_u_shutdown __pyx_string_tab[137]
+#define __pyx_n_u_size __pyx_string_tab[138]
+#define __pyx_n_u_spin __pyx_string_tab[139]
+#define __pyx_n_u_stream __pyx_string_tab[140]
+#define __pyx_n_u_stream_files __pyx_string_tab[141]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[142]
+#define __pyx_n_u_text __pyx_string_tab[143]
+#define __pyx_n_u_throw __pyx_string_tab[144]
+#define __pyx_n_u_time __pyx_string_tab[145]
+#define __pyx_n_u_timeout __pyx_string_tab[146]
+#define __pyx_n_u_value __pyx_string_tab[147]
+#define __pyx_n_u_values __pyx_string_tab[148]
+#define __pyx_n_u_view __pyx_string_tab[149]
+#define __pyx_kp_b__3 __pyx_string_tab[150]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[151]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[169]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -4797,8 +4813,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<23; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<175; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<22; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<170; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4858,8 +4874,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<23; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<175; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<22; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<170; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5611,7 +5627,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/streams.pyx":41
+/* "ivshmem/channel/streams.pyx":42
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5644,53 +5660,53 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 41, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 42, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 42, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 42, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 42, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 42, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 42, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 41, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 42, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 42, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 42, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 42, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 42, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 41, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 42, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 41, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 42, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5701,8 +5717,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 41, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 42, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -5746,17 +5762,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/streams.pyx":43
+  /* "ivshmem/channel/streams.pyx":44
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 44, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":44
+  /* "ivshmem/channel/streams.pyx":45
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5765,7 +5781,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":45
+  /* "ivshmem/channel/streams.pyx":46
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5774,7 +5790,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":46
+  /* "ivshmem/channel/streams.pyx":47
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)             # <<<<<<<<<<<<<<
@@ -5783,7 +5799,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_code = ivshmem_listen((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":47
+  /* "ivshmem/channel/streams.pyx":48
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5795,7 +5811,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":48
+    /* "ivshmem/channel/streams.pyx":49
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
@@ -5806,7 +5822,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 
     __pyx_v_most = __pyx_t_3;
 
-    /* "ivshmem/channel/streams.pyx":49
+    /* "ivshmem/channel/streams.pyx":50
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5814,35 +5830,35 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 49, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/streams.pyx":50
+    /* "ivshmem/channel/streams.pyx":51
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 50, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 51, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_listener);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_listener);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 50, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 51, __pyx_L1_error);
     __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5859,7 +5875,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 50, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -5881,14 +5897,14 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __PYX_ERR(0, 50, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":47
+    /* "ivshmem/channel/streams.pyx":48
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5897,7 +5913,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":52
+  /* "ivshmem/channel/streams.pyx":53
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -5909,20 +5925,20 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":53
+    /* "ivshmem/channel/streams.pyx":54
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 53, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 53, __pyx_L1_error)
+    __PYX_ERR(0, 54, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":52
+    /* "ivshmem/channel/streams.pyx":53
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -5931,17 +5947,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":54
+  /* "ivshmem/channel/streams.pyx":55
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef int attempt(self) except -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 54, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 55, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":41
+  /* "ivshmem/channel/streams.pyx":42
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5970,7 +5986,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":56
+/* "ivshmem/channel/streams.pyx":57
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5983,7 +5999,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":57
+  /* "ivshmem/channel/streams.pyx":58
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6005,7 +6021,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":56
+  /* "ivshmem/channel/streams.pyx":57
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6019,7 +6035,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":59
+/* "ivshmem/channel/streams.pyx":60
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6034,7 +6050,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":60
+  /* "ivshmem/channel/streams.pyx":61
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6043,20 +6059,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":61
+  /* "ivshmem/channel/streams.pyx":62
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 62, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":59
+  /* "ivshmem/channel/streams.pyx":60
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6073,7 +6089,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":63
+/* "ivshmem/channel/streams.pyx":64
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6083,7 +6099,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":64
+  /* "ivshmem/channel/streams.pyx":65
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6092,7 +6108,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":63
+  /* "ivshmem/channel/streams.pyx":64
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6104,7 +6120,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":66
+/* "ivshmem/channel/streams.pyx":67
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6121,7 +6137,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":67
+  /* "ivshmem/channel/streams.pyx":68
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6138,7 +6154,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 67, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 68, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6149,17 +6165,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":68
+    /* "ivshmem/channel/streams.pyx":69
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 68, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":67
+    /* "ivshmem/channel/streams.pyx":68
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6168,7 +6184,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":69
+  /* "ivshmem/channel/streams.pyx":70
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6181,7 +6197,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":66
+  /* "ivshmem/channel/streams.pyx":67
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6198,7 +6214,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":71
+/* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6209,7 +6225,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":73
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6218,7 +6234,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":73
+  /* "ivshmem/channel/streams.pyx":74
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6231,7 +6247,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":71
+  /* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6245,7 +6261,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":75
+/* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6294,20 +6310,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 75, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 75, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":76
+      /* "ivshmem/channel/streams.pyx":77
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6320,7 +6336,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 75, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6333,7 +6349,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 75, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6346,7 +6362,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/streams.pyx":75
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6391,29 +6407,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":89
+        /* "ivshmem/channel/streams.pyx":90
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 89, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":91
+        /* "ivshmem/channel/streams.pyx":92
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
  *         while True:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":92
+        /* "ivshmem/channel/streams.pyx":93
  *         cdef int code
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -6421,7 +6437,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
  *             self.enter()
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 92, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -6440,13 +6456,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __pyx_v_deadline = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":93
+        /* "ivshmem/channel/streams.pyx":94
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -6455,17 +6471,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
         while (1) {
 
-          /* "ivshmem/channel/streams.pyx":94
+          /* "ivshmem/channel/streams.pyx":95
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":95
+          /* "ivshmem/channel/streams.pyx":96
  *         while True:
  *             self.enter()
  *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -6474,7 +6490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-          /* "ivshmem/channel/streams.pyx":96
+          /* "ivshmem/channel/streams.pyx":97
  *             self.enter()
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
@@ -6483,7 +6499,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
 
-          /* "ivshmem/channel/streams.pyx":97
+          /* "ivshmem/channel/streams.pyx":98
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6495,17 +6511,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":98
+            /* "ivshmem/channel/streams.pyx":99
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 98, __pyx_L4_error)
+            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/streams.pyx":99
+            /* "ivshmem/channel/streams.pyx":100
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -6524,7 +6540,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":97
+            /* "ivshmem/channel/streams.pyx":98
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6533,7 +6549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":100
+          /* "ivshmem/channel/streams.pyx":101
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6545,20 +6561,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (unlikely(__pyx_t_7)) {
 
 
-            /* "ivshmem/channel/streams.pyx":101
+            /* "ivshmem/channel/streams.pyx":102
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_Raise(__pyx_t_2, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __PYX_ERR(0, 101, __pyx_L4_error)
+            __PYX_ERR(0, 102, __pyx_L4_error)
 
-            /* "ivshmem/channel/streams.pyx":100
+            /* "ivshmem/channel/streams.pyx":101
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6567,7 +6583,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":102
+          /* "ivshmem/channel/streams.pyx":103
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -6582,7 +6598,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 
             __pyx_t_8 = 0;
             __pyx_t_4 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L4_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_6 = 1;
             #if CYTHON_UNPACK_METHODS
@@ -6601,18 +6617,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
               __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 102, __pyx_L4_error)
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
-            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 102, __pyx_L4_error)
+            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 102, __pyx_L4_error)
+            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 102, __pyx_L4_error)
+            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 103, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
             if (__pyx_t_10) {
-              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 102, __pyx_L4_error)
+              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
               __pyx_t_5 = __pyx_t_4;
               __pyx_t_4 = 0;
@@ -6630,21 +6646,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_2);
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/streams.pyx":103
+          /* "ivshmem/channel/streams.pyx":104
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return None
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 103, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 104, __pyx_L4_error)
           __pyx_t_7 = (__pyx_t_3 == IVSHMEM_AGAIN);
 
 
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":104
+            /* "ivshmem/channel/streams.pyx":105
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -6662,7 +6678,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":103
+            /* "ivshmem/channel/streams.pyx":104
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6673,7 +6689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":75
+      /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6723,12 +6739,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":106
+/* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.accept, timeout)
+ *         return until_something(self, self.accept, timeout, ())
 */
 
 /* Python wrapper */
@@ -6771,24 +6787,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 106, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 106, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6799,7 +6815,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 106, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6825,75 +6841,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":108
+  /* "ivshmem/channel/streams.pyx":109
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.accept, timeout)             # <<<<<<<<<<<<<<
+ *         return until_something(self, self.accept, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 108, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 108, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 108, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_2;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":106
+  /* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.accept, timeout)
+ *         return until_something(self, self.accept, timeout, ())
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.accept_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6902,8 +6889,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":110
- *         return asynchronous.until_something(self, self.accept, timeout)
+/* "ivshmem/channel/streams.pyx":111
+ *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -6930,7 +6917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":111
+  /* "ivshmem/channel/streams.pyx":112
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -6948,8 +6935,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":110
- *         return asynchronous.until_something(self, self.accept, timeout)
+  /* "ivshmem/channel/streams.pyx":111
+ *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -6963,7 +6950,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":113
+/* "ivshmem/channel/streams.pyx":114
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6997,7 +6984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":114
+  /* "ivshmem/channel/streams.pyx":115
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -7011,7 +6998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 114, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7025,7 +7012,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":113
+  /* "ivshmem/channel/streams.pyx":114
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7045,7 +7032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":116
+/* "ivshmem/channel/streams.pyx":117
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7073,7 +7060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":117
+  /* "ivshmem/channel/streams.pyx":118
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7091,7 +7078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":116
+  /* "ivshmem/channel/streams.pyx":117
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7106,7 +7093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":119
+/* "ivshmem/channel/streams.pyx":120
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7140,7 +7127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":120
+  /* "ivshmem/channel/streams.pyx":121
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7154,7 +7141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7168,7 +7155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":119
+  /* "ivshmem/channel/streams.pyx":120
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7394,7 +7381,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":123
+/* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7445,53 +7432,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 123, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 123, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 123, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 123, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 123, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 123, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 123, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 124, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 123, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 123, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 123, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 123, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 124, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 123, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 124, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 123, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7502,8 +7489,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 123, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 123, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 124, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -7549,29 +7536,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":130
+  /* "ivshmem/channel/streams.pyx":131
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":132
+  /* "ivshmem/channel/streams.pyx":133
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":133
+  /* "ivshmem/channel/streams.pyx":134
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -7580,7 +7567,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":134
+  /* "ivshmem/channel/streams.pyx":135
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -7589,7 +7576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":135
+  /* "ivshmem/channel/streams.pyx":136
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -7598,7 +7585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":136
+  /* "ivshmem/channel/streams.pyx":137
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7610,7 +7597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":137
+    /* "ivshmem/channel/streams.pyx":138
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -7618,7 +7605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7632,7 +7619,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 137, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -7641,14 +7628,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 137, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 137, __pyx_L1_error)
+    __PYX_ERR(0, 138, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":136
+    /* "ivshmem/channel/streams.pyx":137
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7657,7 +7644,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":138
+  /* "ivshmem/channel/streams.pyx":139
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7669,7 +7656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":139
+    /* "ivshmem/channel/streams.pyx":140
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -7680,7 +7667,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":140
+    /* "ivshmem/channel/streams.pyx":141
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7688,35 +7675,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *             " connections"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/streams.pyx":141
+    /* "ivshmem/channel/streams.pyx":142
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
  *             f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
  *             " connections"
  *         )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 141, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 141, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7733,7 +7720,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 141, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -7755,14 +7742,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 140, __pyx_L1_error)
+    __PYX_ERR(0, 141, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":138
+    /* "ivshmem/channel/streams.pyx":139
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7771,7 +7758,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":144
+  /* "ivshmem/channel/streams.pyx":145
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7783,20 +7770,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":145
+    /* "ivshmem/channel/streams.pyx":146
  *         )
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 145, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 145, __pyx_L1_error)
+    __PYX_ERR(0, 146, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":144
+    /* "ivshmem/channel/streams.pyx":145
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7805,27 +7792,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":146
+  /* "ivshmem/channel/streams.pyx":147
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":147
+  /* "ivshmem/channel/streams.pyx":148
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":148
+  /* "ivshmem/channel/streams.pyx":149
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -7843,7 +7830,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":123
+  /* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7871,7 +7858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":156
+/* "ivshmem/channel/streams.pyx":157
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7886,7 +7873,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":159
+  /* "ivshmem/channel/streams.pyx":160
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
@@ -7895,7 +7882,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":160
+  /* "ivshmem/channel/streams.pyx":161
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7907,7 +7894,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":161
+    /* "ivshmem/channel/streams.pyx":162
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
@@ -7920,7 +7907,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":160
+    /* "ivshmem/channel/streams.pyx":161
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7929,7 +7916,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":162
+  /* "ivshmem/channel/streams.pyx":163
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7941,7 +7928,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":163
+    /* "ivshmem/channel/streams.pyx":164
  *         return code
  *     if other.closed:
  *         return 0             # <<<<<<<<<<<<<<
@@ -7954,7 +7941,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":162
+    /* "ivshmem/channel/streams.pyx":163
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7963,7 +7950,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":164
+  /* "ivshmem/channel/streams.pyx":165
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -7975,7 +7962,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":165
+    /* "ivshmem/channel/streams.pyx":166
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8001,7 +7988,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":166
+      /* "ivshmem/channel/streams.pyx":167
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0             # <<<<<<<<<<<<<<
@@ -8014,7 +8001,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":165
+      /* "ivshmem/channel/streams.pyx":166
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -8023,7 +8010,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":167
+    /* "ivshmem/channel/streams.pyx":168
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -8035,7 +8022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":168
+      /* "ivshmem/channel/streams.pyx":169
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0             # <<<<<<<<<<<<<<
@@ -8048,7 +8035,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":167
+      /* "ivshmem/channel/streams.pyx":168
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -8057,7 +8044,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":169
+    /* "ivshmem/channel/streams.pyx":170
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8070,7 +8057,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":164
+    /* "ivshmem/channel/streams.pyx":165
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -8079,7 +8066,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":170
+  /* "ivshmem/channel/streams.pyx":171
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8115,7 +8102,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":171
+    /* "ivshmem/channel/streams.pyx":172
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0             # <<<<<<<<<<<<<<
@@ -8128,7 +8115,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":170
+    /* "ivshmem/channel/streams.pyx":171
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8137,7 +8124,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":172
+  /* "ivshmem/channel/streams.pyx":173
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0
  *     return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8150,7 +8137,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":156
+  /* "ivshmem/channel/streams.pyx":157
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8165,7 +8152,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":175
+/* "ivshmem/channel/streams.pyx":176
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8177,7 +8164,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":176
+  /* "ivshmem/channel/streams.pyx":177
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -8186,7 +8173,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":177
+  /* "ivshmem/channel/streams.pyx":178
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8199,7 +8186,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":175
+  /* "ivshmem/channel/streams.pyx":176
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8213,7 +8200,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":188
+/* "ivshmem/channel/streams.pyx":189
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8224,7 +8211,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":189
+  /* "ivshmem/channel/streams.pyx":190
  * 
  *     cdef int attempt(self) except -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
@@ -8237,7 +8224,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":188
+  /* "ivshmem/channel/streams.pyx":189
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8251,7 +8238,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":191
+/* "ivshmem/channel/streams.pyx":192
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8272,7 +8259,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/streams.pyx":192
+  /* "ivshmem/channel/streams.pyx":193
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8283,7 +8270,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":193
+    /* "ivshmem/channel/streams.pyx":194
  *     cdef int enter(self) except -1:
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")             # <<<<<<<<<<<<<<
@@ -8296,14 +8283,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_Half_is_made_by_its_Stream};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 193, __pyx_L1_error)
+    __PYX_ERR(0, 194, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":192
+    /* "ivshmem/channel/streams.pyx":193
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8312,20 +8299,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":194
+  /* "ivshmem/channel/streams.pyx":195
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")
  *         return self.stream.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd sleeper(self):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_5;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":191
+  /* "ivshmem/channel/streams.pyx":192
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8345,7 +8332,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":196
+/* "ivshmem/channel/streams.pyx":197
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8358,7 +8345,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":197
+  /* "ivshmem/channel/streams.pyx":198
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -8376,7 +8363,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":196
+  /* "ivshmem/channel/streams.pyx":197
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8391,7 +8378,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":199
+/* "ivshmem/channel/streams.pyx":200
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8406,7 +8393,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":200
+  /* "ivshmem/channel/streams.pyx":201
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -8415,20 +8402,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":201
+  /* "ivshmem/channel/streams.pyx":202
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 202, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":199
+  /* "ivshmem/channel/streams.pyx":200
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8445,7 +8432,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":203
+/* "ivshmem/channel/streams.pyx":204
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8455,16 +8442,16 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":204
+  /* "ivshmem/channel/streams.pyx":205
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
  * 
- *     def _sleeps_on(self):
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":203
+  /* "ivshmem/channel/streams.pyx":204
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8476,174 +8463,8 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":206
+/* "ivshmem/channel/streams.pyx":207
  *         self.stream.end_sleep()
- * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.stream):
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_1_sleeps_on = {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("_sleeps_on (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_sleeps_on", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_sleeps_on", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_sleeps_on", 0);
-
-  /* "ivshmem/channel/streams.pyx":207
- * 
- *     def _sleeps_on(self):
- *         with cython.critical_section(self.stream):             # <<<<<<<<<<<<<<
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
- * 
-*/
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self->stream);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "ivshmem/channel/streams.pyx":208
- *     def _sleeps_on(self):
- *         with cython.critical_section(self.stream):
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- * 
- *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
-*/
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream));
-
-        if (__pyx_t_3) {
-
-        } else {
-          __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_2 = __pyx_t_4;
-          __pyx_t_4 = 0;
-
-          goto __pyx_L6_bool_binop_done;
-        }
-        __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 208, __pyx_L4_error)
-        __pyx_t_3 = (__pyx_t_5 == IVSHMEM_AGAIN);
-
-
-        __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_4);
-        __pyx_t_2 = __pyx_t_4;
-        __pyx_t_4 = 0;
-
-        __pyx_L6_bool_binop_done:;
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_2;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_2 = 0;
-        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-        goto __pyx_L3_return;
-      }
-
-      /* "ivshmem/channel/streams.pyx":207
- * 
- *     def _sleeps_on(self):
- *         with cython.critical_section(self.stream):             # <<<<<<<<<<<<<<
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
- * 
-*/
-      /*finally:*/ {
-        __pyx_L3_return: {
-          __pyx_t_6 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_6;
-          __pyx_t_6 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* "ivshmem/channel/streams.pyx":206
- *         self.stream.end_sleep()
- * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.stream):
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.channel.streams.Half._sleeps_on", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/streams.pyx":210
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
  *         what[0] = &self.probed
@@ -8653,7 +8474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half__sleeps_on(struct __p
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":211
+  /* "ivshmem/channel/streams.pyx":208
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8662,7 +8483,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":212
+  /* "ivshmem/channel/streams.pyx":209
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8671,7 +8492,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":213
+  /* "ivshmem/channel/streams.pyx":210
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8684,8 +8505,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":210
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
+  /* "ivshmem/channel/streams.pyx":207
+ *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
  *         what[0] = &self.probed
@@ -8705,16 +8526,16 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_3__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8740,14 +8561,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8787,16 +8608,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__reduce_cython__(CY
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_5__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -8862,7 +8683,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -8872,7 +8693,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -8904,7 +8725,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_4__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":227
+/* "ivshmem/channel/streams.pyx":224
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8919,7 +8740,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":228
+  /* "ivshmem/channel/streams.pyx":225
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -8933,7 +8754,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":226
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -8947,7 +8768,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":230
+  /* "ivshmem/channel/streams.pyx":227
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -8961,7 +8782,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":228
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -8972,7 +8793,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":229
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -8985,7 +8806,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":227
+  /* "ivshmem/channel/streams.pyx":224
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -9000,7 +8821,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":234
+/* "ivshmem/channel/streams.pyx":231
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9015,7 +8836,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":235
+  /* "ivshmem/channel/streams.pyx":232
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -9024,20 +8845,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":236
+  /* "ivshmem/channel/streams.pyx":233
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef Half half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":234
+  /* "ivshmem/channel/streams.pyx":231
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -9054,7 +8875,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":238
+/* "ivshmem/channel/streams.pyx":235
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9072,19 +8893,19 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":239
+  /* "ivshmem/channel/streams.pyx":236
  * 
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":240
+  /* "ivshmem/channel/streams.pyx":237
  *     cdef Half half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
@@ -9096,7 +8917,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":241
+  /* "ivshmem/channel/streams.pyx":238
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -9110,7 +8931,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":242
+  /* "ivshmem/channel/streams.pyx":239
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -9124,7 +8945,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":243
+  /* "ivshmem/channel/streams.pyx":240
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -9133,7 +8954,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":244
+  /* "ivshmem/channel/streams.pyx":241
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -9142,7 +8963,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":242
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -9160,7 +8981,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":238
+  /* "ivshmem/channel/streams.pyx":235
  *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
@@ -9180,7 +9001,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":247
+/* "ivshmem/channel/streams.pyx":244
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9191,7 +9012,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":245
  * 
  *     cdef int attempt(self) except -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9204,7 +9025,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":244
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9218,7 +9039,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":250
+/* "ivshmem/channel/streams.pyx":247
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9229,7 +9050,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":251
+  /* "ivshmem/channel/streams.pyx":248
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9238,7 +9059,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":249
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9251,7 +9072,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":250
+  /* "ivshmem/channel/streams.pyx":247
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9265,7 +9086,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":254
+/* "ivshmem/channel/streams.pyx":251
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9275,7 +9096,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":255
+  /* "ivshmem/channel/streams.pyx":252
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9284,7 +9105,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":251
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9296,7 +9117,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":257
+/* "ivshmem/channel/streams.pyx":254
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9313,7 +9134,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":255
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9331,7 +9152,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":259
+  /* "ivshmem/channel/streams.pyx":256
  *     cdef int restore(self) except -1:
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9349,7 +9170,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":257
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9363,7 +9184,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":255
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9373,17 +9194,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":262
+    /* "ivshmem/channel/streams.pyx":259
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":258
+    /* "ivshmem/channel/streams.pyx":255
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9392,7 +9213,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":263
+  /* "ivshmem/channel/streams.pyx":260
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9405,7 +9226,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":257
+  /* "ivshmem/channel/streams.pyx":254
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9422,7 +9243,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":265
+/* "ivshmem/channel/streams.pyx":262
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9433,7 +9254,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":263
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9442,7 +9263,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   ivshmem_stream_close((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":267
+  /* "ivshmem/channel/streams.pyx":264
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9455,7 +9276,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":265
+  /* "ivshmem/channel/streams.pyx":262
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9469,7 +9290,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":271
+/* "ivshmem/channel/streams.pyx":268
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9517,32 +9338,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 271, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 271, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 268, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 271, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 271, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9581,7 +9402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":273
+  /* "ivshmem/channel/streams.pyx":270
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9598,7 +9419,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9617,10 +9438,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 273, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 270, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9629,7 +9450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":274
+    /* "ivshmem/channel/streams.pyx":271
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9637,7 +9458,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -9651,7 +9472,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 274, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -9660,14 +9481,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 274, __pyx_L1_error)
+    __PYX_ERR(0, 271, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":273
+    /* "ivshmem/channel/streams.pyx":270
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9676,7 +9497,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":275
+  /* "ivshmem/channel/streams.pyx":272
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -9688,7 +9509,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":271
+  /* "ivshmem/channel/streams.pyx":268
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9712,7 +9533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":277
+/* "ivshmem/channel/streams.pyx":274
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9768,7 +9589,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":279
+  /* "ivshmem/channel/streams.pyx":276
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -9786,7 +9607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":274
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9801,7 +9622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":281
+/* "ivshmem/channel/streams.pyx":278
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9849,32 +9670,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 278, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 278, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 278, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 278, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9905,14 +9726,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":283
+  /* "ivshmem/channel/streams.pyx":280
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 280, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -9926,7 +9747,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":281
+  /* "ivshmem/channel/streams.pyx":278
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9947,7 +9768,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":285
+/* "ivshmem/channel/streams.pyx":282
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -9979,7 +9800,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":288
+  /* "ivshmem/channel/streams.pyx":285
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -9995,7 +9816,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 288, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 285, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -10003,7 +9824,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":289
+    /* "ivshmem/channel/streams.pyx":286
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -10012,17 +9833,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":290
+      /* "ivshmem/channel/streams.pyx":287
  *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 290, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":289
+      /* "ivshmem/channel/streams.pyx":286
  *         cdef Half half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -10031,7 +9852,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":291
+    /* "ivshmem/channel/streams.pyx":288
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -10039,7 +9860,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -10053,7 +9874,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 291, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 288, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -10062,14 +9883,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 291, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 291, __pyx_L1_error)
+    __PYX_ERR(0, 288, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":288
+    /* "ivshmem/channel/streams.pyx":285
  *         cdef int code
  *         cdef Half half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
@@ -10078,7 +9899,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":292
+  /* "ivshmem/channel/streams.pyx":289
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -10093,7 +9914,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 292, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10112,18 +9933,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 292, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 292, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 292, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 289, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 292, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 289, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -10141,29 +9962,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":293
+  /* "ivshmem/channel/streams.pyx":290
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":294
+  /* "ivshmem/channel/streams.pyx":291
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 291, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":295
+  /* "ivshmem/channel/streams.pyx":292
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10175,7 +9996,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":296
+    /* "ivshmem/channel/streams.pyx":293
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -10183,9 +10004,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10201,7 +10022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 296, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 293, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10211,14 +10032,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 296, __pyx_L1_error)
+    __PYX_ERR(0, 293, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":295
+    /* "ivshmem/channel/streams.pyx":292
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10227,7 +10048,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":297
+  /* "ivshmem/channel/streams.pyx":294
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10239,20 +10060,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":298
+    /* "ivshmem/channel/streams.pyx":295
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 298, __pyx_L1_error)
+    __PYX_ERR(0, 295, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":297
+    /* "ivshmem/channel/streams.pyx":294
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10261,7 +10082,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":299
+  /* "ivshmem/channel/streams.pyx":296
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10274,7 +10095,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":285
+  /* "ivshmem/channel/streams.pyx":282
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
@@ -10300,7 +10121,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":301
+/* "ivshmem/channel/streams.pyx":298
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10348,32 +10169,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 301, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 298, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 298, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 301, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 298, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 301, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 301, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 298, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10426,17 +10247,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":312
+        /* "ivshmem/channel/streams.pyx":309
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":313
+        /* "ivshmem/channel/streams.pyx":310
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10445,7 +10266,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":314
+          /* "ivshmem/channel/streams.pyx":311
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10457,7 +10278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":315
+            /* "ivshmem/channel/streams.pyx":312
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10476,7 +10297,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":314
+            /* "ivshmem/channel/streams.pyx":311
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10485,7 +10306,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":316
+          /* "ivshmem/channel/streams.pyx":313
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10497,7 +10318,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":317
+          /* "ivshmem/channel/streams.pyx":314
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10505,7 +10326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 317, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10524,12 +10345,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 317, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 314, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 317, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 314, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 317, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 314, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10545,7 +10366,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":319
+        /* "ivshmem/channel/streams.pyx":316
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10596,7 +10417,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":301
+      /* "ivshmem/channel/streams.pyx":298
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10638,7 +10459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":321
+/* "ivshmem/channel/streams.pyx":318
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10664,7 +10485,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":325
+  /* "ivshmem/channel/streams.pyx":322
  *     ) except -1:
  *         cdef int64_t n
  *         while True:             # <<<<<<<<<<<<<<
@@ -10673,17 +10494,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":326
+    /* "ivshmem/channel/streams.pyx":323
  *         cdef int64_t n
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":324
  *         while True:
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)             # <<<<<<<<<<<<<<
@@ -10692,7 +10513,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), __pyx_v_data, __pyx_v_size);
 
-    /* "ivshmem/channel/streams.pyx":328
+    /* "ivshmem/channel/streams.pyx":325
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10704,17 +10525,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":329
+      /* "ivshmem/channel/streams.pyx":326
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":328
+      /* "ivshmem/channel/streams.pyx":325
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10723,7 +10544,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":330
+    /* "ivshmem/channel/streams.pyx":327
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10735,7 +10556,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":331
+      /* "ivshmem/channel/streams.pyx":328
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -10748,7 +10569,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":330
+      /* "ivshmem/channel/streams.pyx":327
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10757,7 +10578,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":332
+    /* "ivshmem/channel/streams.pyx":329
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10769,7 +10590,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":333
+      /* "ivshmem/channel/streams.pyx":330
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -10778,14 +10599,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_t_4 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":334
+      /* "ivshmem/channel/streams.pyx":331
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(
  *                     32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_6[1] = __pyx_t_5;
@@ -10799,7 +10620,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
       #endif
       __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 334, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_9 = 1;
@@ -10808,14 +10629,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 333, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 330, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 333, __pyx_L1_error)
+      __PYX_ERR(0, 330, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":332
+      /* "ivshmem/channel/streams.pyx":329
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10824,7 +10645,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":336
+    /* "ivshmem/channel/streams.pyx":333
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10836,20 +10657,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":337
+      /* "ivshmem/channel/streams.pyx":334
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 337, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 337, __pyx_L1_error)
+      __PYX_ERR(0, 334, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":336
+      /* "ivshmem/channel/streams.pyx":333
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10858,18 +10679,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":338
+    /* "ivshmem/channel/streams.pyx":335
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 338, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":321
+  /* "ivshmem/channel/streams.pyx":318
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10894,7 +10715,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":340
+/* "ivshmem/channel/streams.pyx":337
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10942,32 +10763,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 340, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 340, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 340, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 337, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 340, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 340, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11022,7 +10843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":347
+        /* "ivshmem/channel/streams.pyx":344
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -11031,17 +10852,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":348
+        /* "ivshmem/channel/streams.pyx":345
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":349
+        /* "ivshmem/channel/streams.pyx":346
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11050,7 +10871,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":350
+          /* "ivshmem/channel/streams.pyx":347
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -11062,7 +10883,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":351
+          /* "ivshmem/channel/streams.pyx":348
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11070,7 +10891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 348, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -11089,13 +10910,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 351, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 348, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":352
+          /* "ivshmem/channel/streams.pyx":349
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -11108,20 +10929,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":353
+            /* "ivshmem/channel/streams.pyx":350
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 353, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 350, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":357
+        /* "ivshmem/channel/streams.pyx":354
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -11169,7 +10990,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":340
+      /* "ivshmem/channel/streams.pyx":337
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11210,7 +11031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":359
+/* "ivshmem/channel/streams.pyx":356
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11237,7 +11058,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":361
+  /* "ivshmem/channel/streams.pyx":358
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11245,7 +11066,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11264,13 +11085,13 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 361, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":362
+  /* "ivshmem/channel/streams.pyx":359
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -11279,17 +11100,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":363
+    /* "ivshmem/channel/streams.pyx":360
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":364
+    /* "ivshmem/channel/streams.pyx":361
  *         while True:
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)             # <<<<<<<<<<<<<<
@@ -11298,7 +11119,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), __pyx_v_into, __pyx_v_room);
 
-    /* "ivshmem/channel/streams.pyx":365
+    /* "ivshmem/channel/streams.pyx":362
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11310,17 +11131,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":366
+      /* "ivshmem/channel/streams.pyx":363
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 366, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":365
+      /* "ivshmem/channel/streams.pyx":362
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -11329,7 +11150,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":367
+    /* "ivshmem/channel/streams.pyx":364
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11341,7 +11162,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":368
+      /* "ivshmem/channel/streams.pyx":365
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -11354,7 +11175,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":367
+      /* "ivshmem/channel/streams.pyx":364
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11363,7 +11184,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":369
+    /* "ivshmem/channel/streams.pyx":366
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11375,7 +11196,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":370
+      /* "ivshmem/channel/streams.pyx":367
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(             # <<<<<<<<<<<<<<
@@ -11384,14 +11205,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
       __pyx_t_3 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":371
+      /* "ivshmem/channel/streams.pyx":368
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(
  *                     104, f"connection of {self.name!r}: the other end is gone"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 371, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_7[1] = __pyx_t_2;
@@ -11405,7 +11226,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_5);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 371, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 368, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_4 = 1;
@@ -11414,14 +11235,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 370, __pyx_L1_error)
+      __PYX_ERR(0, 367, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":369
+      /* "ivshmem/channel/streams.pyx":366
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11430,7 +11251,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":373
+    /* "ivshmem/channel/streams.pyx":370
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11442,20 +11263,20 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":374
+      /* "ivshmem/channel/streams.pyx":371
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 374, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 371, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 374, __pyx_L1_error)
+      __PYX_ERR(0, 371, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":373
+      /* "ivshmem/channel/streams.pyx":370
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -11464,18 +11285,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":375
+    /* "ivshmem/channel/streams.pyx":372
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 375, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":359
+  /* "ivshmem/channel/streams.pyx":356
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11501,7 +11322,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":377
+/* "ivshmem/channel/streams.pyx":374
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11549,32 +11370,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 377, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 374, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 377, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 377, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 374, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 377, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 374, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 377, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 378, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 377, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 374, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11614,7 +11435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":385
+        /* "ivshmem/channel/streams.pyx":382
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -11623,7 +11444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -11639,7 +11460,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":377
+      /* "ivshmem/channel/streams.pyx":374
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11678,7 +11499,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":387
+/* "ivshmem/channel/streams.pyx":384
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11709,7 +11530,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":390
+  /* "ivshmem/channel/streams.pyx":387
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11721,7 +11542,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":391
+    /* "ivshmem/channel/streams.pyx":388
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -11729,7 +11550,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11740,7 +11561,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 391, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 388, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11749,14 +11570,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 391, __pyx_L1_error)
+    __PYX_ERR(0, 388, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":390
+    /* "ivshmem/channel/streams.pyx":387
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11765,7 +11586,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":392
+  /* "ivshmem/channel/streams.pyx":389
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -11789,7 +11610,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":393
+  /* "ivshmem/channel/streams.pyx":390
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11801,7 +11622,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":394
+    /* "ivshmem/channel/streams.pyx":391
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -11819,7 +11640,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":393
+    /* "ivshmem/channel/streams.pyx":390
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11828,29 +11649,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":395
+  /* "ivshmem/channel/streams.pyx":392
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 395, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":396
+  /* "ivshmem/channel/streams.pyx":393
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 396, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 393, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":397
+  /* "ivshmem/channel/streams.pyx":394
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -11865,9 +11686,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 397, __pyx_L1_error)
+      __PYX_ERR(0, 394, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 397, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 394, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -11884,7 +11705,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":387
+  /* "ivshmem/channel/streams.pyx":384
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11909,7 +11730,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":399
+/* "ivshmem/channel/streams.pyx":396
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11958,48 +11779,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 399, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 396, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 399, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 396, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 399, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 396, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 399, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 396, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 399, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 396, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 399, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 396, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 399, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 396, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 400, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 397, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 399, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 396, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12058,17 +11879,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":411
+        /* "ivshmem/channel/streams.pyx":408
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 411, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":412
+        /* "ivshmem/channel/streams.pyx":409
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12077,7 +11898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":413
+          /* "ivshmem/channel/streams.pyx":410
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -12096,7 +11917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":414
+          /* "ivshmem/channel/streams.pyx":411
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12113,7 +11934,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":415
+            /* "ivshmem/channel/streams.pyx":412
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -12121,9 +11942,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 415, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 412, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 415, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -12134,7 +11955,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 415, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 412, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -12144,14 +11965,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 415, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 415, __pyx_L7_error)
+            __PYX_ERR(0, 412, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":414
+            /* "ivshmem/channel/streams.pyx":411
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -12160,7 +11981,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":416
+          /* "ivshmem/channel/streams.pyx":413
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -12172,9 +11993,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 416, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 413, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 416, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 413, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -12197,7 +12018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":418
+        /* "ivshmem/channel/streams.pyx":415
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12250,7 +12071,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":399
+      /* "ivshmem/channel/streams.pyx":396
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12294,12 +12115,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":420
+/* "ivshmem/channel/streams.pyx":417
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
 
 /* Python wrapper */
@@ -12343,46 +12164,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 420, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 417, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 417, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 417, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 420, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 417, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 420, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 417, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 417, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 420, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 417, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 420, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 420, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 417, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12411,73 +12232,51 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":422
+  /* "ivshmem/channel/streams.pyx":419
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)             # <<<<<<<<<<<<<<
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L1_error)
+  __Pyx_GIVEREF(__pyx_t_3);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 419, __pyx_L1_error);
+  __pyx_t_3 = 0;
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 422, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 422, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_7 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, __pyx_t_3, __pyx_t_5, __pyx_v_timeout, __pyx_t_6};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_7, (5-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":420
+  /* "ivshmem/channel/streams.pyx":417
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
 
   /* function exit code */
@@ -12486,8 +12285,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.recv_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -12496,8 +12293,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":424
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+/* "ivshmem/channel/streams.pyx":421
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
@@ -12544,32 +12341,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 424, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 421, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 421, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 424, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 421, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 424, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 424, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 421, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12608,15 +12405,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":427
+        /* "ivshmem/channel/streams.pyx":424
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 427, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 427, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 424, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -12632,8 +12429,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":424
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+      /* "ivshmem/channel/streams.pyx":421
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
@@ -12671,7 +12468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":429
+/* "ivshmem/channel/streams.pyx":426
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12720,35 +12517,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 429, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 426, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 429, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 426, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 429, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 429, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 426, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 429, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 426, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 429, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 426, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 429, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12759,7 +12556,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 429, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 426, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12792,7 +12589,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 429, __pyx_L1_error)
+    __PYX_ERR(0, 426, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12806,7 +12603,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 429, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12832,10 +12629,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   size_t __pyx_t_4;
   int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  __Pyx_PySendResult __pyx_t_8;
+  __Pyx_PySendResult __pyx_t_7;
+  Py_ssize_t __pyx_t_8;
   Py_ssize_t __pyx_t_9;
-  Py_ssize_t __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12851,17 +12647,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 429, __pyx_L1_error)
+    __PYX_ERR(0, 426, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":434
+  /* "ivshmem/channel/streams.pyx":431
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
- *             sent = await asynchronous.until_no_wait(
+ *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 434, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -12871,76 +12667,50 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 434, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 434, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 431, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":435
+  /* "ivshmem/channel/streams.pyx":432
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
- *             sent = await asynchronous.until_no_wait(
- *                 self.half(SEND), self._send_now, timeout, view
+ *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
+ *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 435, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 432, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":436
+    /* "ivshmem/channel/streams.pyx":433
  *         view = memoryview(data).cast("B")
  *         while view:
- *             sent = await asynchronous.until_no_wait(             # <<<<<<<<<<<<<<
- *                 self.half(SEND), self._send_now, timeout, view
- *             )
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 436, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-    /* "ivshmem/channel/streams.pyx":437
- *         while view:
- *             sent = await asynchronous.until_no_wait(
- *                 self.half(SEND), self._send_now, timeout, view             # <<<<<<<<<<<<<<
- *             )
+ *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
+ * 
 */
-    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 437, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_4 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_4 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[5] = {__pyx_t_3, __pyx_t_2, __pyx_t_7, __pyx_cur_scope->__pyx_v_timeout, __pyx_cur_scope->__pyx_v_view};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_4, (5-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 436, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __pyx_t_8 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
+    __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
+    __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 433, __pyx_L1_error);
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    if (likely(__pyx_t_8 == PYGEN_NEXT)) {
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_6, &__pyx_r);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (likely(__pyx_t_7 == PYGEN_NEXT)) {
       __Pyx_GOTREF(__pyx_r);
       __Pyx_XGIVEREF(__pyx_r);
       __Pyx_RefNannyFinishContext();
@@ -12949,50 +12719,50 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 436, __pyx_L1_error)
-      __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
-    } else if (likely(__pyx_t_8 == PYGEN_RETURN)) {
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 433, __pyx_L1_error)
+      __pyx_t_6 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_6);
+    } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
-      __pyx_t_1 = __pyx_r; __pyx_r = NULL;
+      __pyx_t_6 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 436, __pyx_L1_error)
+      __PYX_ERR(0, 433, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
-    __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_1);
-    __Pyx_GIVEREF(__pyx_t_1);
-    __pyx_t_1 = 0;
+    __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_6);
+    __Pyx_GIVEREF(__pyx_t_6);
+    __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/streams.pyx":439
- *                 self.half(SEND), self._send_now, timeout, view
- *             )
+    /* "ivshmem/channel/streams.pyx":434
+ *         while view:
+ *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_sent);
-    __pyx_t_1 = __pyx_cur_scope->__pyx_v_sent;
-    __pyx_t_5 = (__pyx_t_1 == Py_None);
+    __pyx_t_6 = __pyx_cur_scope->__pyx_v_sent;
+    __pyx_t_5 = (__pyx_t_6 == Py_None);
     if (__pyx_t_5) {
 
-      __pyx_t_9 = 0;
+      __pyx_t_8 = 0;
     } else {
-      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 439, __pyx_L1_error)
-      __pyx_t_9 = __pyx_t_10;
+      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L1_error)
+      __pyx_t_8 = __pyx_t_9;
     }
 
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 439, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 434, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
-    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_view, ((PyObject*)__pyx_t_1));
-    __Pyx_GIVEREF(__pyx_t_1);
-    __pyx_t_1 = 0;
+    __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_view, ((PyObject*)__pyx_t_6));
+    __Pyx_GIVEREF(__pyx_t_6);
+    __pyx_t_6 = 0;
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":429
+  /* "ivshmem/channel/streams.pyx":426
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -13008,7 +12778,6 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("sendall_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -13024,7 +12793,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":441
+/* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13072,32 +12841,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 441, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 436, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 441, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 436, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 441, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 436, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 441, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 441, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 436, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13145,17 +12914,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":445
+        /* "ivshmem/channel/streams.pyx":440
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":446
+        /* "ivshmem/channel/streams.pyx":441
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13164,15 +12933,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":447
+          /* "ivshmem/channel/streams.pyx":442
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 447, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 442, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -13188,7 +12957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":449
+        /* "ivshmem/channel/streams.pyx":444
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13237,7 +13006,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":441
+      /* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13276,7 +13045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":451
+/* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13324,32 +13093,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 446, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 446, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 451, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 446, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 452, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 447, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 446, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13396,7 +13165,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":457
+        /* "ivshmem/channel/streams.pyx":452
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13413,7 +13182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":458
+          /* "ivshmem/channel/streams.pyx":453
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -13421,7 +13190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 458, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 453, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -13432,7 +13201,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 458, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 453, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -13441,14 +13210,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 458, __pyx_L4_error)
+          __PYX_ERR(0, 453, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":457
+          /* "ivshmem/channel/streams.pyx":452
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13457,17 +13226,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":459
+        /* "ivshmem/channel/streams.pyx":454
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":460
+        /* "ivshmem/channel/streams.pyx":455
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -13476,18 +13245,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":461
+        /* "ivshmem/channel/streams.pyx":456
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 461, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":451
+      /* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13525,7 +13294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":463
+/* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13577,22 +13346,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -13602,11 +13371,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13625,7 +13394,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13659,15 +13428,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":465
+  /* "ivshmem/channel/streams.pyx":460
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 460, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13687,7 +13456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13701,7 +13470,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":463
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -14203,9 +13972,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Half(PyObject *o, visitp
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_7streams_Half[] = {
-  {"_sleeps_on", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half__sleeps_on},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_4__setstate_cython__},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -14775,11 +14543,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_StreamListener_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 35, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = &__pyx_type_7ivshmem_7channel_7streams_StreamListener;
   #endif
@@ -14787,7 +14555,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -14797,12 +14565,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14829,11 +14597,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 180, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 181, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
   #endif
@@ -14841,7 +14609,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
@@ -14851,12 +14619,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 180, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14889,11 +14657,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 216, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 213, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -14901,7 +14669,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -14911,12 +14679,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14934,14 +14702,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 426, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 429, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -15217,6 +14985,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     #endif
     const char * __pyx_import_name = __pyx_import_signature + 160;
     void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct___pyx_obj_7ivshm);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 103;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait, (void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something, (void (**)(void)) NULL};
     void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
     const char *__pyx_import_current_signature = __pyx_import_signature;
     while (*__pyx_import_pointer) {
@@ -15535,8 +15323,8 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/streams.pyx":22
- * from .roles cimport open_channel
+  /* "ivshmem/channel/streams.pyx":23
+ * from .sleeping_tasks cimport until_no_wait, until_something
  * 
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
@@ -15544,22 +15332,22 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":24
+  /* "ivshmem/channel/streams.pyx":25
  * from time import monotonic
  * 
  * from ..errors import ChannelError             # <<<<<<<<<<<<<<
@@ -15568,37 +15356,13 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":25
- * 
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
- * from ..text import all_of
- * from . import asynchronous, stream_files
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -15608,21 +15372,21 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":26
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import all_of             # <<<<<<<<<<<<<<
- * from . import asynchronous, stream_files
  * 
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
+ * from ..text import all_of
+ * from . import stream_files
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -15632,21 +15396,21 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/streams.pyx":27
+ * from ..errors import ChannelError
  * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import all_of
- * from . import asynchronous, stream_files             # <<<<<<<<<<<<<<
+ * from ..text import all_of             # <<<<<<<<<<<<<<
+ * from . import stream_files
  * 
- * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
+    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
@@ -15655,33 +15419,57 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":75
+  /* "ivshmem/channel/streams.pyx":28
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import all_of
+ * from . import stream_files             # <<<<<<<<<<<<<<
+ * 
+ * cdef enum:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":77
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
 
-  /* "ivshmem/channel/streams.pyx":75
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 75, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15689,23 +15477,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 75, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":106
+  /* "ivshmem/channel/streams.pyx":107
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_something(self, self.accept, timeout)
+ *         return until_something(self, self.accept, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15735,34 +15523,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":123
+  /* "ivshmem/channel/streams.pyx":124
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/streams.pyx":206
- *         self.stream.end_sleep()
- * 
- *     def _sleeps_on(self):             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.stream):
- *             return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1_sleeps_on, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half__sleeps_on, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_mstate_global->__pyx_n_u_sleeps_on, __pyx_t_4) < (0)) __PYX_ERR(0, 206, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15770,7 +15543,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15784,7 +15557,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_5__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Half___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15792,202 +15565,202 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":271
+  /* "ivshmem/channel/streams.pyx":268
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 271, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":274
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":281
+  /* "ivshmem/channel/streams.pyx":278
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":301
+  /* "ivshmem/channel/streams.pyx":298
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":340
+  /* "ivshmem/channel/streams.pyx":337
  *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":377
+  /* "ivshmem/channel/streams.pyx":374
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 377, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 377, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":399
+  /* "ivshmem/channel/streams.pyx":396
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 399, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":420
+  /* "ivshmem/channel/streams.pyx":417
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 420, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":424
- *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+  /* "ivshmem/channel/streams.pyx":421
+ *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 424, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 424, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":429
+  /* "ivshmem/channel/streams.pyx":426
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 429, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 429, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":441
+  /* "ivshmem/channel/streams.pyx":436
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 441, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 441, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":451
+  /* "ivshmem/channel/streams.pyx":446
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 451, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 451, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":463
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 463, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 463, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15995,7 +15768,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -16003,7 +15776,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16017,7 +15790,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -16092,7 +15865,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":75
+  /* "ivshmem/channel/streams.pyx":76
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16101,12 +15874,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 75, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 76, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":399
+  /* "ivshmem/channel/streams.pyx":396
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16115,12 +15888,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 399, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 396, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":463
+  /* "ivshmem/channel/streams.pyx":458
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -16129,7 +15902,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 463, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 458, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -16170,38 +15943,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{24},{40},{36},{2},{15},{1},{2},{28},{31},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{15},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{10},{6},{12},{6},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{172},{9},{176},{32},{164},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{23},{31},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{24},{40},{36},{2},{15},{1},{2},{28},{31},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{5},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{172},{9},{176},{164},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1743 bytes) */
-static const char cstring[] = "x\332\235VAs\033\267\025\026\247\214+\331\214#\331\036:#\307-\330\310\261\023;\214\3510\266\252\244\351(\262\3258m\035\311Rb;\235\006\003\356bI\330K\200Z`I1\311tt\344q\2178\342\270\307=\362\250\243\216<\362\350\237\240\237\320\207\335%EY\311L\247\236\321\362\341\001\357\275\357}\357\341\301\250\321WT\242\354\313\270\022\210\240F\350y4@\302C\240A\241\244\237#\047\240DQ\304\024\3521\325Bm\021P\344\010\316\251\243\230\340\022\211\016\345\277~\312gRQN\003\211\344-\025P\212\274\2004\333\224\253\017\253kh\r\335E\"\310\016J\n\016]y\307*\236\010N\327\320\316\327\337\355\342\247\017\357d\302\263\247v\047\327={\272\226\206\021\241\357\242\036aj\rq\201:\201p\250\224yLiu\252\305x\023\002t\251k\223YC\252E\021h!?\312A%Q3\215uZ\035P\207\262.0\002N-\270\277>\021\220\227j\021\2056\372\252%\2705t\251\317\0324\200\214\375>\222*`\216\002s8\304\321\326\243\255\217\353\253uDR_/\201%H?l8>\221\022\274\002\263\215\220\371\n\000\251~\207\312*z\354\241\276\010\021\247\000\023j\320\201s\263\006\000\214\003A*\205y\223p\310\213X\3421\230C~7\221\313\002[\212.\265\326\233\304\227\264J\320\327\304\367,\3206q)T\030\010\223h\007j@@\341b\360A\235\324\325$]\344\000vN\375\231\312Z\250.\223\244\341S\312\355\267\351\264D\017\234f+\227ue\253M\333\325\334\262:Y\323 \020\201\234\254d\037\352\321\256*\326\246\330gm\3001\331Qt_\345\362\047\271\217Od\nQV;\375}\240\337\245\036\t}\2050\016\250\033:\024c\344\206i\232\\\360\217\201\365.#>\354:\2143\205\261\244\276W\205>h\000\221yv\215\264U\2734P\031\271\004me5\024\r[\031\344A[u\230\363\312\007&S\363\014\300\377cn3\024\241B_md\271<\2624\3302\330\277\3524\005\047u\200q\256\205\302J\250\347\233z\t\234w$\026<\253Y\366=\353d\252?\343f\262\003\345\355B\271{\2235\024\317\235Y7\251\312q\347\2126yE=\346\323|i\315gDLd\237;\263\n;6\362\265u=#\022\337?\275:e\014\200\033\276p^\001q\047\232\323Pd+T\256\350\345\024\374#\237%\247W\277E\311\314\376oP3=A\034\207v\324\257*3\304\030o\365\367\341\357!\\r\374\004\232\366)\3650\316/\"\364$\310v\nY\301\013\355q\214\233\223\230\360\257M""\030O\177\205\033\372\251\206\223v\372\013M\216\363cV\354*{\255\354\306^H\374\311\241I\347\237It\252\240\373v\001iN\035\313\231\360g\322\307\030\306\275E\313$vD\000|3N\247}2m\220\223\026\314\270\230e\304\026Sx\251\330\n\004\027\241Le&\252S\2072{H\262/\024\331!R\345\227\\:\276\215\010\254\250\2008\264A\234W\216/\354\023\340\322|\372\234\014!\227(\230`\304\265&\223_\210\355\302\340\246\034,\300u6o<\2374\233\047\355\014\223\212q\227\3563\030>\362\315I\225O\031\237zj\362DM\372\036\216\301\\\227-\326\201z\3216$\247\004gN[He\331\345\351c\311i\317\342\340\320\013\360\270\004\035\321\t,\177\0477dz5\002!\332\371\343\006\250\355\204\261\374\346\027\342\324\275\200\205\232\271\024 \346\323\357\344^L.\204d?Q\t\263?O#\375b\013^\236\035\266v\310*(R\317\352r?!W\314\207\032c\333\266\331B\n\330\265\317e\227\370!M?\262\313(p\250\320-\210\020:v\n\333.\205\311\207\037\344\204\342\0079\243\270n\263\302\223\311\007/\337Gw`T~\233MI\220\377\007\027\265\273\047\334\343\177NEk\035B\312M\236\276\342j\326\357\207s\366\377\0368\367pP\030\027\317\017nG\333\007\205\343\213so-\353\262\3367{q\341uq1*D\357\352e\363E\334K\210=t3\272\246\327\365\367\246\226-\226uM\177c`\347\302\350B\305,\231\212\271\037/\215\213\277?\010\007\033\203\275\361\374\305\321\305\025\263n~\210\367\222\302\214\372\235A7z\256\237\231\307\3616\234\031\370\2722.\225#\022\365M\301\224!\362\271\230\034\237\233{k\376\300\272\030x\321#\275\004G \342\007\021\270\261\232u\0109\250\035\254\217\337\276av!d\351rT\217z\272iv\342b\3740)\r7\206\362\260\002\373\327o\307\265\343\345\271\205?\000\350\325\270\026\257\277\006\217/uA/\215\347/G\237k\242!\306\302\270\264\030\235\213\310\270t)\272\251\257\001\342\334\347\227iNu\363sRI\356\017A\365\316 \2146\242\275\361b9\362\364\372x\361*\310\263JW\337\320{\246`mW\365\237\315\206\371O\362b\3308\\8\272r\264m\017\252\3503\210]\326]\000ZH\315\001\343\275O\217\313s\013\327tE\257\232\232\331\214+)\"\233\321\276\356\031\047\276\n\344\245\266\367\242\035=o\212f\335\206z\td]2\265\321\312\306a\355\360\341Q!""\263\010\241<\317\001~9\356&\273\303\353\207/G[\333\257K\357\201v[\223\003\310\376\302`5z\000(\225Y\213\267c\226\0046\255K\321Gp\342\007[\364\361|i\360w\013\353u*\354\353\237\342%\273\260\361\201p\250\313\302\"\210\253P\371M\003\014\037\317g\320\357\003U\037X\363\205\023 ?\306\365\024F\331\026c\006\305qin\2414\250\017\202\350r\3647]\233\304\207\266\202\324 \354f\004\024\374\321\022i\256\230\027\261\233\274\237\354\014\213P\323\275\014]Wo\203\223\213\266\252\320@\313oD\267U\200\206\272\032\375\014\265K\235\337\210\002h\342\272\201\022\275\253\213\372\221Y\032_\371\223Y14\276\027\177\237\324\223p\370\325\320;||\264\r\331\275}}\212rq6\325\025cU\345\263\311fE\375\035\244\221uC\036\376,\007\375\243\013\243\235\335\321\356wS&F\305\367\364\267\243\333\177\031\376\373\250:z\376\302\222\374\213\376,\275\004\335\370_\303\363\207\267\216*\243\342\373\246\226\356\214\256A/\307\233\311J\302\206{\243\342\275\244\222\031|\031/\305+1Mj\3117C\367\360\316\021\033={>:\1777)\374\027}=\361\317";
-    PyObject *data = __Pyx_DecompressString(cstring, 1743, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1716 bytes) */
+static const char cstring[] = "x\332\255VKs\033\307\021&\312\260LJ\214LJ\n\344PV<\260%\353iXP`\211\241\023\273(J\212\345\207L\212\264%\371\2655\330\235\005FZ\314\200;\263\000!\0471\2178\356q\217s\334#\2168\362\310#\2168\352\047\360\047\244{w\361\240)U\245RA\025\026\323=\323\335_\177\335\323\013R\355h\246H\372\344BKBI5p]\346\023\351\022\320\220@\261O\211\3553\252\031\341\232\264\271\256\223\206\364\031\261\245\020\314\326\\\nEd\223\211W\237\362\270\322L0_\021uY\373\214\021\327\247\265\006\023\372Ji\205\254\220\033D\372\351A\305\300\241\243\256\243\342\241\024l\205l~\361\335\226\365\350\356\365t\361\370\021\356d\272\307\217V\22202\360\034\322\246\\\257\020!I\323\2276S*\213\251P\247\353\\\324 @\2139\230\314\n\321uF@\013\3711\001*EjI\254\303j\237\331\214\267\200\021p\212\340>\177(!/]\247\232\254ut]\n4t\230\307\253\314\207\214\275\016Q\332\347\266\006s8$\310\372\275\365\217*\313\025B\023_\317\200%H?\250\332\036U\n\274\002\263\325\200{\032\000\351N\223\251\022y\340\222\216\014\210`\000\023j\320\204s\323\006\000L\000A:\201y\211\n\310\213\"\361\026\230C~\227\210\303},E\213\241\365}\352)V\242\344\013\352\271\010\264A\035\006\025\006\302\024\331\204\032PP8\026\370`v\342j\224.\261\001\273`\336Te\021\252\303\025\255z\214\t|\326\354\272l\203\323TrxK\325\033\254Q\312,K#\231\371\276\364\325HR\035\250G\243\244y\203Y\036o\000\216\321\216f;:[\177\234\371\370X%\020U\251\331\331\001\372\035\346\322\300\323\304\262|\346\0046\263,\342\004I\232B\212\217\200\365\026\247\036\354\332\\pmY\212yn\t\372\240\nDf\331U\223Vm1_\247\344R\262\236\326PV\2612\304\205\266jr\373\271\007L&\346)\200\377\305\0343\224\201&w\326\322\\\356!\rX\006\374\226\306)\330\211\003\313\312\264PX\005\365\234\350\323\"\245\317\243Vc\375k\354J``\267\240\276\355\221\014\325r\246\344\032\323\031\320L\321\240\317\231\313=\226\211h>\265\264\250\352\010{Z\201s\"\223\321\365\324\222z\336a\351\2201\000\256z\322~\016LM4\207\241\250z\240\035\331\026\251\370u6<\016K\257\243dj\3775\324\214OP\333fM\375Je\212\330\262\326;;\360\275\013\267\332z\010]\372\210\271\226""\225\335<hBX\343\330\301\205\033\340q\313\252\215b\302\247A\271H~\245\023x\211F\320F\362\013]me\307p\331\322x\217pc;\240\336\350\320\250\325\217$:V\260\035\024 \315\261c5\025\376H\372\226\005\363\035\321re\331\322\007\276\271`\343>\0317H\312\3004\017XB\351&K.KcS\225\276#\322\047\224\323\246Jg\367W\331\036\372\206\374\265OmV\245\366s\333\2238\335\035\226\r\226\311|q\250\206\341D\0354\031\375B<\007f2\023`\001\256\323Q\342z\264V\2334.\014!.\034\266\303a\256\250\337\017\241l\200x\314\325\243\267\317\250\303\341\030\214lU\347M\250\014kH(\247\024\334nH\245\221G\221\274\007\005k#\016\001U\207\367\206\337\224M\037\231\232\334\205\361%\360\245ld\357-@\215\303\003\231\314Z\377\320\r\000AO\265?,\263\3016\271\001\243\326W\374\005S0\326\2634\222\247\205\340\325\3219\212\363S\327}\331F]\346\247E\275\200%\017\325\342\254\275\336\3716\035TW/\203\257\300\306Q\212\235\007\343\313\272\235Qg\335\316\270\263*\210\337\032\215/x}]\275N&\036^\267\27623\023\010\315=\350!\013\257E&)\t\240\360\005\014\\\221\377G\364\377\302E\371\306\244\306\3267\343%Z\007@mM$\177\004\364a\364\370\367\305\312<\354\346\206\371\343\335k\341\306n\356\340\344\314\233KQ!\3321\333q\356e~!\314\205\357DK\346oq\273G\361\320\245\360\\\264\032}o\312\251\260\024\225\243/\r\354\234\030\234(\232ES4\267\342\305a\376\255\335\240\273\326\335\036\316\236\034\234\274`V\315\017\361v/7\245~\273\333\n\237D\217\315\203x\003\316t\275\2508\234/\2044\354\230\234)@\344c1=86\363\346\354.\272\350\272\341\275h\021\216@\304\017Cp\203\232U\010\331-\357\256\016\317_\213\313\007K3s\177\006P\313q9^}\t\026\317\242\\\2648\234=\035~\032\321\010|\314\r\347\027\302c!\035\316\237\n/E\347\000\321\026\300\234?\035~\226`\256\230_{\305\336\255>\250\336\356\006\341Z\270=\\(\204n\264:\\8\013\353i\245\023]\214\266M\016m\227\243\277\2325\363\357\336\323~uon\377\314\376\006\036\324\341\047\020\273\020\265\314f\234K\314\001\343\315\277\034\024f\346\316E\305h\331\224\315\375\270\230 :\035V\302\235\250m\354\370,\220\223\330\336\0147\243Y\2237\253\030\352\031""\220q\312\224\007\027\326\366\312{w\367s\251E\000\364?\001\370\205\270\325\333\352\237\337{6X\337x9\377.h7\"\272\013\331\237\350.\207\267\001\2456+\361F\314{>\246u*\274\n\047~\300\242\016g\347\273_!\254\227\311b\047z\021/\242\200\361\201P\340}n\001\226\313P\331\373\246\010\212\331\024\372-\240\352C4\237\233\000\371%\256$0\n}\265W\234Bq0?37\337\255t\375\360t\370\217\250<\212\017m\003\251A\330\373!P\360\036\022i\316\230\247\261\323\373\240\267\331\317\367\327\372\333)\272V\264\001NNbU\241A\226~\027\035\253\000\rs6\374\025j\2278\277\030\372\320\244\025\003%z\047\312G\367\314\342\360\314\373\346\202a\361\315\370\373^\245\027\364\357\364\335\275\007\373\033\220\335\037\316\217Q.L\247z\301\240\252p4\331\264\250o@\032i7d\341\217r\320\331?1\330\334\032l}7fb\220\1777\372vp\355\357\375\237\367K\203\047O\221\344\177F\237$M\336\212\177\354\037\337\273\274_\034\344?0e\334\371\rz\265\005\225\375S\357J\277<\310\337\354\025Q\373/\360\264e\376h\250y\321;\323\373ioi\277<8~\243\227\373\017Kk\366\000";
+    PyObject *data = __Pyx_DecompressString(cstring, 1716, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2259 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377into a b\377uffer of\375 \017\000 use; \377create i\377t with m\377ore conn\377ections \357open\020\023lis\377teners s\377(tree fr\377agment).\377: : 0 orvI\003seN\000ds,\r\001\377None: SH\277UT_RD,\003\003W\271R\047\001\r\004WR:\210\002o\377uld wait\377: no pro_cess n\003s\020\001\337thing\255\000ve\375d\311\001: the \275o\002\000r en\020\000s\363 gg\002\t\013rece\343iv\225 R\000\350\001?No\376\373\000that Cy\377thon is \177deliber\225 \377ly stric\371t\263 \"\000n PEP\277-484 a`\000r\363ej\243 \374\000ubcl\347ass\353 \327 bui\377ltin typ\377es. If y\237ou ne\244\000\201@p\346%\000 s\047\007\262\000n s\373et\271\002\047anno\313ta\365!_<\000\335\000\047 \253di\260\000t\260\000 \277@F\377alse.a H\367alf\245\001made\\\345@\273@s S\201@a\016\000[d_A\000ecF\002 \350\0047 chX\000el\317H\201a\377disablee}n\002\001gchow\373\000\376\010\003divshme\353m.3\004.\010\005err\267ors\026\005sy\201`m\377.time_li\367mit\021\006text\332=\004/w\004/s\236\002s.\367pyx\321@defa\377ult __re\377duce__ d{ue\343\001non-\363 \357vial\033\000cin\377it__self\245.\205`b\355@\327\004b\246\204\002vwert\327#a P\276C\333ob\226A f\377`piGckl\247`:\002{\003 \0140~\336\001out BC\304#QE\203!\203A\207A.\272\006c\277b\323__\017\004\326@s\315@e_\372\n\013s\361 ps_on\300\256C\264C3\017\017\0066\016*\005re\353cv\354@w:\005sen\235d\005\010get\261\004\\\004m\177akefilek\004\374;\001\000\010_async\340\005\t\263\207\001\227\004W\001\000\010all\374\000\0130\nsetblo\237cking6\006|\014s\277hutdow\374\004L\200\305\207\004\277\204\003\006\005\373\025\025\010\20449\006a\037cceptH\014\017\003\351\003\337__Pyx\001\000Di\377ct_NextR\357ef__\202\206\004e__x\t\000\202\210\001\005\001func\r\001x\324 \320C\033\000main!\001\337modul*\002na\305m2\002pT\000 \004\007\001vt<\347\205\001L\001qual\035\005\362\204\005\354\260n\214\205\006ex\200\001set\341_Q\005\314f\232\000\320n__t\367est\264\000is_c\377oroutine\025_\240e_\231e_\372f\233#\206)\356\330@_of\207bhro\357nous\223bio.\362H\006s\303\213\003\311\213""\003ingcwast\334\207\004scln\001\376\223 traceba\337ckclo\377\212\001de\374\321\213\004\325\213\007datade\343ad/\001\000\005y\000don\377eencodin}g\352\207\003flagg\305\204\007\377howindex\237items\232\210\r\337\207\004l\347eft\233\214\005\360\204\005mem\177bership\255@\373em\332\000tonic\257most\263An\256\215\002n\373ew\277\001nexto\177verpopr\344\205\001\360\347\205\002\235\205\002\361\205\002\316\215\001room\340\326\214\004\257 \235\210\001\375\205\001\201\206\001all\274\000\004\317\205\003sent\212\205\010s\313et\367\210\004s\232\206\006\211\205\005si?zespin\246\211\004\321\212\002\245_\261\206\001s\333\211\017\341\211\001t\242@w\374\375\211\001\234\210\004until_\347no_\271\215\001\007\003som}e\252\215\002value\000\002\357svie\301 t (\237struc\202\212\001\255\204\001oobj_7\364\212\004_7\257\213\004\177_4ends_\362\210\005\377nd *, Py\261O\337\211\003\t\000  10\362\047_\371M\376&F\001unsig\265n\301\216\002tL\t)\000\370\217\001_\376\264\214\004\200\001\330\004\n\210+\377\220Q\200\001\360\016\000\005\377\032\230\026\230x\240q\250\377\001\340\004\020\220\001\220\030\377\230\032\240<\250w\260a\376!\001\047\220\033\230A\230V\373\2401\007\003\032\2301\230J\375\240\027\000\013\320\013!\240\021\377\240!\2406\250\021\330\004\377\007\200u\210C\210q\330\377\010\016\320\016$\240A\240\337Z\250q\260\001\014\010\017\210\377v\220X\230W\240I\250\375Q!\000\210l\230!\330\014\377\026\220a\220y\240\001\240\375\026w\000\006\250a\360\006\000\367\005\010\200?\001\210f\220E\263\230\021 \000\241\000&\220\250\000\016\376\017\000A\330\004\013\2101\200\277A\330\r%\240Tp\000\014\377\023\2204\220w\230g\240\377S\250\004\250D\260\014\270\337C\270s\300!\035\000\035+\177\2501\360\032\000\t\036\262\000\3778\2501\250A\340\010\016\377\210j\230\001\230\021\330\010\277\023\220;\230a\230\244\000\t\377\330\014\020\220\006\220a\330?\014\022\220\047\230\033\257\000M\004\375>\317\0024\240{\260!\260\3776\270\021\330\014\017\210u\377\220C\220q\330\020\026\220?f\230A\330\020\027\t\000\t\t\377d\230%\230q\240\001""\330\376\215\0008\2309\240C\240~\377\260Y\270b\300\t\310\024\273\310Q:\001t\2205y\000\026\313\230v\246\000\001:\002\301\00023\377\360\026\000\t\033\230!\230\3778\2401\240F\250!\330\371\010\217\000\316\001x\230w\240c\363\250\027\272 w\000t\2202\220\277S\230\010\240\004\240v\000\026\373\220j\252 \022\2401\320$\277C\3001\300D\310o\0024\353\220u\234@X\220 \026\250v\377\260T\270\035\300j\320P\357Q\340\014\034\262@Q\230a}\200\373\000\013\2108\2207\243\000\377t\240:\250Q\250i\260]r\323\001\022\220*\324@Z\361A\177\330\010\014\210K\220q\047\001\276\005\001x\230z\250\0214\001\017g\210t\220\356 \225@\t\020\010\000m8\367@F\240\337 \360\010\265\003\2356\374@&\250\001\262\006\205\001^\313\2504\202\002\026\211A{\010\360\014\377\000\t\014\2104\210r\220_\023\220G\2301\363!*\321c\254\330\000}\000F\220\200 \037\305!\240\377\024\240Y\250d\260#\260\327S\270\004\321@q\230\003v\230\237Q\200A\360\016\322A\276`\032\334\266 r\t\026\220d\315a\027\220\357{\240!\240X\002%\220r\337\230\032\2404\240\265@\030\230\377\004\230E\240\021\330\024\"\377\240$\240e\2502\250V\377\2604\260u\270B\270fo\300I\310Q\363`\r\035\244%7\360\020\000\340\010$\240\274 \240E\034\341\t\225!5\230\003\304\000\210cx\004\374\215\204\001\366\013y\310\013\320ST\367\320TU\207F\320\004\034\230\377O\320+=\270]\310.\377\320XY\340\010\017\210|\373\2305\200\205\002v\250[\270\n\377\300(\310!\320\004#\240\3751\025\002\320\033+\2501\250\377F\260$\260i\270q\320\357\0042\260!+\003>\250\021\377\250$\250e\2601\260J\377\270d\300,\310i\320W?X\320\n0\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2259, 3239);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2225 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377into a b\377uffer of\375 \017\000 use; \377create i\377t with m\377ore conn\377ections \357open\020\023lis\377teners s\377(tree fr\377agment).\377: : 0 orvI\003seN\000ds,\r\001\377None: SH\277UT_RD,\003\003W\271R\047\001\r\004WR:\210\002o\377uld wait\377: no pro_cess n\003s\020\001\337thing\255\000ve\375d\311\001: the \275o\002\000r en\020\000s\363 gg\002\t\013rece\343iv\225 R\000\350\001?No\376\373\000that Cy\377thon is \177deliber\225 \377ly stric\371t\263 \"\000n PEP\277-484 a`\000r\363ej\243 \374\000ubcl\347ass\353 \327 bui\377ltin typ\377es. If y\237ou ne\244\000\201@p\346%\000 s\047\007\262\000n s\373et\271\002\047anno\313ta\365!_<\000\335\000\047 \253di\260\000t\260\000 \277@F\377alse.a H\367alf\245\001made\\\345@\273@s S\201@a\016\000[d_A\000ecF\002 \350\0047 chX\000el\317H\201a\377disablee}n\002\001gchow\373\000\376\010\003divshme\353m.3\004.\010\005err\267ors\026\005sy\201`m\377.time_li\367mit\021\006text\332=\004/w\004/s\236\002s.\367pyx\321@defa\377ult __re\377duce__ d{ue\343\001non-\363 \357vial\033\000cin\377it__self\245.\205`b\355@\327\004b\246\204\002vwert\327#a P\276C\333ob\226A f\377`piGckl\247`:\002{\003 \0140~\336\001out BC\304#QE\203!\203A\207A.\272\006c\277b\323__\017\004\326@s\315@e_@\020\005\237C\245C$\017\017\006!\024.\247 \353cv\335@w:\005sen\235d\005\010get\242\004\\\004m\177akefilek\004\357recv\000\010_as\007ync\005\t\244\207\001\227\004W\001\000\010\347all\000\0130\nset\377blocking\3746\006|\014shutdo\013wn\242\204\003L\266\207\004\000\013\373\025&\005\370\346 \2744\031\006accep\361tH\014\017\003\351\003__Py\375x\001\000Dict_N\377extRef__\216\363\205\004e__\t\000\363\207\001\005\001f\207unc\r\001\324 \301C\033\000m\367ain!\001modu]l*\002nam2\002pT\000\314 \004\007\001vt\330\205\001L\001qu\303al\035\005\343\204\005\241n\375\204\006ex\036\200\001set_Q\005\275f\232\000~\301n__test\264\000\377is_corou/tine\237f_\231e\221#\334\374\t\316@_of\375Bio\345.2\006s\236\213\003\244\213\003ing\357cast\267\207\004scl\374X\001""\375\000traceb\277ackclo\332\212\001d\371e\254\213\004\260\213\007datad\307ead/\001\000\005m\000do\377neencodi\373ng\305\207\003flagg\376\257\204\007howinde?xitems\365\207\r\272\207\004\317left\366\213\005\332\204\005me\377mbership\376\227@emonoto\177nicmost\235A\335n\211\215\002new\277\001ne\377xtoverpo\203pr\217\205\001\223\205\001\206\205\003\005\002\251\215\001r\007oom\261\214\004\243 \370\207\001\347\205\001\353\205\001\347all\000\004\271\205\003sen]t\364\204\010set\322\210\004s\204\206\006\376\363\204\005sizespi)n\201\211\004\254\212\002_\233\206\001s\266\211\017\274\211\001\237throw\330\211\001\367\207\004v\357alue\000\002svi\337ewPyO\342\210\003*(\237struc\307\211\001\201\204\001oobj_7\271\212\004_7\364\212\004\177_4ends_\267\210\005?nd *, 8\007\000\t\376\014\t)\000\000unti\237l_no_\212\216\001\007\004s\367ome\374\215\002int l:A\236\200 10\332G_M\346F~\304\001unsign\204\217\002\351t\260\013\273\220\001_\367\214\004\200\001\330\377\004\n\210+\220Q\200\001\377\360\016\000\005\032\230\026\230\377x\240q\250\001\340\004\020\377\220\001\220\030\230\032\240<\357\250w\260a!\001\047\220\033\277\230A\230V\2401\007\003\032\337\2301\230J\240\027\000\013\320\377\013!\240\021\240!\2406\377\250\021\330\004\007\200u\210\377C\210q\330\010\016\320\016\377$\240A\240Z\250q\260\375\001\014\010\017\210v\220X\230\337W\240I\250Q!\000\210l\377\230!\330\014\026\220a\220\337y\240\001\240\026w\000\006\250\177a\360\006\000\005\010\200?\001?\210f\220E\230\021 \000\241\000\353&\220\250\000\016\017\000A\330\004\377\013\2101\200A\330\035+\177\2501\360\032\000\t\036\222\000\3778\2501\250A\340\010\016\377\210j\230\001\230\021\330\010\277\023\220;\230a\230\204\000\t\377\330\014\020\220\006\220a\330\277\014\022\220\047\230\033\217\000T\336\244\000\014\023\220>\257\0024\240\377{\260!\2606\270\021\330\377\014\017\210u\220C\220q\377\330\020\026\220f\230A\330\363\020\027\t\000\t\td\230%\230\357q\240\001\3309\0008\2309\377\240C\240~\260Y\270b\277\300\t\310\024\310Q:\001t\373\2205y\000\026\230v\240S""\363\250\001:\002\241\00023\360\026\377\000\t\033\230!\2308\240\1771\240F\250!\330\010\217\000\377\023\2204\220x\230w\240\347c\250\027\232 w\000t\2202\177\220S\230\010\240\004\240v\000\367\026\220j\212 \022\2401\320\177$C\3001\300D\310o\002\3674\220u\374 X\240T\250\377\026\250v\260T\270\035\300\177j\320PQ\340\014\034\222@\357Q\230a\200\373\000\013\2108\373\2207\243\000t\240:\250Q\357\250i\260r\323\001\022\220*\372\264@Z\321A\330\010\014\210K\363\220q\047\001\005\001x\230z\250=\0214\001\017\210t\220\316 \365 \353\t\020\010\0008\327@F\240!\257\200A\360\010\265\0036\334@&\270\321\000\263\005\205\001^\2504\202\002\026\357\270s\300!{\010\360\014\000\377\t\014\2104\210r\220\023/\220G\2301\363!*\261c\330\000\326}\000F\220\200 \037\305!\240\024\377\240Y\250d\260#\260S\277\270\004\270C\270q\230\003vK\230Qv\000\016\322A\236`\032\266 \356r\t\026\220d\255a\027\220{\374\355`X\002%\220r\230\032\240\3734\240\265@\030\230\004\230E\377\240\021\330\024\"\240$\240\377e\2502\250V\2604\260\377u\270B\270f\300I\310\355Q\323`\r\035\244%\360\020\000\206\340\010$\240\274 \240E\341\t\225!5\203\230\003\304\000\210cx\004\273A\366\013y\377\310\013\320ST\320TU\376\207F\320\004\034\230O\320+\377=\270]\310.\320XY\177\340\010\017\210|\2305\340\204\002\377v\250[\270\n\300(\310\277!\320\004#\2401\026\001\177\373\230a\264`T\250\031\260)\177\2701\320\0042\260!,\001\377}\230A\230T\240\025\240\377a\240z\260\024\260\\\300\377\032\3101\320\n0\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2225, 3270);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3239 bytes) */
-static const char bytes[] = " bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__Half._sleeps_onStreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_now_sleeps_onacceptaccept_asyncall_ofasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstre""am_filessystem.time_limitstextthrowtimetimeoutuntil_no_waituntil_somethingvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220y\240\001\240\026\240q\250\006\250a\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\r%\240T\250\021\330\014\023\2204\220w\230g\240S\250\004\250D\260\014\270C\270s\300!\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360""\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
+    #else /* compression: none (3270 bytes) */
+static const char bytes[] = " bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowti""metimeoutvaluevaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220y\240\001\240\026\240q\250\006\250a\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t""\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 155; i++) {
+    for (int i = 0; i < 150; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
@@ -16212,8 +15985,8 @@ static const char bytes[] = " bytes bytes into a buffer of  in use; create it wi
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 155; i < 175; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-155].length;
+    for (int i = 150; i < 170; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-150].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -16223,14 +15996,14 @@ static const char bytes[] = " bytes bytes into a buffer of  in use; create it wi
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 175; i++) {
+    for (Py_ssize_t i = 0; i < 170; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 155;
+      PyObject **table = stringtab + 150;
       for (Py_ssize_t i=0; i<20; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -16317,19 +16090,19 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 429};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 426};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 75};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 106};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_1F_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_avT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -16342,94 +16115,89 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 123};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 206};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sleeps_on, __pyx_mstate->__pyx_kp_b_iso88591_A_T_4wgS_D_Cs, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
-  }
-  {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 271};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 277};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 278};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 377};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 374};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 399};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 396};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 420};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 417};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_e1Jd_iWX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 424};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 421};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 441};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 436};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 451};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 446};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 463};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -18,13 +18,14 @@ from .header cimport *
 from .ends cimport ChannelEnd
 from .membership cimport Membership
 from .roles cimport open_channel
+from .sleeping_tasks cimport until_no_wait, until_something
 
 from time import monotonic
 
 from ..errors import ChannelError
 from ..system.time_limits import deadline_of, seconds_of
 from ..text import all_of
-from . import asynchronous, stream_files
+from . import stream_files
 
 cdef enum:
     SEND = 0
@@ -105,7 +106,7 @@ cdef class StreamListener(ChannelEnd):
 
     def accept_async(self, timeout=None):
         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_something(self, self.accept, timeout)
+        return until_something(self, self.accept, timeout, ())
 
     def __iter__(self):
         return self
@@ -202,10 +203,6 @@ cdef class Half(ChannelEnd):
 
     cdef void end_sleep(self) noexcept:
         self.stream.end_sleep()
-
-    def _sleeps_on(self):
-        with cython.critical_section(self.stream):
-            return self.stream.usable() and self.begin_sleep() == IVSHMEM_AGAIN
 
     cdef int64_t probe(self, void **what, Probe *probe) except -1:
         what[0] = &self.probed
@@ -419,7 +416,7 @@ cdef class Stream(ChannelEnd):
 
     def recv_async(self, Py_ssize_t size, timeout=None):
         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
+        return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 
     @cython.critical_section
     def _recv_now(self, size):
@@ -433,9 +430,7 @@ cdef class Stream(ChannelEnd):
         """
         view = memoryview(data).cast("B")
         while view:
-            sent = await asynchronous.until_no_wait(
-                self.half(SEND), self._send_now, timeout, view
-            )
+            sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
             view = view[sent:]
 
     @cython.critical_section

@@ -2501,6 +2501,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2543,6 +2544,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2919,6 +2921,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);

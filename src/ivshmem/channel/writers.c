@@ -2237,6 +2237,19 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
   unsigned int writer;
   uint64_t position;
 };
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time;
+
+/* "sleeping_tasks.pxd":6
+ * 
+ * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments)
+ * cdef object until_in_time(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=*
+ * )
+*/
+struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
+  int __pyx_n;
+  PyObject *options;
+};
 
 /* "native/descriptors.pxd":86
  * 
@@ -2503,6 +2516,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   int told;
   int polls;
   int watchers;
+  int sleepers;
   unsigned int state;
   unsigned int generation;
   int pinned;
@@ -2545,6 +2559,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
   int asleep;
   int awaited;
+  PyObject *watch;
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
@@ -2921,6 +2936,9 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*begin_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*sleeps_on)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
+  int (*end_waiting)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *);
   int (*restore)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *);
@@ -4251,6 +4269,9 @@ static uint64_t (*__pyx_f_7ivshmem_7channel_5roles_microseconds)(void); /*proto*
 
 /* Module declarations from "cpython.buffer" */
 
+/* Module declarations from "ivshmem.channel.sleeping_tasks" */
+static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args); /*proto*/
+
 /* Module declarations from "ivshmem.channel.writers" */
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -4363,9 +4384,9 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    PyObject *__pyx_tuple[4];
+    PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[14];
-    PyObject *__pyx_string_tab[141];
+    PyObject *__pyx_string_tab[138];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4435,127 +4456,124 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_enable __pyx_string_tab[17]
 #define __pyx_kp_u_gc __pyx_string_tab[18]
 #define __pyx_kp_u_isenabled __pyx_string_tab[19]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_channel_writers_pyx __pyx_string_tab[23]
-#define __pyx_kp_u_no_message_has __pyx_string_tab[24]
-#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[25]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[26]
-#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[27]
-#define __pyx_n_u__2 __pyx_string_tab[28]
-#define __pyx_n_u_B __pyx_string_tab[29]
-#define __pyx_n_u_ChannelTypeError __pyx_string_tab[30]
-#define __pyx_n_u_ClosedError __pyx_string_tab[31]
-#define __pyx_n_u_Loan __pyx_string_tab[32]
-#define __pyx_n_u_Loan___enter __pyx_string_tab[33]
-#define __pyx_n_u_Loan___exit __pyx_string_tab[34]
-#define __pyx_n_u_Loan___reduce __pyx_string_tab[35]
-#define __pyx_n_u_Loan_drop __pyx_string_tab[36]
-#define __pyx_n_u_Loan_publish __pyx_string_tab[37]
-#define __pyx_n_u_Loan_publish_async __pyx_string_tab[38]
-#define __pyx_n_u_Writer __pyx_string_tab[39]
-#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[40]
-#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[41]
-#define __pyx_n_u_Writer_loan __pyx_string_tab[42]
-#define __pyx_n_u_Writer_put_async __pyx_string_tab[43]
-#define __pyx_n_u_Writer_put_parts __pyx_string_tab[44]
-#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[45]
-#define __pyx_n_u_Writer_put_rows __pyx_string_tab[46]
-#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[47]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[48]
-#define __pyx_n_u_annotate __pyx_string_tab[49]
-#define __pyx_n_u_enter __pyx_string_tab[50]
-#define __pyx_n_u_exit __pyx_string_tab[51]
-#define __pyx_n_u_func __pyx_string_tab[52]
-#define __pyx_n_u_getstate __pyx_string_tab[53]
-#define __pyx_n_u_main __pyx_string_tab[54]
-#define __pyx_n_u_module __pyx_string_tab[55]
-#define __pyx_n_u_name __pyx_string_tab[56]
-#define __pyx_n_u_pyx_state __pyx_string_tab[57]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[58]
-#define __pyx_n_u_qualname __pyx_string_tab[59]
-#define __pyx_n_u_reduce __pyx_string_tab[60]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[61]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[62]
-#define __pyx_n_u_set_name __pyx_string_tab[63]
-#define __pyx_n_u_setstate __pyx_string_tab[64]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[65]
-#define __pyx_n_u_test __pyx_string_tab[66]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[67]
-#define __pyx_n_u_array __pyx_string_tab[68]
-#define __pyx_n_u_asynchronous __pyx_string_tab[69]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[70]
-#define __pyx_n_u_at __pyx_string_tab[71]
-#define __pyx_n_u_buffers __pyx_string_tab[72]
-#define __pyx_n_u_cast __pyx_string_tab[73]
-#define __pyx_n_u_cell __pyx_string_tab[74]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[75]
-#define __pyx_n_u_code __pyx_string_tab[76]
-#define __pyx_n_u_count __pyx_string_tab[77]
-#define __pyx_n_u_counted __pyx_string_tab[78]
-#define __pyx_n_u_data __pyx_string_tab[79]
-#define __pyx_n_u_drop __pyx_string_tab[80]
-#define __pyx_n_u_encode __pyx_string_tab[81]
-#define __pyx_n_u_error __pyx_string_tab[82]
-#define __pyx_n_u_errors __pyx_string_tab[83]
-#define __pyx_n_u_frombuffer __pyx_string_tab[84]
-#define __pyx_n_u_i __pyx_string_tab[85]
-#define __pyx_n_u_index __pyx_string_tab[86]
-#define __pyx_n_u_into __pyx_string_tab[87]
-#define __pyx_n_u_items __pyx_string_tab[88]
-#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[89]
-#define __pyx_n_u_kind __pyx_string_tab[90]
-#define __pyx_n_u_len __pyx_string_tab[91]
-#define __pyx_n_u_length __pyx_string_tab[92]
-#define __pyx_n_u_loan __pyx_string_tab[93]
-#define __pyx_n_u_map __pyx_string_tab[94]
-#define __pyx_n_u_memoryview __pyx_string_tab[95]
-#define __pyx_n_u_ndim __pyx_string_tab[96]
-#define __pyx_n_u_numpy __pyx_string_tab[97]
-#define __pyx_n_u_operator __pyx_string_tab[98]
-#define __pyx_n_u_part __pyx_string_tab[99]
-#define __pyx_n_u_parts __pyx_string_tab[100]
-#define __pyx_n_u_pop __pyx_string_tab[101]
-#define __pyx_n_u_publish __pyx_string_tab[102]
-#define __pyx_n_u_publish_async __pyx_string_tab[103]
-#define __pyx_n_u_put __pyx_string_tab[104]
-#define __pyx_n_u_put_async __pyx_string_tab[105]
-#define __pyx_n_u_put_parts __pyx_string_tab[106]
-#define __pyx_n_u_put_parts_async __pyx_string_tab[107]
-#define __pyx_n_u_put_rows __pyx_string_tab[108]
-#define __pyx_n_u_put_rows_async __pyx_string_tab[109]
-#define __pyx_n_u_rows __pyx_string_tab[110]
-#define __pyx_n_u_self __pyx_string_tab[111]
-#define __pyx_n_u_setdefault __pyx_string_tab[112]
-#define __pyx_n_u_shape __pyx_string_tab[113]
-#define __pyx_n_u_size __pyx_string_tab[114]
-#define __pyx_n_u_spin __pyx_string_tab[115]
-#define __pyx_n_u_sum __pyx_string_tab[116]
-#define __pyx_n_u_text __pyx_string_tab[117]
-#define __pyx_n_u_time __pyx_string_tab[118]
-#define __pyx_n_u_timeout __pyx_string_tab[119]
-#define __pyx_n_u_uint8 __pyx_string_tab[120]
-#define __pyx_n_u_until_in_time __pyx_string_tab[121]
-#define __pyx_n_u_values __pyx_string_tab[122]
-#define __pyx_n_u_view __pyx_string_tab[123]
-#define __pyx_n_u_wanted __pyx_string_tab[124]
-#define __pyx_n_u_whole __pyx_string_tab[125]
-#define __pyx_n_u_writer __pyx_string_tab[126]
-#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[127]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[128]
-#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[134]
-#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[135]
-#define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[136]
-#define __pyx_kp_b_iso88591_N_it_YeST __pyx_string_tab[137]
-#define __pyx_kp_b_iso88591_a_F_1 __pyx_string_tab[138]
-#define __pyx_kp_b_iso88591_1_Ky __pyx_string_tab[139]
-#define __pyx_kp_b_iso88591_Q_L __pyx_string_tab[140]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_channel_writers_pyx __pyx_string_tab[22]
+#define __pyx_kp_u_no_message_has __pyx_string_tab[23]
+#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[24]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[25]
+#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[26]
+#define __pyx_n_u_B __pyx_string_tab[27]
+#define __pyx_n_u_ChannelTypeError __pyx_string_tab[28]
+#define __pyx_n_u_ClosedError __pyx_string_tab[29]
+#define __pyx_n_u_Loan __pyx_string_tab[30]
+#define __pyx_n_u_Loan___enter __pyx_string_tab[31]
+#define __pyx_n_u_Loan___exit __pyx_string_tab[32]
+#define __pyx_n_u_Loan___reduce __pyx_string_tab[33]
+#define __pyx_n_u_Loan_drop __pyx_string_tab[34]
+#define __pyx_n_u_Loan_publish __pyx_string_tab[35]
+#define __pyx_n_u_Loan_publish_async __pyx_string_tab[36]
+#define __pyx_n_u_Writer __pyx_string_tab[37]
+#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[38]
+#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[39]
+#define __pyx_n_u_Writer_loan __pyx_string_tab[40]
+#define __pyx_n_u_Writer_put_async __pyx_string_tab[41]
+#define __pyx_n_u_Writer_put_parts __pyx_string_tab[42]
+#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[43]
+#define __pyx_n_u_Writer_put_rows __pyx_string_tab[44]
+#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[45]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[46]
+#define __pyx_n_u_annotate __pyx_string_tab[47]
+#define __pyx_n_u_enter __pyx_string_tab[48]
+#define __pyx_n_u_exit __pyx_string_tab[49]
+#define __pyx_n_u_func __pyx_string_tab[50]
+#define __pyx_n_u_getstate __pyx_string_tab[51]
+#define __pyx_n_u_main __pyx_string_tab[52]
+#define __pyx_n_u_module __pyx_string_tab[53]
+#define __pyx_n_u_name __pyx_string_tab[54]
+#define __pyx_n_u_pyx_state __pyx_string_tab[55]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[56]
+#define __pyx_n_u_qualname __pyx_string_tab[57]
+#define __pyx_n_u_reduce __pyx_string_tab[58]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[59]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[60]
+#define __pyx_n_u_set_name __pyx_string_tab[61]
+#define __pyx_n_u_setstate __pyx_string_tab[62]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[63]
+#define __pyx_n_u_test __pyx_string_tab[64]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[65]
+#define __pyx_n_u_array __pyx_string_tab[66]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[67]
+#define __pyx_n_u_at __pyx_string_tab[68]
+#define __pyx_n_u_buffers __pyx_string_tab[69]
+#define __pyx_n_u_cast __pyx_string_tab[70]
+#define __pyx_n_u_cell __pyx_string_tab[71]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[72]
+#define __pyx_n_u_code __pyx_string_tab[73]
+#define __pyx_n_u_count __pyx_string_tab[74]
+#define __pyx_n_u_counted __pyx_string_tab[75]
+#define __pyx_n_u_data __pyx_string_tab[76]
+#define __pyx_n_u_drop __pyx_string_tab[77]
+#define __pyx_n_u_encode __pyx_string_tab[78]
+#define __pyx_n_u_error __pyx_string_tab[79]
+#define __pyx_n_u_errors __pyx_string_tab[80]
+#define __pyx_n_u_frombuffer __pyx_string_tab[81]
+#define __pyx_n_u_i __pyx_string_tab[82]
+#define __pyx_n_u_index __pyx_string_tab[83]
+#define __pyx_n_u_into __pyx_string_tab[84]
+#define __pyx_n_u_items __pyx_string_tab[85]
+#define __pyx_n_u_ivshmem_channel_writers __pyx_string_tab[86]
+#define __pyx_n_u_kind __pyx_string_tab[87]
+#define __pyx_n_u_len __pyx_string_tab[88]
+#define __pyx_n_u_length __pyx_string_tab[89]
+#define __pyx_n_u_loan __pyx_string_tab[90]
+#define __pyx_n_u_map __pyx_string_tab[91]
+#define __pyx_n_u_memoryview __pyx_string_tab[92]
+#define __pyx_n_u_ndim __pyx_string_tab[93]
+#define __pyx_n_u_numpy __pyx_string_tab[94]
+#define __pyx_n_u_operator __pyx_string_tab[95]
+#define __pyx_n_u_part __pyx_string_tab[96]
+#define __pyx_n_u_parts __pyx_string_tab[97]
+#define __pyx_n_u_pop __pyx_string_tab[98]
+#define __pyx_n_u_publish __pyx_string_tab[99]
+#define __pyx_n_u_publish_async __pyx_string_tab[100]
+#define __pyx_n_u_put __pyx_string_tab[101]
+#define __pyx_n_u_put_async __pyx_string_tab[102]
+#define __pyx_n_u_put_parts __pyx_string_tab[103]
+#define __pyx_n_u_put_parts_async __pyx_string_tab[104]
+#define __pyx_n_u_put_rows __pyx_string_tab[105]
+#define __pyx_n_u_put_rows_async __pyx_string_tab[106]
+#define __pyx_n_u_rows __pyx_string_tab[107]
+#define __pyx_n_u_self __pyx_string_tab[108]
+#define __pyx_n_u_setdefault __pyx_string_tab[109]
+#define __pyx_n_u_shape __pyx_string_tab[110]
+#define __pyx_n_u_size __pyx_string_tab[111]
+#define __pyx_n_u_spin __pyx_string_tab[112]
+#define __pyx_n_u_sum __pyx_string_tab[113]
+#define __pyx_n_u_text __pyx_string_tab[114]
+#define __pyx_n_u_time __pyx_string_tab[115]
+#define __pyx_n_u_timeout __pyx_string_tab[116]
+#define __pyx_n_u_uint8 __pyx_string_tab[117]
+#define __pyx_n_u_values __pyx_string_tab[118]
+#define __pyx_n_u_view __pyx_string_tab[119]
+#define __pyx_n_u_wanted __pyx_string_tab[120]
+#define __pyx_n_u_whole __pyx_string_tab[121]
+#define __pyx_n_u_writer __pyx_string_tab[122]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[123]
+#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[124]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[125]
+#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[126]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[127]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[128]
+#define __pyx_kp_b_iso88591_A_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[129]
+#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[130]
+#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[131]
+#define __pyx_kp_b_iso88591_A_T_t4q_a_t7_4wit1 __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_nKq_T_t1_T_a_a_uG1_4r_HD_ARq_A __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591_N_AT_j_ha __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591_a_AV4vZq __pyx_string_tab[135]
+#define __pyx_kp_b_iso88591_1_AV4_A __pyx_string_tab[136]
+#define __pyx_kp_b_iso88591_Q_AV4_Q __pyx_string_tab[137]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_2 __pyx_number_tab[1]
 #define __pyx_int_1099511627776 __pyx_number_tab[2]
@@ -4600,9 +4618,9 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<141; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<138; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4653,9 +4671,9 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<14; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<141; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<138; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -7589,7 +7607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_4put_rows(struct __
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
 */
 
 /* Python wrapper */
@@ -7699,8 +7717,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7709,48 +7725,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   /* "ivshmem/channel/writers.pyx":162
  *     def put_async(self, data, timeout=None):
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put, timeout, data)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self, self.put, timeout, (data,))             # <<<<<<<<<<<<<<
  * 
  *     def put_parts_async(self, parts, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_data);
+  __Pyx_GIVEREF(__pyx_v_data);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_data) != (0)) __PYX_ERR(0, 162, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 162, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 162, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_data};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/writers.pyx":160
@@ -7758,7 +7756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
 */
 
   /* function exit code */
@@ -7766,7 +7764,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7776,11 +7773,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_6put_async(struct _
 }
 
 /* "ivshmem/channel/writers.pyx":164
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
 */
 
 /* Python wrapper */
@@ -7890,8 +7887,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7900,56 +7895,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   /* "ivshmem/channel/writers.pyx":166
  *     def put_parts_async(self, parts, timeout=None):
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))             # <<<<<<<<<<<<<<
  * 
  *     def put_rows_async(self, rows, timeout=None):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_parts);
+  __Pyx_GIVEREF(__pyx_v_parts);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_parts) != (0)) __PYX_ERR(0, 166, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 166, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_parts};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 166, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/writers.pyx":164
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
 */
 
   /* function exit code */
@@ -7957,7 +7934,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_parts_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7967,11 +7943,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_8put_parts_async(st
 }
 
 /* "ivshmem/channel/writers.pyx":168
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))
 */
 
 /* Python wrapper */
@@ -8081,8 +8057,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8091,56 +8065,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   /* "ivshmem/channel/writers.pyx":170
  *     def put_rows_async(self, rows, timeout=None):
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))             # <<<<<<<<<<<<<<
  * 
  *     cdef int announce(self) except -1:
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_INCREF(__pyx_v_rows);
+  __Pyx_GIVEREF(__pyx_v_rows);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_v_rows) != (0)) __PYX_ERR(0, 170, __pyx_L1_error);
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, ((PyObject*)__pyx_t_2), NULL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_rows};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_3 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/writers.pyx":168
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))
 */
 
   /* function exit code */
@@ -8148,7 +8104,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.writers.Writer.put_rows_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8158,7 +8113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_6Writer_10put_rows_async(st
 }
 
 /* "ivshmem/channel/writers.pyx":172
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_announce(&self.writer)
@@ -8195,7 +8150,7 @@ static int __pyx_f_7ivshmem_7channel_7writers_6Writer_announce(struct __pyx_obj_
   goto __pyx_L0;
 
   /* "ivshmem/channel/writers.pyx":172
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_announce(&self.writer)
@@ -10435,7 +10390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_10publish(struct __py
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 */
 
 /* Python wrapper */
@@ -10538,8 +10493,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
+  struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10548,65 +10502,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   /* "ivshmem/channel/writers.pyx":310
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})             # <<<<<<<<<<<<<<
  * 
  *     def drop(self):
 */
-  __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->writer);
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_size, __pyx_v_size) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_5.__pyx_n = 1;
+  __pyx_t_5.options = ((PyObject*)__pyx_t_3);
+  __pyx_t_4 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple, &__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  #if CYTHON_VECTORCALL
-  #endif
-  __pyx_t_5 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_4))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_5 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self->writer), __pyx_t_3, __pyx_v_timeout, __pyx_v_size};
-    #if CYTHON_VECTORCALL
-    __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_INCREF(__pyx_t_6);
-    #else
-    {
-      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
-      __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+4, 1);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-    }
-    #endif
-    __pyx_t_1 = __Pyx_Object_VectorcallKwds((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_6);
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    #if CYTHON_VECTORCALL
-    #endif
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __pyx_r = __pyx_t_4;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
+  __pyx_t_4 = 0;
   goto __pyx_L0;
 
   /* "ivshmem/channel/writers.pyx":308
@@ -10614,7 +10536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 */
 
   /* function exit code */
@@ -10623,7 +10545,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem.channel.writers.Loan.publish_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10633,7 +10554,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_12publish_async(struc
 }
 
 /* "ivshmem/channel/writers.pyx":312
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
@@ -10825,7 +10746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7writers_4Loan_14drop(struct __pyx_o
   }
 
   /* "ivshmem/channel/writers.pyx":312
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
@@ -12332,6 +12253,26 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.sleeping_tasks"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_PyObject_struct___pyx_obj_7ivshm);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 195;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12637,59 +12578,35 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/writers.pyx":22
- * from .roles cimport LARGE, microseconds, WriterEnd
+  /* "ivshmem/channel/writers.pyx":23
+ * from .sleeping_tasks cimport until_in_time
  * 
  * import operator             # <<<<<<<<<<<<<<
  * 
  * from ..errors import ChannelTypeError, ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/writers.pyx":24
+  /* "ivshmem/channel/writers.pyx":25
  * import operator
  * 
  * from ..errors import ChannelTypeError, ClosedError             # <<<<<<<<<<<<<<
  * from ..text import counted
- * from . import asynchronous
+ * 
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError};
     for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/writers.pyx":25
- * 
- * from ..errors import ChannelTypeError, ClosedError
- * from ..text import counted             # <<<<<<<<<<<<<<
- * from . import asynchronous
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -12699,20 +12616,20 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":26
+ * 
  * from ..errors import ChannelTypeError, ClosedError
- * from ..text import counted
- * from . import asynchronous             # <<<<<<<<<<<<<<
+ * from ..text import counted             # <<<<<<<<<<<<<<
  * 
  * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -12753,7 +12670,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 84, __pyx_L1_error)
@@ -12790,7 +12707,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
@@ -12801,46 +12718,46 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 160, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":164
- *         return asynchronous.until_in_time(self, self.put, timeout, data)
+ *         return until_in_time(self, self.put, timeout, (data,))
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":168
- *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+ *         return until_in_time(self, self.put_parts, timeout, (parts,))
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+ *         return until_in_time(self, self.put_rows, timeout, (rows,))
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7writers_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_writers, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
@@ -12856,7 +12773,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
@@ -12918,7 +12835,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 272, __pyx_L1_error)
@@ -12929,7 +12846,7 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 */
   __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -12939,14 +12856,14 @@ __Pyx_RefNannySetupContext("PyInit_writers", 0);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7writers_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/writers.pyx":312
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+ *         return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
@@ -13092,20 +13009,6 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/writers.pyx":310
- *     def publish_async(self, timeout=None, *, size=None):
- *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
- *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
- * 
- *     def drop(self):
-*/
-  {
-    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
-  }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
-
   /* "ivshmem/channel/writers.pyx":84
  *             PyBuffer_Release(&view)
  * 
@@ -13115,14 +13018,14 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 84, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<4; ++i) {
+    for (Py_ssize_t i=0; i<3; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13156,41 +13059,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{16},{14},{12},{27},{15},{68},{63},{33},{0},{1},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{12},{18},{2},{7},{4},{4},{18},{4},{5},{7},{4},{4},{6},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{13},{6},{4},{6},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{11},{7},{114},{401},{133},{63},{189},{31},{24},{24},{24}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{20},{59},{28},{15},{22},{1},{25},{1},{1},{4},{179},{34},{8},{8},{7},{6},{2},{9},{14},{12},{27},{15},{68},{63},{33},{1},{16},{11},{4},{14},{13},{15},{9},{12},{18},{6},{24},{26},{11},{16},{16},{22},{15},{21},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{5},{18},{2},{7},{4},{4},{18},{4},{5},{7},{4},{4},{6},{5},{6},{10},{1},{5},{4},{5},{23},{4},{3},{6},{4},{3},{10},{4},{5},{8},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{4},{4},{10},{5},{4},{4},{3},{4},{4},{7},{5},{6},{4},{6},{5},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{208},{28},{9},{46},{11},{7},{114},{401},{133},{63},{189},{30},{22},{22},{22}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1575 bytes) */
-static const char cstring[] = "x\332mT\313S\023I\030\047+\272\260\202$\274Q\226\355\010\362\360\021+ex\024e\271\225\005QW\213\002E]\3672\325\231\351\220Y&3\311tOB\254=x\314q\216}\354\343\034\347\230c\216\034s\314\321?\201?a\277\356\231D\036K\221\244\037_\177\337\367{t\243B\203\021\212\242o\247\2100\262\034l\313\021r\\\204]\0277\324:+\221h\007\273\004\2316\362(\331F.\261\010\246Dn\226Q\321t)C\253\006\261\326\020\303\0472\235MP\231P\212\217\t\302\014R3\263LV\231K\010*\272\370\270Ll\266\366\030U\274\202e\322\0221dA\303u*\025bd\236\2335Z*\223rF/a\333&V\346]\334\325\213\337\367!\355\276\303dUH\272\323`%\307F&EP\330,\020\0273b5\020e\256\2513\342\312 \033\035\274<x\222\333\312!l\033\320\363?Dg\024Q\257\240[\230\322\010v\3013-\006\260X\243Bh\006\275)\242\206\343!\233@W\314A\025\210\273x\000\360\332\210\022\246XY\201\006\035\206\231\351\330\032\0347\355\343\025d\230.\0241kD\236\336\303\026%\031\214\024\004]E\243\002A\272S1#\320\025S?\261\210\201\rC\203=\022C\206$\024\027,Bl\371}\254\2334\032\031W\251\351\315\211\353:.\355\315\0309e\361\370i\034\371\264\356\232\300\t\315T\032\247\266\323\227\246\204)r\235:\335\006\205\n^\261\010\254I\301\353\016t\000\032Q\000F%\301\222\rb<V\262B<*B\353\004\353\245^\"J\254b&*q\t\246]#.\213\210\304\350 \322\313)H\025T\n\205\036X\353;\254\016\375\374\237)\376\330\211`\034\201F/%\326\035\313\241\304PC\311\255\374d4\r\\E\\M\353\315NM\326\237\270\304\360t\022OeV5\210k]\034k\2306l\375\263\302\022}\3778\255+\004\232\326_\007#P\320\377\332\216\004\023\017+\036\273\230R\315+\330e\364\352\374Z\224\024\346\3124\212\321\264\203\306)|v\301\347\332>\210\375\236\0245-\366\"`\354\023\321\343@\323\212\236<\246i\307\275\206\341\257\214M[\375:\206g\251\025\033\227\325/\230D\213\303\344\260\306\244\371\344F\325\303V/\250\307\3505v\372\013\344TN\200\243~bz\241\3745\3564\r\036\"\331\255I5\335q\035\017n%Q\317\220B]r\035\333\361\250\032\233N\246\037A1\213\254KuL\231N,K\007O\021\r\3001\027\353\244\200\365\023\3351\210\356x6S_\30400\303\322\004\304\226;\352\366DW\250\350:\345(\233i\332\006\260g3""\007\024(\323\2537/\276O\047\020e\021\033\376\301\304R\3652\256@\230\3436j&\251\333p\213l\257\\i@%x\235\034W\n\255\304\256\200\255#\277]\262\035\350\334\367K\337\030W\034\322\363\302eO\310\221\274\205\300\252A\212\330\263\030-ax\320\314\257\204\302\303D\275\262|\025\344+,?\300\234\007\320\266\200\014\323RL\301b\r[\036\241\262\357:\226$\325K\216E\"\2342x#\247\301\033_sLcm\240lBA\n\224\332\006\375\226\350\016\376\322|\344\037~\313w\207n7sM\346g\273#\243r\274\356\337\220\343\244?\304\023\335\321\224?\307\027\371\241\234\337\214\242\3574M\277\312\023r8\326\254\302\317\354\334\371\302\300\360hs\317O\313%\346o\361M\261\026l\207\037[\213\255\277\333\247g\265\316\307O\235O\237\243\344?A\324\310\270\377\220\347;\277f\002\034T\273C\223~\336\377\013j\300\376\246\177\337\337\345C\342g\321\010\0232n\3117yU$\242\304Y\177\217\247\241\342\203ga\366\034\r\014/\360\303\363[\003\303s\320\350\320<\377S`Q\215\212\334\362\013<\021\227\211\022\347\232\247>\345K\274$\216\203/a\261\265\323\252\302~g\374\276H\213\355\34000Bh^b\374\304\263\034\240\335\345i\276!Rb9\200\334\303\022\376-\037wG&\374\234\357\361\035\336\010n\207@\322X\323\363\377\360\r\276*V\2029\310\220\234\206\311\232\310\212\274\014}\316k\342(\230\017\025{\252\235\373\020\215\273\311\231\316\314\243 \033\344\203\2430\325MN\370\353\374\006\317v\047g\374jwv\236\277\021\207\335\311{<\307=\221\027_\002,7dM\330\274\007a\363\213\"\333\235]\340\206X\r\322AV\236\207\263w\001\033Q\205\223\2620P&&\345a\340wr\226\217\0011\223S\262=\3543\376\214c^\027v\270\333\272\331z\337r\333\343\355\2153\350CR\221\025\273\301p8\035~mO\267kg\207\335\344\244\377\2263\261\031\000\266)_\001\031\346)\t.\373}d^\222\3131\010\262\262\036*%&\374\264\277\rkD\254\007\211`\nX]m\305\246X\347\t>\001\007>@gS\002KRS\000G\241U\251\241\324k`\036\272M\360)\256\213q\361\014\004\2256\000p\213\262Pw,\031\373PY5\262\232\314\3601\000W\234\217\014\334Y\006\276SR\026\006:U\273\311\224\214\277\003\047c;\253\235M\016`\322\240mZ\344D=0C\326\312v\006\027\270\035\274\r\253\322\312""\013\374H\244\272C\277\001\360\354\367\321\007Q\316\330\000q:)\374+\256\310\317\371.\000{\r\304\251N\037\202h\357E\265\263\232o\247\332KmP{.\"l\003Pa0N\":\275#\373\233\366\213p2\017\024\300Z<\177);\273Z/n\177\334\177\000wo\220\277\022[\240\274J:#\022\235\301%\261\037\246\277\003#\377\362\027A*XR\240\266\333_\316H\347\303QgpY\340\037\233\313\341`\270\327Zk\003f0\341\345\365\267\255\306\031\244{\022\034^^\177\327\036>K\375\007\2150\032\306";
-    PyObject *data = __Pyx_DecompressString(cstring, 1575, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1646 bytes) */
+static const char cstring[] = "x\332uU\315s\323F\024\217K\240I\t\020\207\004\010\244\351\032\002\371\000\314xp\010\223a\332q\303g\351\320\204\206P\270h\326\322:\026\221%[\273\262c\332\316p\314Q\307=\356QG\035}\364\221\243\217>\362\047\360\047\364\275\225l\222@\031l\357\307\333\367\336\357c7\244\334\026\214\223\344\333\253\020J\034\217\2728\"\236O\250\357\323\266^\027U\226\354P\237\021\333%\001g\353\304g\016\243\234\341f\215Tl\237\013\262d1g\231\010\272\207\351\\Fj\214s\272\313\010\025\220Z\3305\266$|\306H\305\247\2735\346\212\345[\244\036\224\035\233W\231\205\005-\337\253\327\231\225\177`7y\265\306jy\263J]\2279\371\337\323\256~\376\345\005\244}\341\t\254\nI7\332\242\352\271\304\346\004\n\333e\346S\301\2346\341\302\267M\301|\014r\311\346\243\315\333\305\373EB]\013z~\307L\301\t\017\312\246C9O`\227\003\333\021\000K\264\353\214\347\311\263\ni{\001q\031t%<R\207\270\303\007\000\257K8\023\232\225Eh\320\023T\330\236k\300q\333\335]$\226\355C\021\273\311\360\364c\352p\226\247DC0u4)3bzu;\001]\267\315=\207Y\324\262\014\330c)dH\302i\331a\314\305\357]\323\346\311\310\032P\303|\337\363\371`&\330\276H\307w\322\014wZ\276\r\034\360|\275\275\357zC)\252\224\023\337k\361uP\244\034T*\300\022\n\334\362\240\"h\302\001\010GB\021=\263ni\031!\236T\240UF\315\352 \021gN%\237\2248\002\313m2_$\304Q\262\231\350\343\225\221u\235B\243\005\226\206\216jA?\3372\301\257\033\t\214m\320\344\021b\335p<\316,=D.\361\2237\014p\021\363\rc0\333\267\305p\3423+0Y:\305\254z\220\326:<6(o\273\346k\215%\371\376r\332\324\010\014c\270\016\302s\320\373\253\035\004\223\016\353\2018\234R\317\353\324\027\374\370\374\253(\024\346\3304\2111\214\315\366>|\036\202\257\215\027 \366KV1\214\324{\200qH\304\200\003\303\250\004x\3140v\007\r\303\277\032\265]\375\353Y\201\243W\\Z\323\277`\022#\r\303aS\240\331p\243\021Pg\0204`\364+v\206\013l\037\047\300\32101?T\376+\356\014\003\036\036\354\326\346\206\351\371^\000\267\220\351gG\243\266\275\374p\225S\221\330\225\233\224\013\2239\216\t>b\006\000\022>5Y\231\232{\246g1\323\013\\\241\277\230eQAQx\346\342\216\2761\311""\265\251\370^-\311f\333\256\005\214\271\302\003\326k\374\370\303\223\336\241=\210r\230\013\377\301\270\250t\215\326!\314\363\333M\233\265\\\2709nP\253\267\241\022\274@\236\217\342j\201\353`\345\304cG\254\006\332\016=24\3031W\014\364?\352\003\034\341\315\003&-V\241\201#x\225\302\243e\277g\034\036\037\036\324\360%\300\227\026?\300\\\000\320\3567\251\0230\216\255\266(\362\322\252z\016K\240m\266\377H.\347\312\022\274\232\001\014\022\003\300\2255\326R6\214\265\224\016\243\310\\\213\033\351\315|\004\357\351\312-\362%\303\377\217\217\246\256\003t\177\227\177#\177\241\310\341\311\303W\324\020\224\357q\003d\264\035\2551\300!+\303\004\360JQGgY\0369\022\203x\357\025\r\370S\324\364lky\244f\003g\034\\\001\215\177\310\364G\1778\270\031n}(\365\307N\037\024\017DX\350O\234\301\361jx\002\307\223\341\230\314\364\317d\303YyMn\341\374d\022}\366\300\016\0332\203\303s\007\r\370\2714\373y~d\374\314\301\3430\207K\"\274/\327\324r\264\036\277\352\\\353\274\355\356\177l\366^\355\364v^\047\311\277\203\250\211\251pE\226z?\346#\0325\372c\323a)\374\013j\300\376Zx5|(\307\324\367\252\035g0n!\264eCe\222\304\205\360\261\314A\305\353w\343\302g22>/\267>\237\032\031\237\205F\307\346\344o\212\252FR\344TX\226\231\264L\222\270x\260\037r\271 \253j7z\023W:\033\235\006\354\367\246\256\252\234Z\217\266\"+\206\346\021\343\216,H\200vY\346\344=\225U7\"\310=\216\360O\205\264?q>,\206\201\334\220\355\350t\014$\235;\010\302_CK.\251\305h\0262L^\200\311\262*\250\022\206>\220M\265\035\315\305\232=\335\316U\210\246\375\311\213\275\2137\243BT\212\266\343l\177\362|\270*O\310B\177\372b\330\350_\232\223\317\324V\177\372\212,\312@\225\324\233\210\342\006\326\204\315+\0206wM\025\372\227\346\245\245\226\242\\T\300\363p\3662`c\272\360$\026\006\312\3244\036\006~\247/\311s@\314\364\014\266GC!\357J*[\312\215\037vNv^v\374\356T\367\336G\350\003\251(\250\207\321x|!~\337\275\320m~\334\352ON\207\317\245Pk\021`\233\t5\220q\231Ep\205O\023sH\256\244 \310\342j\254\2258\037\346\302uXcj5\312D3\300\352R\0475\305\252\314\310\363p\340O\350lFQ$5""\013p4Z\235\032J=\005\346\241\333\214\234\221\246\232RwAP\264\001\200\273\206\205\372\347&S\037j\253&V\303\014\257\"p\305\347\211\221\2637\200\357,\312\"@\247F\1772\213\361g\341djg\275\263&\001L\016\264\315\251\242jEv,:\205\336\350\274t\243\347q\003\255</\267U\266?\366\023\000/|:s=\311\231\032 M\207\302?\221\232\374b\350\003\260\247@\234\356t\005D{\251\032\275\245R7\333]\350\202\332\263\ta\367\000\025\005\343d\222\323\033\330\337\205\260\002\047K@\001\254\245\363G\330\331\361zi\373S\341u\270{\243\362\211\272\017\312\353\244\027U\2467\272\240^\304\271O\300\310\277\300\360\266\232\215\026\242w\235\361\356L\267\372\221\366Fo(:\330\333\001\310\315\350m\334\350\215\202\003\017\257\376\035\257tJ\275\321\333\321\326\341\325\177\342\365\316\326\177\005\276U\221";
+    PyObject *data = __Pyx_DecompressString(cstring, 1646, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2056 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\227cis\004\003d\213-\243%e\337rrors\261%te\353xt\276$/\276$/wr\375i\221 s.pyxn\375o\222Fhas ro\367ws:\372@buff\234\263 \206`two\304\000\241@s\362\326\000s\335!\212!ed, \354\323A-\000 f\236`eac}h\334Eself.]\003} \333\tnvert\303#7a P\252Cob\202A>\002\310\371\002\263 \331fw\215\000\201qBC\352\206cT\241@E\350\001Clo\307sed\006\002\233a\237a._\275_\323`er__\006\005x\373it\004\006reduc\301e\025\004\347a.\002\372d\000\t_a\037syncW\252\"\000\003V\000\2327\004c\355b__\017\006\206`s\306\375@e_\013\014\305\205\0016\004pu\365tG\t.\014\001part\001s\025\010\013\002\025\016\225A:\010\244A\227\003\337__Pyx\001\000Di\357ct_N\352@Ref\203__\205\204\004\341\000\200&\217 \377\002_\377_func___\317_get\253\003\n\000ma\373in\020\001modulN2\002nam:\002\242`_ \004\346\007\001vt\211\204\001;\001qua\231l\035\005\312%__\217,\010\006e\275xo\001set_Q\005s|t\010\253.__tes\257@\377_is_coro\237utine\202\210\002\216Bh\277ronous\232Bi\273o.\031\006sat\265\204\003s\377castcell\353cl6\000_\332\000tra\377cebackco\177decount\000\002\277eddata\354\207\001e\361n\026\001\271\205\002\275\205\003from\376\203\205\003iindexi\377ntoitemst\205\210\r\311\205\004k#\000len\000\000\367gth\273\211\001mapm\377emoryvie\377wndimnumopyop\232\210\001or\365A\016\370Bpop\366\210\004\375\210\004\361c\252`\020\247f\240f\251f\033\006_\260\206\001\325a\212g\374""\302\206\001\202\206\001setdef\377aultshap\377esizespi\017nsum\222\207\001\202\212\001\206\212\001\331 \265u\330\0008\217 il\245\"i\377mevalues\376\264\001wantedw\317hole\262\207\003)\00164\377_t (void\377)\000micros\376\320 nds\200\001\330\004\377\n\210+\220Q\200A\330\377\010\013\2104\210t\2201w\330\014\r\010\0015\220\003\010\001\377\020\220\010\230\001\330\r\021\377\220\031\230#\230Q\330\014\367\020\220\005(\003\016\210i\220wq\230\0015\001\017\210q=\000\377\030\031\360\036\000\t\r\210\277F\220!\330\010\017G\0008\377\2307\240)\250:\260U\377\270#\270Z\300x\310v\277\320UV\320VWW\003\002\376#\000\014\022\220*\230A\320\377\035.\250a\250q\330\010\237\024\220A\220Xa\000\206\0007\377\220\"\220D\230\010\240\007\337\240y\260\001\330%\000$\220\337i\230q\240\001S\0031\220\367F\230!\257\000%3\2601\377\360 \000\t\036\230Q\360\357\006\000\t\031\246\000\010\034\230\337J\240a\240q\274\003\006\220\343b\230:\002d\000S\0034\210x\377\220s\230$\230h\240g\377\250Y\260f\270C\270q\376\\\000\320\022\"\240!\240:\237\250Q\250d\260\272\000\340\001V\367\2301\230\221 \032\230!\230\2776\240\021\240&\250y\000\t\376\373\001\006\220a\330\014\023\220\3774\220u\230C\230y\250\373\013\260\256 \017\210u\220B\377\220d\230(\240\047\250\031\366?\000\020\026\n\000)\2401\240\375A\047\001<\230v\240T\250\323\034\260\271\"\311\002\"+\000a\330\377\020\027\320\027+\2501\250\377A\250T\260\021\330\020\023\377\2205\230\003\2301\330\024\377\027\220q\330\030\034\230I\377\240Q\330\024\033\2304\230\177u\240A\240Y\250a\025\001\364p\001\032\000\033$\000\034#\2401\377\330\030\036\230d\240(\250\247!\2501<\0019\000\032\331\000e4t\002M\000<\257!\240\0249\001\335 \357\024\030\230\017\226 \024\025\330\376\234\000a\220t\2303\230a\377\230w\240n\260D\270\005\377\270R\270r\300\022\3006\371\310\205\000\207!1\240D\250\t\377\260\026\260z\300\026\300v\377\310Q\330\020\024\220K\230\377t\2407\250!\330\020\025\335\220\202b\t\230\021\204!1\340\377\014\034\230A\230Q\230a\356\300`\0475\260\205B\023\220!\373\220:\021\000e\2405\250\001\333""\250\025\323 (\270\216d5\230\367\001\230\023.\000S\240\001\240\377\025\240a\330\010\t\330\021\220\314\000\351\002V\002h\000H\367 \253\000\001\377\230\025\230c\240\022\2403\354\316@\203a\024\032\377a\230a\330\243\017\020\201\204\004\246\204\002\345c1\255 U}\250\223`\360\014\000\016&\355 \324\233\000\201\204\0014\312 \020\247\000\020\220\325\0167\000\014\311\204\003\014\233\204\0017\230\372\312\000!\331@!\2404\240w\377\250i\260t\2701\320\004\177\036\230n\250K\260q\307\204\001\377\036\230T\240\021\330\010\037\336\366\0001\340\r%N\003\020\220\330\374BH\004\365AG\230\370\"4\220\265r\326\000H\266 \001\330\247\000*\376\262@R\240q\320(A\300\257\021\300$\300\353@\031\253#6\332\323\000a\266`\001\330\203\000u\220}C\234\001\026\220f\230H\343@uQ\020\001q\234Af\230E\226\001\374\350f\261\013\022\220%\220q\230\337\004\230G\2408\367@\014\023\377\2206\230\027\240\001\320\004\377$\240N\260!\340\010\017\377\210|\230>\250\021\250$\376\320\002:\300Y\310e\320S\277T\320\004&\240a\023\007&\177\260\004\260F\270)\300\361\000\367+\2501\n\013K\270y\310\356L\000-\250Q\"\013L\300\t\003\310\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2056, 2683);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2149 bytes) */
+static const char cstring[] = "\277 bytes\000\003 \377of a loa\375n\006\001 or ar\357rays\024\001the\376\024\003are in \377use: rel\337ease \032\000m \377first (d\177el) takR\000\377one mess\277age atX\000t\377ime(tree\377 fragmen\377t), publ\337ishedm\001dr\377opped.<i\377vshmem.c\377hannel.L\356\217\004>?NT\000Not\374r\001R\000Cython\357 is v\000ibe\377rately s\177tricter\230\000\376\313\000PEP-484\357 and\261\000jec\377ts subcl\367ass\244\001f bu\367ilt\324\000type\377s. If yo\357u ne\223\000to \361p%\000%\t\212 n se\355t\365\001 \047\236\000ota\337tion_<\000in\277g\047 dirb\000i\375v\230 o Fals\257e.a \276\002c)\002 \177be copi\357\003\377pickleda\217dd_n\326\000\354\004B\000s\277ableen\002\001g\327cis\004\003d\223%er\357rors\241%tex\365t\256$/\256$/wri\376\201 s.pyxno\376\202Fhas row{s:\352@buff\243 N\366@two\264\000\221@s\306\000ys\315!\372\001ed, \303A\366-\000 f\216`each\276\314Eself.]\003 \276\313\tnvert\263#a\033 P\232Cob\362!>\002\351\002d\243 \311fw\215\000\361QBC\366C\365T\221@E\350\001Clos\343ed\006\002\213a\217a.__\336\303`er__\006\005xi\375t\004\006reduce\340\025\004\327a.\002\352d\000\t_as\017yncW\252\"\000\003V\0007\004Mc\335b__\017\006\366@s\355@\343e_\013\014\265\205\0016\004put\372G\t.\014\001parts\200\025\010\013\002\025\016\225A:\010\244A\227\003_\357_Pyx\001\000Dic\367t_N\352@Ref_\301_\365d\341\000\200&\217 \377\002__\377func____\347get\253\003\n\000mai}n\020\001modul2\002\047nam:\002\242`_ \004\007\001\363vt\371a;\001qual\314\035\005\312%__\217,\010\006ex^o\001set_Q\005st\010\276\253.__tes\257@_\377is_corou\317tine\362\207\002\216Bio\335.\r\006sat\251\204\003sc\377astcellc\365l*\000_\316\000trac\377ebackcod\277ecount\000\002e\337ddata\320\207\001enx\026\001\255\205\002\261\205\003from\367\204\003\377iindexin\177toitems\351\207\r\272\275\205\004k#\000len\000\000g\373th\237\211\001mapme\377moryview\377ndimnump7yop\376\207\001or\351A\354B\007pop\332\210\004\341\210\004\345c\236`\233f\010\224f\235f\033\006_\244\206\001\311a\376G\266\206\001\376\366\205\001setdefa\377ultshape""\377sizespin\207sum\206\207\001\346\211\001\352\211\001\315 u\376\330\0008values\376\247\001wantedw\357hole\231\207\003PyO\376\227\206\003*(struc\357t __\210aobj\333_7\200\212\004_7\201\212\004_4\337ends_\223\206\004En\037d *, 8\007\000\t\n\013\376M\013pt_args~M\02014slee\306\000\377g_tasks_\366\311@il\337Bime \265*\225\004p\353\211\001alA\002)\371\000\027\n\354\00164_t \377(void)\000m\237icros\223`\266\000\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2104\210\277t\2201\330\014\r\010\0015\373\220\003\010\001\020\220\010\230\001\377\330\r\021\220\031\230#\230\277Q\330\014\020\220\005(\003\016\277\210i\220q\230\0015\001\017\373\210q=\000\030\031\360\036\000\377\t\r\210F\220!\330\010\375\017G\0008\2307\240)\250\377:\260U\270#\270Z\300\377x\310v\320UV\320V\365WW\003\002#\000\014\022\220*\377\230A\320\035.\250a\250\377q\330\010\024\220A\220X\374a\000\206\0007\220\"\220D\230\377\010\240\007\240y\260\001\330\376%\000$\220i\230q\240\001\276S\0031\220F\230!\257\000%\3773\2601\360 \000\t\036\177\230Q\360\006\000\t\031\246\000\377\010\034\230J\240a\240q\036\274\003\006\220b\230:\002d\000S\003\3774\210x\220s\230$\230\377h\240g\250Y\260f\270\367C\270q\\\000\320\022\"\240\377!\240:\250Q\250d\260\274\272\000\340\001V\2301\230\221 \032\377\230!\2306\240\021\240&\365\250y\000\t\373\001\006\220a\330\377\014\023\2204\220u\230C\337\230y\250\013\260\256 \017\210\377u\220B\220d\230(\240\267\047\250\031?\000\020\026\n\000)\357\2401\240A\047\001<\230v\237\240T\250\034\260\271\"\311\002\"\376+\000a\330\020\027\320\027+\377\2501\250A\250T\260\021\377\330\020\023\2205\230\003\230\3771\330\024\027\220q\330\030\377\034\230I\240Q\330\024\033\377\2304\230u\240A\240Y\243\250a\025\001p\001\032\000\033$\000\034\377#\2401\330\030\036\230d?\240(\250!\2501<\0019\000\245\032\331\000et\002M\000<\257!\240y\0249\001\335 \024\030\230\017\226 \367\024\025\330\234\000a\220t\230\3773\230a\230w\240n\260\377D\270\005\270R\270r\300\317\022\3006\310\205\000\207!1\240\377D\250\t\260\026\260z\300\377\026""\300v\310Q\330\020\024\377\220K\230t\2407\250!\357\330\020\025\220\202b\t\230\021\376\204!1\340\014\034\230A\230wQ\230a\300`\0475\260\205B\337\023\220!\220:\021\000e\240\3375\250\001\250\025\323 (\270\276\216d5\230\001\230\023.\000S\377\240\001\240\025\240a\330\010\207\t\330\021\314\000\351\002V\002h\000H\374\367 \253\000\001\230\025\230c\240g\022\2403\316@\203a\024\032\377a\037\230a\330\017\020\201\204\004\246\204\002\345c\3551\255 U\250\223`\360\014\000\243\016&\355 \233\000\201\204\0014\312 \020\256\247\000\020\220\0167\000\014\311\204\003\014\326\233\204\0017\230\312\000!\331@!\240\3774\240w\250i\260t\270\3771\320\004\036\230n\250K\373\260q\307\204\001\036\230T\240\021\367\330\010\037\366\0001\340\r%\306N\003\020\220\374BH\004\365AG\230\256\370\"4\220r\326\000H\266 \001\365\330\247\000*\262@R\240q\320\177(A\300\021\300$\300\353@\325\031\253#6\323\000a\266`\001\330\356\203\000u\220C\234\001\026\220f\253\230H\343@Q\020\001q\234Af\343\230E\226\001\350f\261\013\022\220%\377\220q\230\004\230G\2408\376\367@\014\023\2206\230\027\240\377\001\320\004$\240N\260!\337\340\010\017\210}\220@T\240\377\031\250$\250j\270\t\300\377\025\300h\310a\320\004&\353\240a\024\005V\360\000v\250Z\317\260q\320\004\377`\n\t{\260\377*\270A\320\004-\250Q> \t|\260:\270Q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2149, 2843);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2683 bytes) */
-static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedBChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasynchronousasyncio.coroutinesatbufferscastcellcline_in_tracebackcodecountcounteddatadropencodeerrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8until_in_timevaluesviewwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002""\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t""\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021";
+    #else /* compression: none (2843 bytes) */
+static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan are in use: release them first (del) takes one message at a time(tree fragment), published or dropped.<ivshmem.channel.Loan of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickledadd_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/writers.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.writer cannot be converted to a Python object for picklingthe loan was published or droppedBChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutinearrayasyncio.coroutinesatbufferscastcellcline_in_tracebackcodecountcounteddatadropencodeerrorerrorsfrombufferiindexintoitemsivshmem.channel.writerskindlenlengthloanmapmemoryviewndimnumpyoperatorpartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncrowsselfsetdefaultshapesizespinsumtexttimetimeoutuint8valuesviewwantedwholewriterPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_in_timeuint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\016\210i\220q\230""\001\200A\330\010\017\210q\200A\330\030\031\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t""\2208\2301\230I\240U\250!\200A\360\014\000\016&\240T\250\021\330\014\017\210t\2204\220q\330\020\021\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\017\210t\2207\230!\330\020!\240\021\240!\2404\240w\250i\260t\2701\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\r%\240T\250\021\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\017\210u\220G\2301\330\020\023\2204\220r\230\023\230H\240D\250\001\330\024\032\230*\240A\240R\240q\320(A\300\021\300$\300a\330\020\031\230\021\330\014\023\2206\230\025\230a\230y\250\001\330\014\017\210u\220C\220q\330\020\026\220f\230H\240A\240Q\330\014\017\210q\330\020\026\220f\230E\240\021\240!\330\014\020\220\006\220a\330\014\020\220\016\230a\330\014\020\220\010\230\001\330\014\022\220%\220q\230\004\230G\2408\2501\330\014\023\2206\230\027\240\001\320\004$\240N\260!\340\010\017\210}\230A\230T\240\031\250$\250j\270\t\300\025\300h\310a\320\004&\240a\340\010\017\210}\230A\230V\2404\240v\250Z\260q\320\004+\2501\340\010\017\210}\230A\230V\2404\240{\260*\270A\320\004-\250Q\340\010\017\210}\230A\230V\2404\240|\260:\270Q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 127; i++) {
+    for (int i = 0; i < 123; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 28) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 27) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -13198,8 +13101,8 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 127; i < 141; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-127].length;
+    for (int i = 123; i < 138; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-123].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13209,15 +13112,15 @@ static const char bytes[] = " bytes bytes of a loan of  or arrays of the loan ar
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 141; i++) {
+    for (Py_ssize_t i = 0; i < 138; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 127;
-      for (Py_ssize_t i=0; i<14; ++i) {
+      PyObject **table = stringtab + 123;
+      for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13316,17 +13219,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 160};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_AV4vZq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_AV4_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_Ky, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_AV4_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
@@ -13356,7 +13259,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_it_YeST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_writers_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_AT_j_ha, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};

@@ -18,12 +18,12 @@ from libc.string cimport memcpy
 
 from .header cimport *
 from .roles cimport LARGE, microseconds, WriterEnd
+from .sleeping_tasks cimport until_in_time
 
 import operator
 
 from ..errors import ChannelTypeError, ClosedError
 from ..text import counted
-from . import asynchronous
 
 
 @cython.no_gc_clear
@@ -159,15 +159,15 @@ cdef class Writer(WriterEnd):
 
     def put_async(self, data, timeout=None):
         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_in_time(self, self.put, timeout, data)
+        return until_in_time(self, self.put, timeout, (data,))
 
     def put_parts_async(self, parts, timeout=None):
         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
+        return until_in_time(self, self.put_parts, timeout, (parts,))
 
     def put_rows_async(self, rows, timeout=None):
         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
+        return until_in_time(self, self.put_rows, timeout, (rows,))
 
     cdef int announce(self) except -1:
         ivshmem_writer_announce(&self.writer)
@@ -307,7 +307,7 @@ cdef class Loan:
 
     def publish_async(self, timeout=None, *, size=None):
         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
-        return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
+        return until_in_time(self.writer, self.publish, timeout, (), {"size": size})
 
     def drop(self):
         """Give it back without publishing it; may be called twice.
