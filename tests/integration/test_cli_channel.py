@@ -264,7 +264,7 @@ def test_a_place_at_work_is_freed_by_force_only(socket_path: str, channels: Chan
     number = str(place.place)
     said = run(socket_path, "rm", "--place", number, status=1)
     assert said == (
-        f"place {number} is at work (PID {os.getpid()}, 'a test'): --force frees it all the same"
+        f"place {number} is at work (PID {os.getpid()}, 'a test'): --force frees it nevertheless"
     )
     assert run(socket_path, "rm", "--place", number, "--force") == f"place {number} was freed\n"
     until(lambda: channels.closed)

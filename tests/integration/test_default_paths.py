@@ -253,7 +253,7 @@ class TestWhereCommandsLook:
                     assert status == 1
                     assert f"{EXAMPLE} (belongs to nobody (uid {NOBODY}): -S" in err
                 # What the message says one can do does what it says.
-                assert f"-S {EXAMPLE} takes it all the same" in err
+                assert f"-S {EXAMPLE} uses it nevertheless" in err
                 _, _, err = run("qemu", "-S", str(EXAMPLE), "--vectors", "1", user=user)
                 assert err == ""
 

@@ -1,4 +1,4 @@
-"""Internal: what can be told of the channels of a region.
+"""Internal: the facts about the channels of a region.
 
 Knows: the records that a program gets. Does not know: where the facts come from (records.pyx).
 """

@@ -380,7 +380,7 @@ def _freed(channels: channel.Channels, number: int) -> bool:
         if place.place == number and place.state != "silent":
             raise ChannelError(
                 f"place {number} is {place.state} (PID {place.process}, {place.name!r}): --force"
-                " frees it all the same"
+                " frees it nevertheless"
             )
     # This process, or another one, may have proven during that time that it is gone.
     channels.free_place(number)

@@ -87,7 +87,7 @@ def best_way(device: pci.Device) -> Access:
     """Return the way that `open` tries first, if none is chosen."""
     if uio.name(device) is not None:
         return "uio"
-    # For a device without interrupts sysfs is as good, and changes no driver. But lockdown(7)
+    # For a device without interrupts sysfs does as well, and changes no driver. But lockdown(7)
     # forbids it, and a user who was given the device by vfio can use it only by vfio.
     plain = device.variant == "plain" and device.driver != VFIO_PCI
     if device.iommu_group is not None:

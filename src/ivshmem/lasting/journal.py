@@ -1,4 +1,4 @@
-"""What a server has done, in memory that outlives it, so that a successor can go on.
+"""What a server has done, in memory that outlives it, for its successor.
 
 Knows: a file in memory, records, which of them are whole. Does not know: what a record says.
 

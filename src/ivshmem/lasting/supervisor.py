@@ -38,7 +38,7 @@ _MANY, _IN_SECONDS = 100, 5.0
 _VARIABLE = "IVSHMEM_JOURNAL"
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-AGAIN = 75  # the exit status of a child that wants another to go on (EX_TEMPFAIL of sysexits.h)
+AGAIN = 75  # the exit status of a child that wants a successor (EX_TEMPFAIL of sysexits.h)
 
 
 def say(text: str) -> None:

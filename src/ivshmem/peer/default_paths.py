@@ -122,7 +122,7 @@ def _fault(path: str) -> str:
         if path == OF_THE_EXAMPLE:
             trouble = _not_sticky(directory) or _of_another(status, own_only=False)
             if trouble:
-                return f"{trouble}: -S {path} takes it all the same"
+                return f"{trouble}: -S {path} uses it nevertheless"
         elif trouble := _unsafe(directory):
             return f"its directory {trouble}"
         if not stat.S_ISSOCK(status.st_mode):

@@ -27,7 +27,7 @@ one):
     reloaded      changes, by_uid, by_pid (if over the control socket): the configuration was read
                   again
     unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was
-    takeover      pid, reason: this process goes on where another ended
+    takeover      pid, reason: this process continues where another ended
     rebound       path, region (none: the control socket): the path of a socket had led elsewhere,
                   and was bound again
     unreachable   path, reason, region: it could not be bound again, so nobody can connect

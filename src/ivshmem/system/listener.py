@@ -112,7 +112,7 @@ class Listener(Uncopied):
         It was inherited, from systemd for instance, or handed over by another server.
 
         Args:
-            unlink: remove its path at the end; otherwise whoever made it does.
+            unlink: remove its path at the end; otherwise its creator does.
             file: what the former owner knew by that name, see `file`; None: what is there now.
             begin: listen on one that is bound and does not listen yet, because its former owner was
                 killed in between.

@@ -16,9 +16,10 @@ from ..native import descriptors
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str], seconds: float) -> Iterator[None]:
-    """Hold the lock while the block runs; go on without it when somebody keeps it so long.
+    """Hold the lock while the block runs; continue without it if another process keeps it longer.
 
-    Whoever may read a directory can lock it, so the worst must be the race that this prevents.
+    Each process that can read a directory can lock it. So the worst that a process without the lock
+    can meet must be the race that the lock prevents.
 
     Raises:
         OSError: the directory cannot be opened.

@@ -113,8 +113,8 @@ static inline void ivshmem_ring_peer(const struct ivshmem_member *member, uint64
                           (unsigned)(peer >> 16) & 0xffffu);
 }
 
-/* Ring each other process that is at work. Whoever freed a place does that: some of them may wait for
- * what the former owner had. Each looks once a beat, too. */
+/* Ring each other process that is at work. A process that freed a place does that: the others may wait
+ * for what the former owner had. Each of them also looks once a beat. */
 static inline void ivshmem_ring_places(const struct ivshmem_member *member)
 {
     for (unsigned index = 0; index < member->area.places; index++)

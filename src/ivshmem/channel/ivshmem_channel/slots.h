@@ -199,7 +199,7 @@ static inline void ivshmem_wake_writers(const struct ivshmem_member *member,
                  channel->record.geometry.writers, IVSHMEM_MOST_WRITERS, rung);
 }
 
-/* Whether a process of this machine that cannot say that it sleeps is rung all the same: each
+/* Whether a process of this machine that cannot say that it sleeps is nevertheless rung: each
  * writer is a process of this machine, which knows all peers, and rings them always. */
 static inline int ivshmem_is_rung_always(const struct ivshmem_member *member,
                                          const struct ivshmem_channel *channel)
