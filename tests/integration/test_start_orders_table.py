@@ -80,7 +80,7 @@ class Command:
     def outcome(self) -> str:
         output, errors = self.process.communicate(timeout=PATIENCE)
         if self.process.returncode:
-            assert self.process.returncode == 1, errors
+            assert self.process.returncode == (2 if "--help" in errors else 1), errors
             assert not output
             assert errors.count("\n") == 1, errors
             return errors.rstrip()
