@@ -24,6 +24,8 @@ cdef class ChannelEnd(Dependent):
     cdef readonly str name  # of the channel
     cdef ivshmem_channel channel
     cdef Wakeup wakeup  # of the descriptor that a program watches
+    cdef Wakeup slept_on  # of the thread that slept last at this end
+    cdef unsigned long slept_by  # its number
     cdef int asleep  # threads and tasks that sleep in a call
     cdef int awaited  # tasks of them, and whether a program watches the descriptor
     cdef object watch  # a weak reference to what the loop of its tasks watches

@@ -16,6 +16,7 @@ Invariants:
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport INT64_MAX, int64_t
 
 from .._core cimport Doorbells
@@ -257,8 +258,12 @@ cdef class ChannelEnd(Dependent):
                 PyErr_CheckSignals()
                 self.enter()
             else:
-                wakeup = wakeup_of_thread(self.membership)
-                self.enter()
+                if self.slept_on is None or self.slept_by != PyThread_get_thread_ident():
+                    wakeup = wakeup_of_thread(self.membership)
+                    self.enter()
+                    self.slept_on, self.slept_by = wakeup, PyThread_get_thread_ident()
+                else:
+                    wakeup = self.slept_on
                 code = self.begin_sleep()
                 sleeper.asleep += 1
                 try:
@@ -361,7 +366,7 @@ cdef class ChannelEnd(Dependent):
         if not self.open:
             return
         self.open = False
-        self.wakeup = None
+        self.wakeup = self.slept_on = None
         if self.watched:
             self.membership.watch(-1)
         if self.membership.has_place() and not self.copying:

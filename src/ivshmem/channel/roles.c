@@ -2554,6 +2554,8 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   PyObject *name;
   struct ivshmem_channel channel;
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *slept_on;
+  unsigned long slept_by;
   int asleep;
   int awaited;
   PyObject *watch;

@@ -1600,6 +1600,13 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 #include "ivshmem_channel.h"
+
+    /* Cython has no name for this method of a type. */
+    static inline void ivshmem_set_send(PyTypeObject *type, sendfunc send)
+    {
+        type->tp_as_async->am_send = send;
+    }
+    
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -2214,7 +2221,18 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
   PyObject *options;
 };
 
-/* "ivshmem/channel/sleeping_tasks.pyx":226
+/* "ivshmem/channel/sleeping_tasks.pyx":55
+ * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
+ * # is something: after so many looks other tasks have their turn.
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     LOOKS = 3
+ * 
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_14sleeping_tasks_LOOKS = 3
+};
+
+/* "ivshmem/channel/sleeping_tasks.pyx":250
  * 
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2533,6 +2551,8 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
   PyObject *name;
   struct ivshmem_channel channel;
   struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *wakeup;
+  struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *slept_on;
+  unsigned long slept_by;
   int asleep;
   int awaited;
   PyObject *watch;
@@ -2543,7 +2563,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":49
+/* "ivshmem/channel/sleeping_tasks.pyx":73
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2562,7 +2582,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":130
+/* "ivshmem/channel/sleeping_tasks.pyx":154
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2583,7 +2603,7 @@ struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep {
 };
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":231
+/* "ivshmem/channel/sleeping_tasks.pyx":255
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2921,7 +2941,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":49
+/* "ivshmem/channel/sleeping_tasks.pyx":73
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2936,7 +2956,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__p
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":130
+/* "ivshmem/channel/sleeping_tasks.pyx":154
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2953,7 +2973,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *);
 
 
-/* "ivshmem/channel/sleeping_tasks.pyx":231
+/* "ivshmem/channel/sleeping_tasks.pyx":255
  * 
  * # No freelist: an object that comes from there is never finalized again.
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3651,6 +3671,9 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
+/* PyStopIteration_Check.proto */
+#define __Pyx_PyExc_StopIteration_Check(obj)  __Pyx_TypeCheck(obj, PyExc_StopIteration)
+
 /* WriteUnraisableException.proto */
 static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
@@ -3668,9 +3691,6 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, 
 
 /* PyRuntimeError_Check.proto */
 #define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
-
-/* PyStopIteration_Check.proto */
-#define __Pyx_PyExc_StopIteration_Check(obj)  __Pyx_TypeCheck(obj, PyExc_StopIteration)
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGe_object_object(PyObject *op1, PyObject *op2, int pyop);
@@ -3998,6 +4018,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE int __Pyx_PyLong_As___pyx_anon_enum(PyObject *);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
 /* CIntFromPy.proto */
@@ -4153,6 +4179,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void); /*pr
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, PyObject *); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *); /*proto*/
+static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(PyObject *, PyObject *, PyObject **); /*proto*/
 static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -4266,8 +4293,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[6];
-    PyObject *__pyx_string_tab[89];
+    PyObject *__pyx_codeobj_tab[7];
+    PyObject *__pyx_string_tab[93];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4354,63 +4381,67 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Waiting __pyx_string_tab[29]
 #define __pyx_n_u_Waiting___reduce __pyx_string_tab[30]
 #define __pyx_n_u_Waiting_close __pyx_string_tab[31]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[32]
-#define __pyx_n_u_annotate __pyx_string_tab[33]
-#define __pyx_n_u_func __pyx_string_tab[34]
-#define __pyx_n_u_main __pyx_string_tab[35]
-#define __pyx_n_u_module __pyx_string_tab[36]
-#define __pyx_n_u_name __pyx_string_tab[37]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[38]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[39]
-#define __pyx_n_u_qualname __pyx_string_tab[40]
-#define __pyx_n_u_reduce __pyx_string_tab[41]
-#define __pyx_n_u_set_name __pyx_string_tab[42]
-#define __pyx_n_u_test __pyx_string_tab[43]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[44]
-#define __pyx_n_u_add_reader __pyx_string_tab[45]
-#define __pyx_n_u_asyncio __pyx_string_tab[46]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[47]
-#define __pyx_n_u_call_at __pyx_string_tab[48]
-#define __pyx_n_u_call_soon __pyx_string_tab[49]
-#define __pyx_n_u_callback __pyx_string_tab[50]
-#define __pyx_n_u_cancel __pyx_string_tab[51]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[52]
-#define __pyx_n_u_close __pyx_string_tab[53]
-#define __pyx_n_u_context __pyx_string_tab[54]
-#define __pyx_n_u_errors __pyx_string_tab[55]
-#define __pyx_n_u_expire __pyx_string_tab[56]
-#define __pyx_n_u_g __pyx_string_tab[57]
-#define __pyx_n_u_get __pyx_string_tab[58]
-#define __pyx_n_u_get_running_loop __pyx_string_tab[59]
-#define __pyx_n_u_is_closed __pyx_string_tab[60]
-#define __pyx_n_u_items __pyx_string_tab[61]
-#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[62]
-#define __pyx_n_u_keyrefs __pyx_string_tab[63]
-#define __pyx_n_u_kind __pyx_string_tab[64]
-#define __pyx_n_u_loop __pyx_string_tab[65]
-#define __pyx_n_u_membership __pyx_string_tab[66]
-#define __pyx_n_u_msg __pyx_string_tab[67]
-#define __pyx_n_u_object __pyx_string_tab[68]
-#define __pyx_n_u_pop __pyx_string_tab[69]
-#define __pyx_n_u_ref __pyx_string_tab[70]
-#define __pyx_n_u_remove_reader __pyx_string_tab[71]
-#define __pyx_n_u_run __pyx_string_tab[72]
-#define __pyx_n_u_seconds_of __pyx_string_tab[73]
-#define __pyx_n_u_self __pyx_string_tab[74]
-#define __pyx_n_u_setdefault __pyx_string_tab[75]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[76]
-#define __pyx_n_u_time __pyx_string_tab[77]
-#define __pyx_n_u_traceback __pyx_string_tab[78]
-#define __pyx_n_u_value __pyx_string_tab[79]
-#define __pyx_n_u_values __pyx_string_tab[80]
-#define __pyx_n_u_wake __pyx_string_tab[81]
-#define __pyx_n_u_weakref __pyx_string_tab[82]
-#define __pyx_n_u_with_traceback __pyx_string_tab[83]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[84]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_A_IQ_F __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[88]
+#define __pyx_n_u_Waiting_send __pyx_string_tab[32]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[33]
+#define __pyx_n_u_annotate __pyx_string_tab[34]
+#define __pyx_n_u_func __pyx_string_tab[35]
+#define __pyx_n_u_main __pyx_string_tab[36]
+#define __pyx_n_u_module __pyx_string_tab[37]
+#define __pyx_n_u_name __pyx_string_tab[38]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[39]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[40]
+#define __pyx_n_u_qualname __pyx_string_tab[41]
+#define __pyx_n_u_reduce __pyx_string_tab[42]
+#define __pyx_n_u_set_name __pyx_string_tab[43]
+#define __pyx_n_u_test __pyx_string_tab[44]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[45]
+#define __pyx_n_u_add_reader __pyx_string_tab[46]
+#define __pyx_n_u_asyncio __pyx_string_tab[47]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[48]
+#define __pyx_n_u_call_at __pyx_string_tab[49]
+#define __pyx_n_u_call_soon __pyx_string_tab[50]
+#define __pyx_n_u_callback __pyx_string_tab[51]
+#define __pyx_n_u_cancel __pyx_string_tab[52]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[53]
+#define __pyx_n_u_close __pyx_string_tab[54]
+#define __pyx_n_u_context __pyx_string_tab[55]
+#define __pyx_n_u_errors __pyx_string_tab[56]
+#define __pyx_n_u_expire __pyx_string_tab[57]
+#define __pyx_n_u_found __pyx_string_tab[58]
+#define __pyx_n_u_g __pyx_string_tab[59]
+#define __pyx_n_u_get __pyx_string_tab[60]
+#define __pyx_n_u_get_running_loop __pyx_string_tab[61]
+#define __pyx_n_u_is_closed __pyx_string_tab[62]
+#define __pyx_n_u_items __pyx_string_tab[63]
+#define __pyx_n_u_ivshmem_channel_sleeping_tasks __pyx_string_tab[64]
+#define __pyx_n_u_keyrefs __pyx_string_tab[65]
+#define __pyx_n_u_kind __pyx_string_tab[66]
+#define __pyx_n_u_loop __pyx_string_tab[67]
+#define __pyx_n_u_membership __pyx_string_tab[68]
+#define __pyx_n_u_msg __pyx_string_tab[69]
+#define __pyx_n_u_object __pyx_string_tab[70]
+#define __pyx_n_u_pop __pyx_string_tab[71]
+#define __pyx_n_u_ref __pyx_string_tab[72]
+#define __pyx_n_u_remove_reader __pyx_string_tab[73]
+#define __pyx_n_u_run __pyx_string_tab[74]
+#define __pyx_n_u_seconds_of __pyx_string_tab[75]
+#define __pyx_n_u_self __pyx_string_tab[76]
+#define __pyx_n_u_send __pyx_string_tab[77]
+#define __pyx_n_u_setdefault __pyx_string_tab[78]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[79]
+#define __pyx_n_u_time __pyx_string_tab[80]
+#define __pyx_n_u_traceback __pyx_string_tab[81]
+#define __pyx_n_u_value __pyx_string_tab[82]
+#define __pyx_n_u_values __pyx_string_tab[83]
+#define __pyx_n_u_wake __pyx_string_tab[84]
+#define __pyx_n_u_weakref __pyx_string_tab[85]
+#define __pyx_n_u_with_traceback __pyx_string_tab[86]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_4z_q __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_IQ_F __pyx_string_tab[90]
+#define __pyx_kp_b_iso88591_A_E_4wc_q_q __pyx_string_tab[91]
+#define __pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q __pyx_string_tab[92]
 #define __pyx_int_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -4454,8 +4485,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<89; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<7; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<93; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4507,8 +4538,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<89; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<7; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<93; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5256,7 +5287,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":35
+/* "ivshmem/channel/sleeping_tasks.pyx":59
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5275,48 +5306,48 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("import_asyncio", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":42
+  /* "ivshmem/channel/sleeping_tasks.pyx":66
  *     """
  *     global get_running_loop, CancelledError
  *     import asyncio  # here, for that reason             # <<<<<<<<<<<<<<
  * 
  *     CancelledError = asyncio.CancelledError
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_asyncio, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_asyncio = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":44
+  /* "ivshmem/channel/sleeping_tasks.pyx":68
  *     import asyncio  # here, for that reason
  * 
  *     CancelledError = asyncio.CancelledError             # <<<<<<<<<<<<<<
  *     get_running_loop = asyncio.get_running_loop
  *     return 0
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_CancelledError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":45
+  /* "ivshmem/channel/sleeping_tasks.pyx":69
  * 
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_asyncio, __pyx_mstate_global->__pyx_n_u_get_running_loop); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop, __pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":46
+  /* "ivshmem/channel/sleeping_tasks.pyx":70
  *     CancelledError = asyncio.CancelledError
  *     get_running_loop = asyncio.get_running_loop
  *     return 0             # <<<<<<<<<<<<<<
@@ -5329,7 +5360,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":35
+  /* "ivshmem/channel/sleeping_tasks.pyx":59
  * 
  * 
  * cdef int import_asyncio() except -1:             # <<<<<<<<<<<<<<
@@ -5349,7 +5380,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":63
+/* "ivshmem/channel/sleeping_tasks.pyx":87
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5396,39 +5427,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_loop,&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 63, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 87, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 63, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 87, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 63, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 63, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 87, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 63, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 87, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 63, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 87, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 63, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 87, __pyx_L3_error)
     }
     __pyx_v_loop = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 63, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 87, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5439,7 +5470,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 63, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 87, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_v_self), __pyx_v_loop, __pyx_v_membership);
 
   /* function exit code */
@@ -5472,7 +5503,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":64
+  /* "ivshmem/channel/sleeping_tasks.pyx":88
  * 
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)             # <<<<<<<<<<<<<<
@@ -5480,9 +5511,9 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
  *         self.wakeup = Wakeup(membership)
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 88, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5502,7 +5533,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 64, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5510,7 +5541,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":65
+  /* "ivshmem/channel/sleeping_tasks.pyx":89
  *     def __cinit__(self, loop, Membership membership not None):
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5522,7 +5553,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":66
+  /* "ivshmem/channel/sleeping_tasks.pyx":90
  *         self.loop = weakref.ref(loop)
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -5535,7 +5566,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, ((PyObject *)__pyx_v_membership)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 90, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5543,21 +5574,21 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":67
+  /* "ivshmem/channel/sleeping_tasks.pyx":91
  *         self.membership = membership
  *         self.wakeup = Wakeup(membership)
  *         self.sleeps = {}             # <<<<<<<<<<<<<<
  * 
  *     def __reduce__(self):
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 67, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 91, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->sleeps);
   __Pyx_DECREF_SET(__pyx_v_self->sleeps, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":63
+  /* "ivshmem/channel/sleeping_tasks.pyx":87
  *     cdef dict sleeps  # Sleep -> None, the longest first
  * 
  *     def __cinit__(self, loop, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5581,7 +5612,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch___cinit__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":69
+/* "ivshmem/channel/sleeping_tasks.pyx":93
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5643,7 +5674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":70
+  /* "ivshmem/channel/sleeping_tasks.pyx":94
  * 
  *     def __reduce__(self):
  *         raise TypeError("a LoopWatch cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -5656,14 +5687,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_LoopWatch_cannot_be_copied_or};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 70, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 94, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 70, __pyx_L1_error)
+  __PYX_ERR(0, 94, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":69
+  /* "ivshmem/channel/sleeping_tasks.pyx":93
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5682,7 +5713,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_2__reduc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":72
+/* "ivshmem/channel/sleeping_tasks.pyx":96
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -5704,7 +5735,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("add", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":73
+  /* "ivshmem/channel/sleeping_tasks.pyx":97
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -5716,7 +5747,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":74
+    /* "ivshmem/channel/sleeping_tasks.pyx":98
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)             # <<<<<<<<<<<<<<
@@ -5725,9 +5756,9 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_t_3 = __pyx_v_sleep->_loop;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 74, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 74, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wake); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 98, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -5736,12 +5767,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 74, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 98, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":75
+    /* "ivshmem/channel/sleeping_tasks.pyx":99
  *         if not self.watched:
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -5750,7 +5781,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
     __pyx_v_self->watched = 1;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":73
+    /* "ivshmem/channel/sleeping_tasks.pyx":97
  * 
  *     cdef int add(self, Sleep sleep) except -1:
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -5759,7 +5790,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":76
+  /* "ivshmem/channel/sleeping_tasks.pyx":100
  *             sleep._loop.add_reader(self.wakeup.epoll.epfd, self.wake)
  *             self.watched = True
  *         self.sleeps[sleep] = None             # <<<<<<<<<<<<<<
@@ -5768,11 +5799,11 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
 */
   if (unlikely(__pyx_v_self->sleeps == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 76, __pyx_L1_error)
+    __PYX_ERR(0, 100, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->sleeps, ((PyObject *)__pyx_v_sleep), Py_None) < 0))) __PYX_ERR(0, 100, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":77
+  /* "ivshmem/channel/sleeping_tasks.pyx":101
  *             self.watched = True
  *         self.sleeps[sleep] = None
  *         return 0             # <<<<<<<<<<<<<<
@@ -5785,7 +5816,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":72
+  /* "ivshmem/channel/sleeping_tasks.pyx":96
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
  *     cdef int add(self, Sleep sleep) except -1:             # <<<<<<<<<<<<<<
@@ -5807,7 +5838,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":79
+/* "ivshmem/channel/sleeping_tasks.pyx":103
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -5889,29 +5920,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":84
+  /* "ivshmem/channel/sleeping_tasks.pyx":108
  *         cdef Sleep sleep
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it             # <<<<<<<<<<<<<<
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
 */
-  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_1 = PySequence_List(__pyx_v_self->sleeps); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_found = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":85
+  /* "ivshmem/channel/sleeping_tasks.pyx":109
  *         cdef Py_ssize_t i
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 85, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 109, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":86
+  /* "ivshmem/channel/sleeping_tasks.pyx":110
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -5920,7 +5951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_found);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 86, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 110, __pyx_L1_error)
     __pyx_t_4 = (__pyx_temp != 0);
   }
 
@@ -5944,7 +5975,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":87
+    /* "ivshmem/channel/sleeping_tasks.pyx":111
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)             # <<<<<<<<<<<<<<
@@ -5971,12 +6002,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 87, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 111, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __pyx_t_6 = __pyx_t_7;
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 87, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_10 = 0;
     {
@@ -5985,12 +6016,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 87, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":88
+    /* "ivshmem/channel/sleeping_tasks.pyx":112
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False             # <<<<<<<<<<<<<<
@@ -5999,7 +6030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
     __pyx_v_self->watched = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":86
+    /* "ivshmem/channel/sleeping_tasks.pyx":110
  *         cdef list found = list(self.sleeps)  # those that run change it
  *         self.wakeup.clear()
  *         if not found or ivshmem_state(&self.membership.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -6008,33 +6039,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":89
+  /* "ivshmem/channel/sleeping_tasks.pyx":113
  *             self.loop().remove_reader(self.wakeup.epoll.epfd)
  *             self.watched = False
  *         for i in range(len(found)):             # <<<<<<<<<<<<<<
  *             sleep = found[i]
  *             try:
 */
-  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyList_GET_SIZE(__pyx_v_found); if (unlikely(__pyx_t_11 == ((Py_ssize_t)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
   __pyx_t_12 = __pyx_t_11;
 
   for (__pyx_t_13 = 0; __pyx_t_13 < __pyx_t_12; __pyx_t_13+=1) {
     __pyx_v_i = __pyx_t_13;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":90
+    /* "ivshmem/channel/sleeping_tasks.pyx":114
  *             self.watched = False
  *         for i in range(len(found)):
  *             sleep = found[i]             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
 */
-    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 90, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_GetItemInt_List(__pyx_v_found, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 90, __pyx_L1_error)
+    if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep))))) __PYX_ERR(0, 114, __pyx_L1_error)
     __Pyx_XDECREF_SET(__pyx_v_sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":91
+    /* "ivshmem/channel/sleeping_tasks.pyx":115
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6050,7 +6081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XGOTREF(__pyx_t_16);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":92
+        /* "ivshmem/channel/sleeping_tasks.pyx":116
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6066,7 +6097,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
           goto __pyx_L17_bool_binop_done;
         }
-        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L8_error)
+        __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_sleep->end->__pyx_base.__pyx_vtab)->sleeps_on(__pyx_v_sleep->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 116, __pyx_L8_error)
         __pyx_t_4 = (!__pyx_t_5);
 
 
@@ -6077,17 +6108,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":93
+          /* "ivshmem/channel/sleeping_tasks.pyx":117
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()             # <<<<<<<<<<<<<<
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
 */
-          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L8_error)
+          __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":92
+          /* "ivshmem/channel/sleeping_tasks.pyx":116
  *             sleep = found[i]
  *             try:
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():             # <<<<<<<<<<<<<<
@@ -6096,7 +6127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":91
+        /* "ivshmem/channel/sleeping_tasks.pyx":115
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6115,7 +6146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":94
+      /* "ivshmem/channel/sleeping_tasks.pyx":118
  *                 if sleep.callback is not None and not sleep.end.sleeps_on():
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step             # <<<<<<<<<<<<<<
@@ -6125,12 +6156,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.LoopWatch.wake", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 94, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 118, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":95
+        /* "ivshmem/channel/sleeping_tasks.pyx":119
  *                     sleep.resume()
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()             # <<<<<<<<<<<<<<
@@ -6157,20 +6188,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 95, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 119, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_v_loop = __pyx_t_6;
         __pyx_t_6 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":96
+        /* "ivshmem/channel/sleeping_tasks.pyx":120
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
  *                     loop.call_soon(other.expire)
  *                 raise
 */
-        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L10_except_error)
+        __pyx_t_6 = __Pyx_PyList_GetSlice(__pyx_v_found, (__pyx_v_i + 1), PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 120, __pyx_L10_except_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_17 = __pyx_t_6; __Pyx_INCREF(__pyx_t_17);
         __pyx_t_18 = 0;
@@ -6179,18 +6210,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_17);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L10_except_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 120, __pyx_L10_except_error)
             #endif
             if (__pyx_t_18 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_17, __pyx_t_18, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_18;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 120, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":97
+          /* "ivshmem/channel/sleeping_tasks.pyx":121
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)             # <<<<<<<<<<<<<<
@@ -6199,7 +6230,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 */
           __pyx_t_8 = __pyx_v_loop;
           __Pyx_INCREF(__pyx_t_8);
-          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 97, __pyx_L10_except_error)
+          __pyx_t_19 = __Pyx_PyObject_GetAttrStr(__pyx_v_other, __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 121, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_19);
           __pyx_t_10 = 0;
           {
@@ -6207,12 +6238,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
             __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_soon, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L10_except_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 121, __pyx_L10_except_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":96
+          /* "ivshmem/channel/sleeping_tasks.pyx":120
  *             except BaseException:  # KeyboardInterrupt and SystemExit leave the task's step
  *                 loop = self.loop()
  *                 for other in found[i + 1:]:             # <<<<<<<<<<<<<<
@@ -6222,7 +6253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         }
         __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":98
+        /* "ivshmem/channel/sleeping_tasks.pyx":122
  *                 for other in found[i + 1:]:
  *                     loop.call_soon(other.expire)
  *                 raise             # <<<<<<<<<<<<<<
@@ -6234,11 +6265,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_1, __pyx_t_7, __pyx_t_9);
         __pyx_t_1 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 98, __pyx_L10_except_error)
+        __PYX_ERR(0, 122, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":91
+      /* "ivshmem/channel/sleeping_tasks.pyx":115
  *         for i in range(len(found)):
  *             sleep = found[i]
  *             try:             # <<<<<<<<<<<<<<
@@ -6257,7 +6288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
 
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":79
+  /* "ivshmem/channel/sleeping_tasks.pyx":103
  *         return 0
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -6289,7 +6320,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_4wake(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":101
+/* "ivshmem/channel/sleeping_tasks.pyx":125
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6315,7 +6346,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":103
+  /* "ivshmem/channel/sleeping_tasks.pyx":127
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None             # <<<<<<<<<<<<<<
@@ -6325,19 +6356,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __Pyx_INCREF(Py_None);
   __pyx_v_watch = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":104
+  /* "ivshmem/channel/sleeping_tasks.pyx":128
  *     """Return what a loop watches for an end; the end remembers it."""
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()             # <<<<<<<<<<<<<<
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->sleeper(__pyx_v_end)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":105
+  /* "ivshmem/channel/sleeping_tasks.pyx":129
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6346,13 +6377,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 105, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_sleeper)) { __Pyx_RaiseUnboundLocalError("sleeper"); __PYX_ERR(0, 129, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_sleeper);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":106
+        /* "ivshmem/channel/sleeping_tasks.pyx":130
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6363,7 +6394,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":107
+          /* "ivshmem/channel/sleeping_tasks.pyx":131
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()             # <<<<<<<<<<<<<<
@@ -6390,14 +6421,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 107, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
-          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 107, __pyx_L4_error)
+          if (!(likely(((__pyx_t_3) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_3, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 131, __pyx_L4_error)
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":106
+          /* "ivshmem/channel/sleeping_tasks.pyx":130
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):
  *         if sleeper.watch is not None:             # <<<<<<<<<<<<<<
@@ -6406,7 +6437,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
         }
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":108
+        /* "ivshmem/channel/sleeping_tasks.pyx":132
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6442,7 +6473,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 108, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 132, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __pyx_t_7 = (__pyx_t_3 != __pyx_v_loop);
@@ -6454,7 +6485,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":109
+          /* "ivshmem/channel/sleeping_tasks.pyx":133
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)             # <<<<<<<<<<<<<<
@@ -6463,13 +6494,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
           __pyx_t_3 = ((PyObject *)__pyx_v_sleeper->membership);
           __Pyx_INCREF(__pyx_t_3);
-          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
+          __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_new_watch_of(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3), __pyx_v_loop)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 133, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF_SET(__pyx_v_watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":110
+          /* "ivshmem/channel/sleeping_tasks.pyx":134
  *         if watch is None or watch.loop() is not loop:
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)             # <<<<<<<<<<<<<<
@@ -6477,9 +6508,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  * 
 */
           __pyx_t_3 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 110, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_6 = 1;
@@ -6499,7 +6530,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 110, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 134, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_GIVEREF(__pyx_t_4);
@@ -6507,7 +6538,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           __Pyx_DECREF_SET(__pyx_v_sleeper->watch, __pyx_t_4);
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/sleeping_tasks.pyx":108
+          /* "ivshmem/channel/sleeping_tasks.pyx":132
  *         if sleeper.watch is not None:
  *             watch = sleeper.watch()
  *         if watch is None or watch.loop() is not loop:             # <<<<<<<<<<<<<<
@@ -6517,7 +6548,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         }
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":105
+      /* "ivshmem/channel/sleeping_tasks.pyx":129
  *     cdef LoopWatch watch = None
  *     cdef ChannelEnd sleeper = end.sleeper()
  *     with cython.critical_section(sleeper):             # <<<<<<<<<<<<<<
@@ -6538,7 +6569,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":111
+  /* "ivshmem/channel/sleeping_tasks.pyx":135
  *             watch = new_watch_of(sleeper.membership, loop)
  *             sleeper.watch = weakref.ref(watch)
  *     return watch             # <<<<<<<<<<<<<<
@@ -6556,7 +6587,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":101
+  /* "ivshmem/channel/sleeping_tasks.pyx":125
  * 
  * 
  * cdef LoopWatch watch_of(ChannelEnd end, object loop):             # <<<<<<<<<<<<<<
@@ -6581,7 +6612,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":114
+/* "ivshmem/channel/sleeping_tasks.pyx":138
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -6610,7 +6641,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("new_watch_of", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":115
+  /* "ivshmem/channel/sleeping_tasks.pyx":139
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops             # <<<<<<<<<<<<<<
@@ -6622,7 +6653,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   __pyx_v_loops = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":116
+  /* "ivshmem/channel/sleeping_tasks.pyx":140
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -6633,7 +6664,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":117
+    /* "ivshmem/channel/sleeping_tasks.pyx":141
  *     cdef object loops = membership.loops
  *     if loops is None:
  *         raise ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
@@ -6641,7 +6672,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
  *     if watch is None:
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 117, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6660,14 +6691,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 117, __pyx_L1_error)
+    __PYX_ERR(0, 141, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":116
+    /* "ivshmem/channel/sleeping_tasks.pyx":140
  * cdef LoopWatch new_watch_of(Membership membership, object loop):
  *     cdef object loops = membership.loops
  *     if loops is None:             # <<<<<<<<<<<<<<
@@ -6676,7 +6707,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":118
+  /* "ivshmem/channel/sleeping_tasks.pyx":142
  *     if loops is None:
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)             # <<<<<<<<<<<<<<
@@ -6690,13 +6721,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_loop};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 118, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 142, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_watch = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":119
+  /* "ivshmem/channel/sleeping_tasks.pyx":143
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -6707,7 +6738,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":122
+    /* "ivshmem/channel/sleeping_tasks.pyx":146
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -6721,7 +6752,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_keyrefs, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     if (likely(PyList_CheckExact(__pyx_t_1)) || PyTuple_CheckExact(__pyx_t_1)) {
@@ -6729,9 +6760,9 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __pyx_t_6 = 0;
       __pyx_t_7 = NULL;
     } else {
-      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
+      __pyx_t_6 = -1; __pyx_t_4 = PyObject_GetIter(__pyx_t_1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 122, __pyx_L1_error)
+      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 146, __pyx_L1_error)
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     for (;;) {
@@ -6740,7 +6771,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 122, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 146, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6750,7 +6781,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 122, __pyx_L1_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 146, __pyx_L1_error)
             #endif
             if (__pyx_t_6 >= __pyx_temp) break;
           }
@@ -6761,13 +6792,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           #endif
           ++__pyx_t_6;
         }
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 122, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
       } else {
         __pyx_t_1 = __pyx_t_7(__pyx_t_4);
         if (unlikely(!__pyx_t_1)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 122, __pyx_L1_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 146, __pyx_L1_error)
             PyErr_Clear();
           }
           break;
@@ -6777,7 +6808,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       __Pyx_XDECREF_SET(__pyx_v_former, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":123
+      /* "ivshmem/channel/sleeping_tasks.pyx":147
  *         # never closed.
  *         for former in loops.keyrefs():
  *             other = former()             # <<<<<<<<<<<<<<
@@ -6804,13 +6835,13 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_XDECREF_SET(__pyx_v_other, __pyx_t_1);
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":124
+      /* "ivshmem/channel/sleeping_tasks.pyx":148
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -6833,10 +6864,10 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_is_closed, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
-      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 124, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 148, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
       __pyx_t_2 = __pyx_t_9;
@@ -6845,7 +6876,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":125
+        /* "ivshmem/channel/sleeping_tasks.pyx":149
  *             other = former()
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)             # <<<<<<<<<<<<<<
@@ -6859,12 +6890,12 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
           PyObject *__pyx_callargs[3] = {__pyx_t_8, __pyx_v_other, Py_None};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_pop, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 149, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":124
+        /* "ivshmem/channel/sleeping_tasks.pyx":148
  *         for former in loops.keyrefs():
  *             other = former()
  *             if other is not None and other.is_closed():             # <<<<<<<<<<<<<<
@@ -6873,7 +6904,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":122
+      /* "ivshmem/channel/sleeping_tasks.pyx":146
  *         # A loop that was closed while tasks slept is kept by them: without this, their ends were
  *         # never closed.
  *         for former in loops.keyrefs():             # <<<<<<<<<<<<<<
@@ -6883,7 +6914,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":126
+    /* "ivshmem/channel/sleeping_tasks.pyx":150
  *             if other is not None and other.is_closed():
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)             # <<<<<<<<<<<<<<
@@ -6896,15 +6927,15 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
       PyObject *__pyx_callargs[3] = {__pyx_t_1, __pyx_v_loop, ((PyObject *)__pyx_v_membership)};
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 150, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_4);
     }
     __Pyx_INCREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_watch, __pyx_t_4);
-    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 126, __pyx_L1_error)
+    if (unlikely((PyObject_SetItem(__pyx_v_loops, __pyx_v_loop, __pyx_t_4) < 0))) __PYX_ERR(0, 150, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":119
+    /* "ivshmem/channel/sleeping_tasks.pyx":143
  *         raise ClosedError("the channels are closed")
  *     watch = loops.get(loop)
  *     if watch is None:             # <<<<<<<<<<<<<<
@@ -6913,14 +6944,14 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":127
+  /* "ivshmem/channel/sleeping_tasks.pyx":151
  *                 loops.pop(other, None)
  *         watch = loops[loop] = LoopWatch(loop, membership)
  *     return watch             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 127, __pyx_L1_error)
+  if (!(likely(((__pyx_v_watch) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_watch, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch))))) __PYX_ERR(0, 151, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_temp;
     {
@@ -6932,7 +6963,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":114
+  /* "ivshmem/channel/sleeping_tasks.pyx":138
  * 
  * 
  * cdef LoopWatch new_watch_of(Membership membership, object loop):             # <<<<<<<<<<<<<<
@@ -6958,7 +6989,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *__pyx_f_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":149
+/* "ivshmem/channel/sleeping_tasks.pyx":173
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7009,7 +7040,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":150
+  /* "ivshmem/channel/sleeping_tasks.pyx":174
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Sleep is made by a Waiting")             # <<<<<<<<<<<<<<
@@ -7022,14 +7053,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_is_made_by_a_Waiting};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 150, __pyx_L1_error)
+  __PYX_ERR(0, 174, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":149
+  /* "ivshmem/channel/sleeping_tasks.pyx":173
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -7048,7 +7079,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep___init__(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":152
+/* "ivshmem/channel/sleeping_tasks.pyx":176
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7110,7 +7141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":153
+  /* "ivshmem/channel/sleeping_tasks.pyx":177
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Sleep cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -7123,14 +7154,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Sleep_cannot_be_copied_or_pick};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 153, __pyx_L1_error)
+  __PYX_ERR(0, 177, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":152
+  /* "ivshmem/channel/sleeping_tasks.pyx":176
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7149,7 +7180,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_2__reduce__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":155
+/* "ivshmem/channel/sleeping_tasks.pyx":179
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7170,7 +7201,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("end_now", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":156
+  /* "ivshmem/channel/sleeping_tasks.pyx":180
  * 
  *     cdef int end_now(self) except -1:
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7182,7 +7213,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":157
+  /* "ivshmem/channel/sleeping_tasks.pyx":181
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7193,7 +7224,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":158
+    /* "ivshmem/channel/sleeping_tasks.pyx":182
  *         self.callback = None
  *         if self.timer is not None:
  *             self.timer.cancel()             # <<<<<<<<<<<<<<
@@ -7207,12 +7238,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":159
+    /* "ivshmem/channel/sleeping_tasks.pyx":183
  *         if self.timer is not None:
  *             self.timer.cancel()
  *             self.timer = None             # <<<<<<<<<<<<<<
@@ -7224,7 +7255,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
     __Pyx_GOTREF(__pyx_v_self->timer);
     __Pyx_DECREF_SET(__pyx_v_self->timer, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":157
+    /* "ivshmem/channel/sleeping_tasks.pyx":181
  *     cdef int end_now(self) except -1:
  *         self.callback = None
  *         if self.timer is not None:             # <<<<<<<<<<<<<<
@@ -7233,7 +7264,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":160
+  /* "ivshmem/channel/sleeping_tasks.pyx":184
  *             self.timer.cancel()
  *             self.timer = None
  *         self.watch.sleeps.pop(self, None)             # <<<<<<<<<<<<<<
@@ -7242,22 +7273,22 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
 */
   if (unlikely(__pyx_v_self->watch->sleeps == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-    __PYX_ERR(0, 160, __pyx_L1_error)
+    __PYX_ERR(0, 184, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->watch->sleeps, ((PyObject *)__pyx_v_self), Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":161
+  /* "ivshmem/channel/sleeping_tasks.pyx":185
  *             self.timer = None
  *         self.watch.sleeps.pop(self, None)
  *         self.end.end_waiting()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_self->end); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":162
+  /* "ivshmem/channel/sleeping_tasks.pyx":186
  *         self.watch.sleeps.pop(self, None)
  *         self.end.end_waiting()
  *         return 0             # <<<<<<<<<<<<<<
@@ -7270,7 +7301,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":155
+  /* "ivshmem/channel/sleeping_tasks.pyx":179
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
  *     cdef int end_now(self) except -1:             # <<<<<<<<<<<<<<
@@ -7290,7 +7321,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":166
+/* "ivshmem/channel/sleeping_tasks.pyx":190
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7338,35 +7369,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_callback,&__pyx_mstate_global->__pyx_n_u_context,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 166, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 166, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add_done_callback", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 166, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, i); __PYX_ERR(0, 190, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 1; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 166, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("add_done_callback", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 190, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 166, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("add_done_callback", __pyx_mstate_global->__pyx_n_u_context); __PYX_ERR(0, 190, __pyx_L3_error)
     }
     __pyx_v_callback = values[0];
     __pyx_v_context = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 166, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add_done_callback", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7392,7 +7423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("add_done_callback", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":169
+  /* "ivshmem/channel/sleeping_tasks.pyx":193
  *     def add_done_callback(self, callback, *, context):
  *         """Call it at the end of the sleep."""
  *         self.callback = callback             # <<<<<<<<<<<<<<
@@ -7404,7 +7435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, __pyx_v_callback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":170
+  /* "ivshmem/channel/sleeping_tasks.pyx":194
  *         """Call it at the end of the sleep."""
  *         self.callback = callback
  *         self.context = context             # <<<<<<<<<<<<<<
@@ -7416,7 +7447,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   __Pyx_GOTREF(__pyx_v_self->context);
   __Pyx_DECREF_SET(__pyx_v_self->context, __pyx_v_context);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":166
+  /* "ivshmem/channel/sleeping_tasks.pyx":190
  *     # Called by the task.
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7431,7 +7462,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_4add_done_ca
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":172
+/* "ivshmem/channel/sleeping_tasks.pyx":196
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7479,24 +7510,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_msg,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 172, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 196, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 172, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "cancel", 0) < (0)) __PYX_ERR(0, 196, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 172, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 196, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7507,7 +7538,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 172, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("cancel", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 196, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7543,7 +7574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":174
+  /* "ivshmem/channel/sleeping_tasks.pyx":198
  *     def cancel(self, msg=None):
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7555,7 +7586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":175
+  /* "ivshmem/channel/sleeping_tasks.pyx":199
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7566,7 +7597,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":176
+    /* "ivshmem/channel/sleeping_tasks.pyx":200
  *         callback = self.callback
  *         if callback is None:
  *             return False             # <<<<<<<<<<<<<<
@@ -7584,7 +7615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":175
+    /* "ivshmem/channel/sleeping_tasks.pyx":199
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
  *         if callback is None:             # <<<<<<<<<<<<<<
@@ -7593,7 +7624,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":177
+  /* "ivshmem/channel/sleeping_tasks.pyx":201
  *         if callback is None:
  *             return False
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7605,7 +7636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":178
+  /* "ivshmem/channel/sleeping_tasks.pyx":202
  *             return False
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)             # <<<<<<<<<<<<<<
@@ -7634,7 +7665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7660,7 +7691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 178, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -7672,7 +7703,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":179
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -7688,13 +7719,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_callback, ((PyObject *)__pyx_v_self), __pyx_v_self->context};
     #if CYTHON_VECTORCALL
     __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_4);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
       __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     #endif
@@ -7703,12 +7734,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 179, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":180
+  /* "ivshmem/channel/sleeping_tasks.pyx":204
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)
  *         return True             # <<<<<<<<<<<<<<
@@ -7726,7 +7757,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":172
+  /* "ivshmem/channel/sleeping_tasks.pyx":196
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -7749,7 +7780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_6cancel(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":182
+/* "ivshmem/channel/sleeping_tasks.pyx":206
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7810,7 +7841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":185
+  /* "ivshmem/channel/sleeping_tasks.pyx":209
  *     def result(self):
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error             # <<<<<<<<<<<<<<
@@ -7822,7 +7853,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   __pyx_v_error = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":186
+  /* "ivshmem/channel/sleeping_tasks.pyx":210
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7833,7 +7864,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":187
+    /* "ivshmem/channel/sleeping_tasks.pyx":211
  *         cdef object error = self.error
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself             # <<<<<<<<<<<<<<
@@ -7845,7 +7876,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
     __Pyx_GOTREF(__pyx_v_self->error);
     __Pyx_DECREF_SET(__pyx_v_self->error, Py_None);
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":188
+    /* "ivshmem/channel/sleeping_tasks.pyx":212
  *         if error is not None:
  *             self.error = None  # else its traceback would refer to itself
  *             raise error             # <<<<<<<<<<<<<<
@@ -7853,9 +7884,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
  *     # Called by the loop.
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 188, __pyx_L1_error)
+    __PYX_ERR(0, 212, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":186
+    /* "ivshmem/channel/sleeping_tasks.pyx":210
  *         """Raise what `cancel` set."""
  *         cdef object error = self.error
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -7864,7 +7895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":182
+  /* "ivshmem/channel/sleeping_tasks.pyx":206
  *         return True
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -7886,7 +7917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_8result(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":192
+/* "ivshmem/channel/sleeping_tasks.pyx":216
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -7906,7 +7937,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("resume", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":194
+  /* "ivshmem/channel/sleeping_tasks.pyx":218
  *     cdef int resume(self) except -1:
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback             # <<<<<<<<<<<<<<
@@ -7918,7 +7949,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __pyx_v_callback = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":195
+  /* "ivshmem/channel/sleeping_tasks.pyx":219
  *         """Let the task continue at once; return when it waits for something else."""
  *         callback = self.callback
  *         self.callback = None             # <<<<<<<<<<<<<<
@@ -7930,7 +7961,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   __Pyx_GOTREF(__pyx_v_self->callback);
   __Pyx_DECREF_SET(__pyx_v_self->callback, Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":196
+  /* "ivshmem/channel/sleeping_tasks.pyx":220
  *         callback = self.callback
  *         self.callback = None
  *         self.context.run(callback, self)             # <<<<<<<<<<<<<<
@@ -7944,12 +7975,12 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
     PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_callback, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_run, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 196, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 220, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":197
+  /* "ivshmem/channel/sleeping_tasks.pyx":221
  *         self.callback = None
  *         self.context.run(callback, self)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7962,7 +7993,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":192
+  /* "ivshmem/channel/sleeping_tasks.pyx":216
  *     # Called by the loop.
  * 
  *     cdef int resume(self) except -1:             # <<<<<<<<<<<<<<
@@ -7983,7 +8014,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":199
+/* "ivshmem/channel/sleeping_tasks.pyx":223
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8044,7 +8075,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("expire", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":201
+  /* "ivshmem/channel/sleeping_tasks.pyx":225
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8055,17 +8086,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":202
+    /* "ivshmem/channel/sleeping_tasks.pyx":226
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
  *             self.resume()             # <<<<<<<<<<<<<<
  * 
  * 
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 202, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":201
+    /* "ivshmem/channel/sleeping_tasks.pyx":225
  *     def expire(self):
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:             # <<<<<<<<<<<<<<
@@ -8074,7 +8105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":199
+  /* "ivshmem/channel/sleeping_tasks.pyx":223
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
@@ -8094,7 +8125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_10expire(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":146
+/* "ivshmem/channel/sleeping_tasks.pyx":170
  *     cdef object context
  *     cdef object error
  *     cdef readonly object _loop             # <<<<<<<<<<<<<<
@@ -8161,7 +8192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_5_loop___get
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":147
+/* "ivshmem/channel/sleeping_tasks.pyx":171
  *     cdef object error
  *     cdef readonly object _loop
  *     cdef public bint _asyncio_future_blocking  # tells the task that this was awaited             # <<<<<<<<<<<<<<
@@ -8200,7 +8231,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_f
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->_asyncio_future_blocking); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8273,7 +8304,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 147, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L4_error)
         __pyx_v_self->_asyncio_future_blocking = __pyx_t_2;
       }
       /*finally:*/ {
@@ -8303,7 +8334,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_5Sleep_24_asyncio_future_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":205
+/* "ivshmem/channel/sleeping_tasks.pyx":229
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8329,28 +8360,28 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep_at", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":208
+  /* "ivshmem/channel/sleeping_tasks.pyx":232
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
  *         end.end_waiting()
  *         return None
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 208, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->begin_waiting(__pyx_v_end); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":209
+    /* "ivshmem/channel/sleeping_tasks.pyx":233
  *     cdef Sleep sleep
  *     if end.begin_waiting():
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         return None
  *     sleep = Sleep.__new__(Sleep)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":210
+    /* "ivshmem/channel/sleeping_tasks.pyx":234
  *     if end.begin_waiting():
  *         end.end_waiting()
  *         return None             # <<<<<<<<<<<<<<
@@ -8367,7 +8398,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":208
+    /* "ivshmem/channel/sleeping_tasks.pyx":232
  *     """Begin to sleep at an end; None: there is something already."""
  *     cdef Sleep sleep
  *     if end.begin_waiting():             # <<<<<<<<<<<<<<
@@ -8376,19 +8407,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":211
+  /* "ivshmem/channel/sleeping_tasks.pyx":235
  *         end.end_waiting()
  *         return None
  *     sleep = Sleep.__new__(Sleep)             # <<<<<<<<<<<<<<
  *     try:
  *         sleep.end = end
 */
-  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Sleep(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":212
+  /* "ivshmem/channel/sleeping_tasks.pyx":236
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8404,7 +8435,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XGOTREF(__pyx_t_6);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":213
+      /* "ivshmem/channel/sleeping_tasks.pyx":237
  *     sleep = Sleep.__new__(Sleep)
  *     try:
  *         sleep.end = end             # <<<<<<<<<<<<<<
@@ -8416,7 +8447,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->end);
       __Pyx_DECREF_SET(__pyx_v_sleep->end, __pyx_v_end);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":214
+      /* "ivshmem/channel/sleeping_tasks.pyx":238
  *     try:
  *         sleep.end = end
  *         sleep._loop = loop             # <<<<<<<<<<<<<<
@@ -8428,21 +8459,21 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_GOTREF(__pyx_v_sleep->_loop);
       __Pyx_DECREF_SET(__pyx_v_sleep->_loop, __pyx_v_loop);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":215
+      /* "ivshmem/channel/sleeping_tasks.pyx":239
  *         sleep.end = end
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)             # <<<<<<<<<<<<<<
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
 */
-      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 215, __pyx_L4_error)
+      __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_watch_of(__pyx_v_end, __pyx_v_loop)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 239, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_GIVEREF(__pyx_t_3);
       __Pyx_GOTREF((PyObject *)__pyx_v_sleep->watch);
       __Pyx_DECREF_SET(__pyx_v_sleep->watch, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *)__pyx_t_3));
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":216
+      /* "ivshmem/channel/sleeping_tasks.pyx":240
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8453,7 +8484,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":217
+        /* "ivshmem/channel/sleeping_tasks.pyx":241
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)             # <<<<<<<<<<<<<<
@@ -8462,7 +8493,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
         __pyx_t_7 = __pyx_v_loop;
         __Pyx_INCREF(__pyx_t_7);
-        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 217, __pyx_L4_error)
+        __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_sleep), __pyx_mstate_global->__pyx_n_u_expire); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 241, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
         __pyx_t_9 = 0;
         {
@@ -8470,7 +8501,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_call_at, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 217, __pyx_L4_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_GIVEREF(__pyx_t_3);
@@ -8478,7 +8509,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
         __Pyx_DECREF_SET(__pyx_v_sleep->timer, __pyx_t_3);
         __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":216
+        /* "ivshmem/channel/sleeping_tasks.pyx":240
  *         sleep._loop = loop
  *         sleep.watch = watch_of(end, loop)
  *         if deadline is not None:             # <<<<<<<<<<<<<<
@@ -8487,17 +8518,17 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":218
+      /* "ivshmem/channel/sleeping_tasks.pyx":242
  *         if deadline is not None:
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         end.end_waiting()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 218, __pyx_L4_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add(__pyx_v_sleep->watch, __pyx_v_sleep); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L4_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":212
+      /* "ivshmem/channel/sleeping_tasks.pyx":236
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8514,7 +8545,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":219
+    /* "ivshmem/channel/sleeping_tasks.pyx":243
  *             sleep.timer = loop.call_at(deadline, sleep.expire)
  *         sleep.watch.add(sleep)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8524,22 +8555,22 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_2) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.sleep_at", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 219, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_8, &__pyx_t_7) < 0) __PYX_ERR(0, 243, __pyx_L6_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":220
+      /* "ivshmem/channel/sleeping_tasks.pyx":244
  *         sleep.watch.add(sleep)
  *     except BaseException:
  *         end.end_waiting()             # <<<<<<<<<<<<<<
  *         raise
  *     sleep._asyncio_future_blocking = True
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 220, __pyx_L6_except_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_end->__pyx_base.__pyx_vtab)->end_waiting(__pyx_v_end); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L6_except_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":221
+      /* "ivshmem/channel/sleeping_tasks.pyx":245
  *     except BaseException:
  *         end.end_waiting()
  *         raise             # <<<<<<<<<<<<<<
@@ -8551,11 +8582,11 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_8, __pyx_t_7);
       __pyx_t_3 = 0;  __pyx_t_8 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 221, __pyx_L6_except_error)
+      __PYX_ERR(0, 245, __pyx_L6_except_error)
     }
     goto __pyx_L6_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":212
+    /* "ivshmem/channel/sleeping_tasks.pyx":236
  *         return None
  *     sleep = Sleep.__new__(Sleep)
  *     try:             # <<<<<<<<<<<<<<
@@ -8571,7 +8602,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
     __pyx_L9_try_end:;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":222
+  /* "ivshmem/channel/sleeping_tasks.pyx":246
  *         end.end_waiting()
  *         raise
  *     sleep._asyncio_future_blocking = True             # <<<<<<<<<<<<<<
@@ -8580,7 +8611,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
 */
   __pyx_v_sleep->_asyncio_future_blocking = 1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":223
+  /* "ivshmem/channel/sleeping_tasks.pyx":247
  *         raise
  *     sleep._asyncio_future_blocking = True
  *     return sleep             # <<<<<<<<<<<<<<
@@ -8598,7 +8629,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":205
+  /* "ivshmem/channel/sleeping_tasks.pyx":229
  * 
  * 
  * cdef Sleep sleep_at(ChannelEnd end, object loop, object deadline):             # <<<<<<<<<<<<<<
@@ -8620,7 +8651,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":249
+/* "ivshmem/channel/sleeping_tasks.pyx":273
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8671,7 +8702,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":250
+  /* "ivshmem/channel/sleeping_tasks.pyx":274
  * 
  *     def __init__(self, *args, **kwargs):
  *         raise TypeError("a Waiting is made by an end of a channel")             # <<<<<<<<<<<<<<
@@ -8684,14 +8715,14 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_is_made_by_an_end_of_a};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 250, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 250, __pyx_L1_error)
+  __PYX_ERR(0, 274, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":249
+  /* "ivshmem/channel/sleeping_tasks.pyx":273
  *     cdef Sleep sleep  # while its task sleeps
  * 
  *     def __init__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -8710,7 +8741,7 @@ static int __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting___init__(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":252
+/* "ivshmem/channel/sleeping_tasks.pyx":276
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8772,7 +8803,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":253
+  /* "ivshmem/channel/sleeping_tasks.pyx":277
  * 
  *     def __reduce__(self):
  *         raise TypeError("a Waiting cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -8785,14 +8816,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Waiting_cannot_be_copied_or_pi};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 253, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 253, __pyx_L1_error)
+  __PYX_ERR(0, 277, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":252
+  /* "ivshmem/channel/sleeping_tasks.pyx":276
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -8811,7 +8842,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":255
+/* "ivshmem/channel/sleeping_tasks.pyx":279
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8843,14 +8874,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":257
+  /* "ivshmem/channel/sleeping_tasks.pyx":281
  *     @property
  *     def __name__(self):
  *         return self.call.__name__             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8863,7 +8894,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":255
+  /* "ivshmem/channel/sleeping_tasks.pyx":279
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8882,7 +8913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8__name___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":259
+/* "ivshmem/channel/sleeping_tasks.pyx":283
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8919,21 +8950,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":261
+  /* "ivshmem/channel/sleeping_tasks.pyx":285
  *     @property
  *     def __qualname__(self):
  *         return f"{type(self.end).__name__}.{self.call.__name__}"             # <<<<<<<<<<<<<<
  * 
  *     def __await__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self->end))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(__pyx_v_self->call, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_4[0] = __pyx_t_2;
@@ -8948,7 +8979,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[2]);
   #endif
   __pyx_t_1 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 261, __pyx_L1_error)
+  if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -8963,7 +8994,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":259
+  /* "ivshmem/channel/sleeping_tasks.pyx":283
  *         return self.call.__name__
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8984,7 +9015,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12__qualna
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":263
+/* "ivshmem/channel/sleeping_tasks.pyx":287
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9012,7 +9043,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":264
+  /* "ivshmem/channel/sleeping_tasks.pyx":288
  * 
  *     def __await__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -9030,7 +9061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":263
+  /* "ivshmem/channel/sleeping_tasks.pyx":287
  *         return f"{type(self.end).__name__}.{self.call.__name__}"
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -9045,11 +9076,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_4__await__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":266
+/* "ivshmem/channel/sleeping_tasks.pyx":290
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
- *         return self.step()
+ *         return self.send(None)
  * 
 */
 
@@ -9072,20 +9103,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":267
+  /* "ivshmem/channel/sleeping_tasks.pyx":291
  * 
  *     def __next__(self):
- *         return self.step()             # <<<<<<<<<<<<<<
+ *         return self.send(None)             # <<<<<<<<<<<<<<
  * 
- *     @cython.binding(False)
+ *     def send(self, value):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, Py_None};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_send, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
   {
     PyObject *__pyx_temp;
     {
@@ -9097,17 +9138,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":266
+  /* "ivshmem/channel/sleeping_tasks.pyx":290
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
- *         return self.step()
+ *         return self.send(None)
  * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.__next__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9116,12 +9158,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":269
- *         return self.step()
+/* "ivshmem/channel/sleeping_tasks.pyx":293
+ *         return self.send(None)
  * 
- *     @cython.binding(False)             # <<<<<<<<<<<<<<
- *     def send(self, value):
+ *     def send(self, value):             # <<<<<<<<<<<<<<
  *         """Begin, or go on when the task runs again."""
+ *         found = self.step()
 */
 
 /* Python wrapper */
@@ -9132,7 +9174,8 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send, "send($self, value)\n--\n\nBegin, or go on when the task runs again.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send, "Begin, or go on when the task runs again.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send};
 static PyObject *__pyx_pw_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -9163,32 +9206,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_value,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 269, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 293, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 293, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 269, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 293, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
     }
     __pyx_v_value = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 269, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 293, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9210,55 +9253,112 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_value) {
+  PyObject *__pyx_v_found = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":272
+  /* "ivshmem/channel/sleeping_tasks.pyx":295
  *     def send(self, value):
  *         """Begin, or go on when the task runs again."""
- *         return self.step()             # <<<<<<<<<<<<<<
+ *         found = self.step()             # <<<<<<<<<<<<<<
+ *         if self.state == OVER:
+ *             raise StopIteration(found)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_found = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":296
+ *         """Begin, or go on when the task runs again."""
+ *         found = self.step()
+ *         if self.state == OVER:             # <<<<<<<<<<<<<<
+ *             raise StopIteration(found)
+ *         return found
+*/
+  __pyx_t_2 = (__pyx_v_self->state == __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":297
+ *         found = self.step()
+ *         if self.state == OVER:
+ *             raise StopIteration(found)             # <<<<<<<<<<<<<<
+ *         return found
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_found};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_StopIteration)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 297, __pyx_L1_error)
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":296
+ *         """Begin, or go on when the task runs again."""
+ *         found = self.step()
+ *         if self.state == OVER:             # <<<<<<<<<<<<<<
+ *             raise StopIteration(found)
+ *         return found
+*/
+  }
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":298
+ *         if self.state == OVER:
+ *             raise StopIteration(found)
+ *         return found             # <<<<<<<<<<<<<<
  * 
  *     @cython.binding(False)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
+      __Pyx_INCREF(__pyx_v_found);
+      __pyx_r = __pyx_v_found;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":269
- *         return self.step()
+  /* "ivshmem/channel/sleeping_tasks.pyx":293
+ *         return self.send(None)
  * 
- *     @cython.binding(False)             # <<<<<<<<<<<<<<
- *     def send(self, value):
+ *     def send(self, value):             # <<<<<<<<<<<<<<
  *         """Begin, or go on when the task runs again."""
+ *         found = self.step()
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_found);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":274
- *         return self.step()
+/* "ivshmem/channel/sleeping_tasks.pyx":300
+ *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def throw(self, kind, value=None, traceback=None):
@@ -9306,28 +9406,28 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,&__pyx_mstate_global->__pyx_n_u_value,&__pyx_mstate_global->__pyx_n_u_traceback,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 274, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 300, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 274, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "throw", 0) < (0)) __PYX_ERR(0, 300, __pyx_L3_error)
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":275
+      /* "ivshmem/channel/sleeping_tasks.pyx":301
  * 
  *     @cython.binding(False)
  *     def throw(self, kind, value=None, traceback=None):             # <<<<<<<<<<<<<<
@@ -9337,21 +9437,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 274, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, i); __PYX_ERR(0, 300, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 300, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 274, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 300, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9364,7 +9464,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 274, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("throw", 0, 1, 3, __pyx_nargs); __PYX_ERR(0, 300, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9377,8 +9477,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_self), __pyx_v_kind, __pyx_v_value, __pyx_v_traceback);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":274
- *         return self.step()
+  /* "ivshmem/channel/sleeping_tasks.pyx":300
+ *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def throw(self, kind, value=None, traceback=None):
@@ -9409,7 +9509,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   __Pyx_RefNannySetupContext("throw", 0);
   __Pyx_INCREF(__pyx_v_value);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":277
+  /* "ivshmem/channel/sleeping_tasks.pyx":303
  *     def throw(self, kind, value=None, traceback=None):
  *         """End the wait by an exception."""
  *         self.close()             # <<<<<<<<<<<<<<
@@ -9423,12 +9523,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 277, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":278
+  /* "ivshmem/channel/sleeping_tasks.pyx":304
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9439,7 +9539,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":279
+    /* "ivshmem/channel/sleeping_tasks.pyx":305
  *         self.close()
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind             # <<<<<<<<<<<<<<
@@ -9468,7 +9568,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_t_1 = __pyx_t_2;
@@ -9481,7 +9581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":278
+    /* "ivshmem/channel/sleeping_tasks.pyx":304
  *         """End the wait by an exception."""
  *         self.close()
  *         if value is None:             # <<<<<<<<<<<<<<
@@ -9491,7 +9591,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":280
+  /* "ivshmem/channel/sleeping_tasks.pyx":306
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9505,7 +9605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":281
+    /* "ivshmem/channel/sleeping_tasks.pyx":307
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)             # <<<<<<<<<<<<<<
@@ -9532,13 +9632,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 281, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_value, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":280
+    /* "ivshmem/channel/sleeping_tasks.pyx":306
  *         if value is None:
  *             value = kind() if isinstance(kind, type) else kind
  *         elif not isinstance(value, BaseException):             # <<<<<<<<<<<<<<
@@ -9548,7 +9648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":282
+  /* "ivshmem/channel/sleeping_tasks.pyx":308
  *         elif not isinstance(value, BaseException):
  *             value = kind(value)
  *         raise value if traceback is None else value.with_traceback(traceback)             # <<<<<<<<<<<<<<
@@ -9567,7 +9667,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_traceback};
       __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_with_traceback, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 282, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     __pyx_t_1 = __pyx_t_6;
@@ -9576,10 +9676,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
 
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 282, __pyx_L1_error)
+  __PYX_ERR(0, 308, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":274
- *         return self.step()
+  /* "ivshmem/channel/sleeping_tasks.pyx":300
+ *         return found
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
  *     def throw(self, kind, value=None, traceback=None):
@@ -9600,7 +9700,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_10throw(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":284
+/* "ivshmem/channel/sleeping_tasks.pyx":310
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9660,7 +9760,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":286
+  /* "ivshmem/channel/sleeping_tasks.pyx":312
  *     def close(self):
  *         """End the wait."""
  *         self.state = OVER             # <<<<<<<<<<<<<<
@@ -9669,17 +9769,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":287
+  /* "ivshmem/channel/sleeping_tasks.pyx":313
  *         """End the wait."""
  *         self.state = OVER
  *         self.awake()             # <<<<<<<<<<<<<<
  * 
  *     def __del__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":284
+  /* "ivshmem/channel/sleeping_tasks.pyx":310
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9699,7 +9799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_12close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":289
+/* "ivshmem/channel/sleeping_tasks.pyx":315
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9726,17 +9826,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":290
+  /* "ivshmem/channel/sleeping_tasks.pyx":316
  * 
  *     def __del__(self):
  *         self.awake()  # a task that was forgotten, with its loop             # <<<<<<<<<<<<<<
  * 
  *     cdef object step(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":289
+  /* "ivshmem/channel/sleeping_tasks.pyx":315
  *         self.awake()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -9752,16 +9852,17 @@ static void __pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_14__del__(struc
 
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":292
+/* "ivshmem/channel/sleeping_tasks.pyx":318
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
- *         """Look; return what the task is to sleep on, or raise StopIteration with the result."""
+ *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
 */
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_v_self) {
   int __pyx_v_state;
+  CYTHON_UNUSED int __pyx_v__;
   PyObject *__pyx_v_found = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -9772,14 +9873,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   size_t __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
+  int __pyx_t_8;
+  int __pyx_t_9;
+  long __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":294
+  /* "ivshmem/channel/sleeping_tasks.pyx":320
  *     cdef object step(self):
- *         """Look; return what the task is to sleep on, or raise StopIteration with the result."""
+ *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state             # <<<<<<<<<<<<<<
  *         self.state = OVER
  *         if state == NEW:
@@ -9788,8 +9892,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 
   __pyx_v_state = __pyx_t_1;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":295
- *         """Look; return what the task is to sleep on, or raise StopIteration with the result."""
+  /* "ivshmem/channel/sleeping_tasks.pyx":321
+ *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
  *         self.state = OVER             # <<<<<<<<<<<<<<
  *         if state == NEW:
@@ -9797,7 +9901,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":296
+  /* "ivshmem/channel/sleeping_tasks.pyx":322
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -9807,7 +9911,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   switch (__pyx_v_state) {
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_NEW:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":297
+    /* "ivshmem/channel/sleeping_tasks.pyx":323
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -9818,17 +9922,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":298
+      /* "ivshmem/channel/sleeping_tasks.pyx":324
  *         if state == NEW:
  *             if self.timeout is not None:
  *                 self.find_loop()             # <<<<<<<<<<<<<<
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":299
+      /* "ivshmem/channel/sleeping_tasks.pyx":325
  *             if self.timeout is not None:
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)             # <<<<<<<<<<<<<<
@@ -9842,11 +9946,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 325, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __pyx_t_6 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 299, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -9865,10 +9969,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
         __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
-      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 299, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 325, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
@@ -9877,7 +9981,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       __Pyx_DECREF_SET(__pyx_v_self->deadline, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":297
+      /* "ivshmem/channel/sleeping_tasks.pyx":323
  *         self.state = OVER
  *         if state == NEW:
  *             if self.timeout is not None:             # <<<<<<<<<<<<<<
@@ -9886,7 +9990,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
 */
     }
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":296
+    /* "ivshmem/channel/sleeping_tasks.pyx":322
  *         cdef int state = self.state
  *         self.state = OVER
  *         if state == NEW:             # <<<<<<<<<<<<<<
@@ -9896,7 +10000,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     case __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":301
+    /* "ivshmem/channel/sleeping_tasks.pyx":327
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:
  *             raise RuntimeError("cannot reuse already awaited coroutine")             # <<<<<<<<<<<<<<
@@ -9909,14 +10013,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_cannot_reuse_already_awaited_cor};
       __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 301, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 327, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 301, __pyx_L1_error)
+    __PYX_ERR(0, 327, __pyx_L1_error)
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":300
+    /* "ivshmem/channel/sleeping_tasks.pyx":326
  *                 self.find_loop()
  *                 self.deadline = self.loop.time() + seconds_of(self.timeout)
  *         elif state == OVER:             # <<<<<<<<<<<<<<
@@ -9926,134 +10030,178 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
     break;
     default:
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":303
+    /* "ivshmem/channel/sleeping_tasks.pyx":329
  *             raise RuntimeError("cannot reuse already awaited coroutine")
  *         else:
  *             self.awake()             # <<<<<<<<<<<<<<
- *         found = self.look()
- *         if found is not ABSENT:
+ *         for _ in range(LOOKS):
+ *             found = self.look()
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
 
     break;
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":304
+  /* "ivshmem/channel/sleeping_tasks.pyx":330
  *         else:
  *             self.awake()
- *         found = self.look()             # <<<<<<<<<<<<<<
- *         if found is not ABSENT:
- *             raise StopIteration(found)
+ *         for _ in range(LOOKS):             # <<<<<<<<<<<<<<
+ *             found = self.look()
+ *             if found is not ABSENT:
 */
-  __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 304, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_v_found = __pyx_t_7;
-  __pyx_t_7 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":305
+  __pyx_t_8 = __pyx_e_7ivshmem_7channel_14sleeping_tasks_LOOKS;
+  __pyx_t_9 = __pyx_t_8;
+
+  for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
+    __pyx_v__ = __pyx_t_10;
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":331
  *             self.awake()
- *         found = self.look()
- *         if found is not ABSENT:             # <<<<<<<<<<<<<<
- *             raise StopIteration(found)
- *         if self.loop is None:
+ *         for _ in range(LOOKS):
+ *             found = self.look()             # <<<<<<<<<<<<<<
+ *             if found is not ABSENT:
+ *                 return found
 */
-  __pyx_t_2 = (__pyx_v_found != __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
-  if (unlikely(__pyx_t_2)) {
+    __pyx_t_7 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 331, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_XDECREF_SET(__pyx_v_found, __pyx_t_7);
+    __pyx_t_7 = 0;
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":332
+ *         for _ in range(LOOKS):
+ *             found = self.look()
+ *             if found is not ABSENT:             # <<<<<<<<<<<<<<
+ *                 return found
+ *             if self.loop is None:
+*/
+    __pyx_t_2 = (__pyx_v_found != __pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
+    if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":306
- *         found = self.look()
- *         if found is not ABSENT:
- *             raise StopIteration(found)             # <<<<<<<<<<<<<<
- *         if self.loop is None:
- *             self.find_loop()
+      /* "ivshmem/channel/sleeping_tasks.pyx":333
+ *             found = self.look()
+ *             if found is not ABSENT:
+ *                 return found             # <<<<<<<<<<<<<<
+ *             if self.loop is None:
+ *                 self.find_loop()
 */
-    __pyx_t_4 = NULL;
-    __pyx_t_5 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_found};
-      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_StopIteration)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 306, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __Pyx_INCREF(__pyx_v_found);
+          __pyx_r = __pyx_v_found;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":332
+ *         for _ in range(LOOKS):
+ *             found = self.look()
+ *             if found is not ABSENT:             # <<<<<<<<<<<<<<
+ *                 return found
+ *             if self.loop is None:
+*/
     }
-    __Pyx_Raise(__pyx_t_7, 0, 0, 0);
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":334
+ *             if found is not ABSENT:
+ *                 return found
+ *             if self.loop is None:             # <<<<<<<<<<<<<<
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+*/
+    __pyx_t_2 = (__pyx_v_self->loop == Py_None);
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":335
+ *                 return found
+ *             if self.loop is None:
+ *                 self.find_loop()             # <<<<<<<<<<<<<<
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is not None:
+*/
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/sleeping_tasks.pyx":334
+ *             if found is not ABSENT:
+ *                 return found
+ *             if self.loop is None:             # <<<<<<<<<<<<<<
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+*/
+    }
+
+    /* "ivshmem/channel/sleeping_tasks.pyx":336
+ *             if self.loop is None:
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
+ *             if self.sleep is not None:
+ *                 break
+*/
+    __pyx_t_7 = ((PyObject *)__pyx_v_self->end);
+    __Pyx_INCREF(__pyx_t_7);
+    __pyx_t_4 = __pyx_v_self->loop;
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_3 = __pyx_v_self->deadline;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 306, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_GIVEREF(__pyx_t_6);
+    __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
+    __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
+    __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":305
- *             self.awake()
- *         found = self.look()
- *         if found is not ABSENT:             # <<<<<<<<<<<<<<
- *             raise StopIteration(found)
- *         if self.loop is None:
-*/
-  }
-
-  /* "ivshmem/channel/sleeping_tasks.pyx":307
- *         if found is not ABSENT:
- *             raise StopIteration(found)
- *         if self.loop is None:             # <<<<<<<<<<<<<<
- *             self.find_loop()
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)
-*/
-  __pyx_t_2 = (__pyx_v_self->loop == Py_None);
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/sleeping_tasks.pyx":308
- *             raise StopIteration(found)
- *         if self.loop is None:
- *             self.find_loop()             # <<<<<<<<<<<<<<
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)
+    /* "ivshmem/channel/sleeping_tasks.pyx":337
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is not None:             # <<<<<<<<<<<<<<
+ *                 break
  *         self.state = SUSPENDED
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+    __pyx_t_2 = (((PyObject *)__pyx_v_self->sleep) != Py_None);
+    if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":307
- *         if found is not ABSENT:
- *             raise StopIteration(found)
- *         if self.loop is None:             # <<<<<<<<<<<<<<
- *             self.find_loop()
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)
-*/
-  }
-
-  /* "ivshmem/channel/sleeping_tasks.pyx":309
- *         if self.loop is None:
- *             self.find_loop()
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)             # <<<<<<<<<<<<<<
+      /* "ivshmem/channel/sleeping_tasks.pyx":338
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is not None:
+ *                 break             # <<<<<<<<<<<<<<
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run
 */
-  __pyx_t_7 = ((PyObject *)__pyx_v_self->end);
-  __Pyx_INCREF(__pyx_t_7);
-  __pyx_t_4 = __pyx_v_self->loop;
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_3 = __pyx_v_self->deadline;
-  __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_6 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_sleep_at(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_7), __pyx_t_4, __pyx_t_3)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 309, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __Pyx_GIVEREF(__pyx_t_6);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
-  __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_6));
-  __pyx_t_6 = 0;
+      goto __pyx_L5_break;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":310
- *             self.find_loop()
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)
+      /* "ivshmem/channel/sleeping_tasks.pyx":337
+ *                 self.find_loop()
+ *             self.sleep = sleep_at(self.end, self.loop, self.deadline)
+ *             if self.sleep is not None:             # <<<<<<<<<<<<<<
+ *                 break
+ *         self.state = SUSPENDED
+*/
+    }
+  }
+  __pyx_L5_break:;
+
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":339
+ *             if self.sleep is not None:
+ *                 break
  *         self.state = SUSPENDED             # <<<<<<<<<<<<<<
  *         return self.sleep  # None lets other tasks run
  * 
 */
   __pyx_v_self->state = __pyx_e_7ivshmem_7channel_14sleeping_tasks_SUSPENDED;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":311
- *         self.sleep = sleep_at(self.end, self.loop, self.deadline)
+  /* "ivshmem/channel/sleeping_tasks.pyx":340
+ *                 break
  *         self.state = SUSPENDED
  *         return self.sleep  # None lets other tasks run             # <<<<<<<<<<<<<<
  * 
@@ -10070,11 +10218,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":292
+  /* "ivshmem/channel/sleeping_tasks.pyx":318
  *         self.awake()  # a task that was forgotten, with its loop
  * 
  *     cdef object step(self):             # <<<<<<<<<<<<<<
- *         """Look; return what the task is to sleep on, or raise StopIteration with the result."""
+ *         """Look; return the result if it is OVER now, or else what the task is to sleep on."""
  *         cdef int state = self.state
 */
 
@@ -10088,13 +10236,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(struct
   __pyx_r = 0;
   __pyx_L0:;
 
+
   __Pyx_XDECREF(__pyx_v_found);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":313
+/* "ivshmem/channel/sleeping_tasks.pyx":342
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10116,7 +10265,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_loop", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":314
+  /* "ivshmem/channel/sleeping_tasks.pyx":343
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10127,17 +10276,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":315
+    /* "ivshmem/channel/sleeping_tasks.pyx":344
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:
  *             import_asyncio()             # <<<<<<<<<<<<<<
  *         self.loop = get_running_loop()
  *         return 0
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_import_asyncio(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":314
+    /* "ivshmem/channel/sleeping_tasks.pyx":343
  * 
  *     cdef int find_loop(self) except -1:
  *         if get_running_loop is None:             # <<<<<<<<<<<<<<
@@ -10146,7 +10295,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":316
+  /* "ivshmem/channel/sleeping_tasks.pyx":345
  *         if get_running_loop is None:
  *             import_asyncio()
  *         self.loop = get_running_loop()             # <<<<<<<<<<<<<<
@@ -10173,7 +10322,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 345, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -10181,7 +10330,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   __Pyx_DECREF_SET(__pyx_v_self->loop, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":317
+  /* "ivshmem/channel/sleeping_tasks.pyx":346
  *             import_asyncio()
  *         self.loop = get_running_loop()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10194,7 +10343,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":313
+  /* "ivshmem/channel/sleeping_tasks.pyx":342
  *         return self.sleep  # None lets other tasks run
  * 
  *     cdef int find_loop(self) except -1:             # <<<<<<<<<<<<<<
@@ -10215,7 +10364,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_find_loop(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":319
+/* "ivshmem/channel/sleeping_tasks.pyx":348
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10236,7 +10385,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("is_late", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":320
+  /* "ivshmem/channel/sleeping_tasks.pyx":349
  * 
  *     cdef bint is_late(self) except -1:
  *         return self.deadline is not None and self.loop.time() >= self.deadline             # <<<<<<<<<<<<<<
@@ -10259,10 +10408,10 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_time, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolGe_object_object(__pyx_t_3, __pyx_v_self->deadline, Py_GE); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -10273,7 +10422,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":319
+  /* "ivshmem/channel/sleeping_tasks.pyx":348
  *         return 0
  * 
  *     cdef bint is_late(self) except -1:             # <<<<<<<<<<<<<<
@@ -10293,7 +10442,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":322
+/* "ivshmem/channel/sleeping_tasks.pyx":351
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10325,7 +10474,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("look", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":324
+  /* "ivshmem/channel/sleeping_tasks.pyx":353
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10336,7 +10485,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":325
+    /* "ivshmem/channel/sleeping_tasks.pyx":354
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:
  *             found = self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10345,14 +10494,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
     if (unlikely(__pyx_v_self->arguments == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 325, __pyx_L1_error)
+      __PYX_ERR(0, 354, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_found = __pyx_t_2;
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":326
+    /* "ivshmem/channel/sleeping_tasks.pyx":355
  *         if self.failure is None:
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found             # <<<<<<<<<<<<<<
@@ -10368,7 +10517,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 
       goto __pyx_L4_bool_binop_done;
     }
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
     __pyx_t_4 = (!__pyx_t_3);
 
 
@@ -10395,7 +10544,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":324
+    /* "ivshmem/channel/sleeping_tasks.pyx":353
  *     cdef object look(self):
  *         """Return what the call returns: None if the time is over; ABSENT: wait."""
  *         if self.failure is None:             # <<<<<<<<<<<<<<
@@ -10404,7 +10553,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":327
+  /* "ivshmem/channel/sleeping_tasks.pyx":356
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10420,7 +10569,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XGOTREF(__pyx_t_7);
     /*try:*/ {
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":328
+      /* "ivshmem/channel/sleeping_tasks.pyx":357
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10431,7 +10580,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":329
+        /* "ivshmem/channel/sleeping_tasks.pyx":358
  *         try:
  *             if self.options is None:
  *                 return self.call(*self.arguments)             # <<<<<<<<<<<<<<
@@ -10440,9 +10589,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
         if (unlikely(__pyx_v_self->arguments == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-          __PYX_ERR(0, 329, __pyx_L6_error)
+          __PYX_ERR(0, 358, __pyx_L6_error)
         }
-        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L6_error)
+        __pyx_t_2 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, NULL); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10455,7 +10604,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __pyx_t_2 = 0;
         goto __pyx_L10_try_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":328
+        /* "ivshmem/channel/sleeping_tasks.pyx":357
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:
  *             if self.options is None:             # <<<<<<<<<<<<<<
@@ -10464,7 +10613,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":330
+      /* "ivshmem/channel/sleeping_tasks.pyx":359
  *             if self.options is None:
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)             # <<<<<<<<<<<<<<
@@ -10473,15 +10622,15 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       if (unlikely(__pyx_v_self->arguments == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 330, __pyx_L6_error)
+        __PYX_ERR(0, 359, __pyx_L6_error)
       }
       if (unlikely(__pyx_v_self->options == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "argument after ** must be a mapping, not NoneType");
-        __PYX_ERR(0, 330, __pyx_L6_error)
+        __PYX_ERR(0, 359, __pyx_L6_error)
       }
-      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L6_error)
+      __pyx_t_2 = PyDict_Copy(__pyx_v_self->options); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 359, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 330, __pyx_L6_error)
+      __pyx_t_8 = __Pyx_PyObject_Call(__pyx_v_self->call, __pyx_v_self->arguments, __pyx_t_2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 359, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       {
@@ -10495,7 +10644,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       __pyx_t_8 = 0;
       goto __pyx_L10_try_return;
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":327
+      /* "ivshmem/channel/sleeping_tasks.pyx":356
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10507,7 +10656,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":331
+    /* "ivshmem/channel/sleeping_tasks.pyx":360
  *                 return self.call(*self.arguments)
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:             # <<<<<<<<<<<<<<
@@ -10517,26 +10666,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_9 = __Pyx_PyErr_ExceptionMatches(__pyx_v_self->failure);
     if (__pyx_t_9) {
       __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.Waiting.look", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 331, __pyx_L8_except_error)
+      if (__Pyx_GetException(&__pyx_t_8, &__pyx_t_2, &__pyx_t_10) < 0) __PYX_ERR(0, 360, __pyx_L8_except_error)
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_10);
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":332
+      /* "ivshmem/channel/sleeping_tasks.pyx":361
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
  *                 return ABSENT
  *             if self.failure is TimeoutError:
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L8_except_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_is_late(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 361, __pyx_L8_except_error)
       __pyx_t_4 = (!__pyx_t_1);
 
 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":333
+        /* "ivshmem/channel/sleeping_tasks.pyx":362
  *         except self.failure:
  *             if not self.is_late():
  *                 return ABSENT             # <<<<<<<<<<<<<<
@@ -10557,7 +10706,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         goto __pyx_L9_except_return;
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":332
+        /* "ivshmem/channel/sleeping_tasks.pyx":361
  *             return self.call(*self.arguments, **self.options)
  *         except self.failure:
  *             if not self.is_late():             # <<<<<<<<<<<<<<
@@ -10566,7 +10715,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
       }
 
-      /* "ivshmem/channel/sleeping_tasks.pyx":334
+      /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10577,7 +10726,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
       if (unlikely(__pyx_t_4)) {
 
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":335
+        /* "ivshmem/channel/sleeping_tasks.pyx":364
  *                 return ABSENT
  *             if self.failure is TimeoutError:
  *                 raise             # <<<<<<<<<<<<<<
@@ -10589,9 +10738,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
         __Pyx_XGIVEREF(__pyx_t_10);
         __Pyx_ErrRestoreWithState(__pyx_t_8, __pyx_t_2, __pyx_t_10);
         __pyx_t_8 = 0;  __pyx_t_2 = 0;  __pyx_t_10 = 0; 
-        __PYX_ERR(0, 335, __pyx_L8_except_error)
+        __PYX_ERR(0, 364, __pyx_L8_except_error)
 
-        /* "ivshmem/channel/sleeping_tasks.pyx":334
+        /* "ivshmem/channel/sleeping_tasks.pyx":363
  *             if not self.is_late():
  *                 return ABSENT
  *             if self.failure is TimeoutError:             # <<<<<<<<<<<<<<
@@ -10606,7 +10755,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     }
     goto __pyx_L8_except_error;
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":327
+    /* "ivshmem/channel/sleeping_tasks.pyx":356
  *             found = self.call(*self.arguments)
  *             return ABSENT if found is None and not self.is_late() else found
  *         try:             # <<<<<<<<<<<<<<
@@ -10638,7 +10787,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":336
+  /* "ivshmem/channel/sleeping_tasks.pyx":365
  *             if self.failure is TimeoutError:
  *                 raise
  *         raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10647,16 +10796,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":337
+  /* "ivshmem/channel/sleeping_tasks.pyx":366
  *                 raise
  *         raise TimeoutError(
  *             f"connection of {self.end.name!r}: nothing moved in {self.timeout:g} s"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->end->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_11 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_11);
   __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
   __pyx_t_12[1] = __pyx_t_8;
@@ -10672,7 +10821,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
   #endif
   __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_9);
-  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 337, __pyx_L1_error)
+  if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -10682,14 +10831,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
     __pyx_t_10 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_15, (2-__pyx_t_15) | (__pyx_t_15*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 365, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
   }
   __Pyx_Raise(__pyx_t_10, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-  __PYX_ERR(0, 336, __pyx_L1_error)
+  __PYX_ERR(0, 365, __pyx_L1_error)
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":322
+  /* "ivshmem/channel/sleeping_tasks.pyx":351
  *         return self.deadline is not None and self.loop.time() >= self.deadline
  * 
  *     cdef object look(self):             # <<<<<<<<<<<<<<
@@ -10713,7 +10862,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":340
+/* "ivshmem/channel/sleeping_tasks.pyx":369
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -10733,7 +10882,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awake", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":341
+  /* "ivshmem/channel/sleeping_tasks.pyx":370
  * 
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep             # <<<<<<<<<<<<<<
@@ -10745,7 +10894,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   __pyx_v_sleep = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":342
+  /* "ivshmem/channel/sleeping_tasks.pyx":371
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -10756,7 +10905,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":343
+    /* "ivshmem/channel/sleeping_tasks.pyx":372
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:
  *             self.sleep = None             # <<<<<<<<<<<<<<
@@ -10768,17 +10917,17 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleep);
     __Pyx_DECREF_SET(__pyx_v_self->sleep, ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *)Py_None));
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":344
+    /* "ivshmem/channel/sleeping_tasks.pyx":373
  *         if sleep is not None:
  *             self.sleep = None
  *             sleep.end_now()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now(__pyx_v_sleep); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 373, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/sleeping_tasks.pyx":342
+    /* "ivshmem/channel/sleeping_tasks.pyx":371
  *     cdef int awake(self) except -1:
  *         cdef Sleep sleep = self.sleep
  *         if sleep is not None:             # <<<<<<<<<<<<<<
@@ -10787,7 +10936,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
 */
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":345
+  /* "ivshmem/channel/sleeping_tasks.pyx":374
  *             self.sleep = None
  *             sleep.end_now()
  *         return 0             # <<<<<<<<<<<<<<
@@ -10800,7 +10949,7 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":340
+  /* "ivshmem/channel/sleeping_tasks.pyx":369
  *         )
  * 
  *     cdef int awake(self) except -1:             # <<<<<<<<<<<<<<
@@ -10820,7 +10969,99 @@ static int __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":348
+/* "ivshmem/channel/sleeping_tasks.pyx":377
+ * 
+ * 
+ * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
+ *     object waiting, object value, PyObject **result
+ * ) except PYGEN_ERROR:
+*/
+
+static PySendResult __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting(PyObject *__pyx_v_waiting, CYTHON_UNUSED PyObject *__pyx_v_value, PyObject **__pyx_v_result) {
+  PyObject *__pyx_v_found = 0;
+  PySendResult __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PySendResult __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("send_to_waiting", 0);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":381
+ * ) except PYGEN_ERROR:
+ *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
+ *     cdef object found = (<Waiting>waiting).step()             # <<<<<<<<<<<<<<
+ *     Py_INCREF(found)
+ *     result[0] = <PyObject *>found
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_step(((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 381, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_found = __pyx_t_1;
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":382
+ *     """Do what `send` does, for a task: without a StopIteration and its traceback."""
+ *     cdef object found = (<Waiting>waiting).step()
+ *     Py_INCREF(found)             # <<<<<<<<<<<<<<
+ *     result[0] = <PyObject *>found
+ *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT
+*/
+  Py_INCREF(__pyx_v_found);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":383
+ *     cdef object found = (<Waiting>waiting).step()
+ *     Py_INCREF(found)
+ *     result[0] = <PyObject *>found             # <<<<<<<<<<<<<<
+ *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT
+ * 
+*/
+  (__pyx_v_result[0]) = ((PyObject *)__pyx_v_found);
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":384
+ *     Py_INCREF(found)
+ *     result[0] = <PyObject *>found
+ *     return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_3 = (((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_v_waiting)->state == __pyx_e_7ivshmem_7channel_14sleeping_tasks_OVER);
+
+  if (__pyx_t_3) {
+
+    __pyx_t_2 = PYGEN_RETURN;
+  } else {
+
+    __pyx_t_2 = PYGEN_NEXT;
+  }
+
+  {
+    __pyx_r = __pyx_t_2;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":377
+ * 
+ * 
+ * cdef PySendResult send_to_waiting(             # <<<<<<<<<<<<<<
+ *     object waiting, object value, PyObject **result
+ * ) except PYGEN_ERROR:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.sleeping_tasks.send_to_waiting", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = PYGEN_ERROR;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_found);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/sleeping_tasks.pyx":390
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -10838,19 +11079,19 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("waiting_for", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":349
+  /* "ivshmem/channel/sleeping_tasks.pyx":391
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)             # <<<<<<<<<<<<<<
  *     waiting.end = end
  *     waiting.call = call
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 349, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_14sleeping_tasks_Waiting(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":350
+  /* "ivshmem/channel/sleeping_tasks.pyx":392
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end             # <<<<<<<<<<<<<<
@@ -10862,7 +11103,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF((PyObject *)__pyx_v_waiting->end);
   __Pyx_DECREF_SET(__pyx_v_waiting->end, __pyx_v_end);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":351
+  /* "ivshmem/channel/sleeping_tasks.pyx":393
  *     cdef Waiting waiting = Waiting.__new__(Waiting)
  *     waiting.end = end
  *     waiting.call = call             # <<<<<<<<<<<<<<
@@ -10874,7 +11115,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->call);
   __Pyx_DECREF_SET(__pyx_v_waiting->call, __pyx_v_call);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":352
+  /* "ivshmem/channel/sleeping_tasks.pyx":394
  *     waiting.end = end
  *     waiting.call = call
  *     waiting.timeout = timeout             # <<<<<<<<<<<<<<
@@ -10886,7 +11127,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->timeout);
   __Pyx_DECREF_SET(__pyx_v_waiting->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":353
+  /* "ivshmem/channel/sleeping_tasks.pyx":395
  *     waiting.call = call
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments             # <<<<<<<<<<<<<<
@@ -10898,7 +11139,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   __Pyx_GOTREF(__pyx_v_waiting->arguments);
   __Pyx_DECREF_SET(__pyx_v_waiting->arguments, __pyx_v_arguments);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":354
+  /* "ivshmem/channel/sleeping_tasks.pyx":396
  *     waiting.timeout = timeout
  *     waiting.arguments = arguments
  *     return waiting             # <<<<<<<<<<<<<<
@@ -10916,7 +11157,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":348
+  /* "ivshmem/channel/sleeping_tasks.pyx":390
  * 
  * 
  * cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -10936,7 +11177,7 @@ static struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *__pyx_f_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":357
+/* "ivshmem/channel/sleeping_tasks.pyx":399
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -10955,7 +11196,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_something", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":363
+  /* "ivshmem/channel/sleeping_tasks.pyx":405
  *         call: takes `arguments`, and after them a time limit: 0, with which it does not wait.
  *     """
  *     return waiting_for(end, call, timeout, arguments + DO_NOT_WAIT if arguments else DO_NOT_WAIT)             # <<<<<<<<<<<<<<
@@ -10966,12 +11207,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_v_arguments);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 363, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 405, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -10980,7 +11221,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
     __pyx_t_1 = __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT;
   }
 
-  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -10994,7 +11235,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":357
+  /* "ivshmem/channel/sleeping_tasks.pyx":399
  * 
  * 
  * cdef object until_something(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11014,7 +11255,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":366
+/* "ivshmem/channel/sleeping_tasks.pyx":408
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11024,7 +11265,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(stru
 
 static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_call, PyObject *__pyx_v_timeout, PyObject *__pyx_v_arguments, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args) {
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":367
+  /* "ivshmem/channel/sleeping_tasks.pyx":409
  * 
  * cdef object until_in_time(
  *     ChannelEnd end, object call, object timeout, tuple arguments, dict options=None             # <<<<<<<<<<<<<<
@@ -11047,22 +11288,22 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
     }
   }
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":370
+  /* "ivshmem/channel/sleeping_tasks.pyx":412
  * ):
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)             # <<<<<<<<<<<<<<
  *     waiting.options = options
  *     waiting.failure = TimeoutError
 */
-  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_1 = PyNumber_Add(__pyx_v_arguments, __pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, ((PyObject*)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 412, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":371
+  /* "ivshmem/channel/sleeping_tasks.pyx":413
  *     """The same until it does not raise TimeoutError, or the time is over, which raises it."""
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options             # <<<<<<<<<<<<<<
@@ -11074,7 +11315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->options);
   __Pyx_DECREF_SET(__pyx_v_waiting->options, __pyx_v_options);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":372
+  /* "ivshmem/channel/sleeping_tasks.pyx":414
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments + DO_NOT_WAIT)
  *     waiting.options = options
  *     waiting.failure = TimeoutError             # <<<<<<<<<<<<<<
@@ -11086,7 +11327,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":373
+  /* "ivshmem/channel/sleeping_tasks.pyx":415
  *     waiting.options = options
  *     waiting.failure = TimeoutError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11104,7 +11345,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":366
+  /* "ivshmem/channel/sleeping_tasks.pyx":408
  * 
  * 
  * cdef object until_in_time(             # <<<<<<<<<<<<<<
@@ -11125,7 +11366,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_in_time(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/sleeping_tasks.pyx":376
+/* "ivshmem/channel/sleeping_tasks.pyx":418
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -11143,19 +11384,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("until_no_wait", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":382
+  /* "ivshmem/channel/sleeping_tasks.pyx":424
  *         call: takes `arguments`, and never waits.
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)             # <<<<<<<<<<<<<<
  *     waiting.failure = BlockingIOError
  *     return waiting
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 382, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_14sleeping_tasks_waiting_for(__pyx_v_end, __pyx_v_call, __pyx_v_timeout, __pyx_v_arguments)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 424, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_waiting = ((struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":383
+  /* "ivshmem/channel/sleeping_tasks.pyx":425
  *     """
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError             # <<<<<<<<<<<<<<
@@ -11166,7 +11407,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   __Pyx_GOTREF(__pyx_v_waiting->failure);
   __Pyx_DECREF_SET(__pyx_v_waiting->failure, ((PyObject *)(((PyTypeObject*)PyExc_BlockingIOError))));
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":384
+  /* "ivshmem/channel/sleeping_tasks.pyx":426
  *     cdef Waiting waiting = waiting_for(end, call, timeout, arguments)
  *     waiting.failure = BlockingIOError
  *     return waiting             # <<<<<<<<<<<<<<
@@ -11182,7 +11423,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":376
+  /* "ivshmem/channel/sleeping_tasks.pyx":418
  * 
  * 
  * cdef object until_no_wait(ChannelEnd end, object call, object timeout, tuple arguments):             # <<<<<<<<<<<<<<
@@ -12074,14 +12315,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
   __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_LoopWatch.add = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch *, struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_add;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 49, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch)) __PYX_ERR(0, 73, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_LoopWatch;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch);
@@ -12091,8 +12332,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Lo
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_LoopWatch, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch) < (0)) __PYX_ERR(0, 73, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __weakref__);
   #endif
@@ -12115,14 +12356,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.end_now = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_end_now;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Sleep.resume = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sleep *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_5Sleep_resume;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep)) __PYX_ERR(0, 154, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Sleep;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep);
@@ -12132,8 +12373,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Sl
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleep, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12156,14 +12397,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.look = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_look;
   __pyx_vtable_7ivshmem_7channel_14sleeping_tasks_Waiting.awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_14sleeping_tasks_Waiting *))__pyx_f_7ivshmem_7channel_14sleeping_tasks_7Waiting_awake;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 231, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting)) __PYX_ERR(0, 255, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting = &__pyx_type_7ivshmem_7channel_14sleeping_tasks_Waiting;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting);
@@ -12173,8 +12414,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_14sleeping_tasks_Wa
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 231, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_vtabptr_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Waiting, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12705,20 +12946,20 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":21
+  /* "ivshmem/channel/sleeping_tasks.pyx":23
  * from .membership cimport Membership
  * 
  * import weakref             # <<<<<<<<<<<<<<
  * 
  * from ..errors import ClosedError
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":23
+  /* "ivshmem/channel/sleeping_tasks.pyx":25
  * import weakref
  * 
  * from ..errors import ClosedError             # <<<<<<<<<<<<<<
@@ -12727,47 +12968,47 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/sleeping_tasks.pyx":24
- * 
- * from ..errors import ClosedError
- * from ..system.time_limits import seconds_of             # <<<<<<<<<<<<<<
- * 
- * cdef object get_running_loop = None
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/sleeping_tasks.pyx":26
- * from ..system.time_limits import seconds_of
+ * 
+ * from ..errors import ClosedError
+ * from ..system.time_limits import seconds_of             # <<<<<<<<<<<<<<
+ * 
+ * cdef extern from *:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":45
+ *     void ivshmem_set_send(PyTypeObject *type, sendfunc send)
  * 
  * cdef object get_running_loop = None             # <<<<<<<<<<<<<<
  * cdef object CancelledError = None
@@ -12778,7 +13019,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_get_running_loop, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":27
+  /* "ivshmem/channel/sleeping_tasks.pyx":46
  * 
  * cdef object get_running_loop = None
  * cdef object CancelledError = None             # <<<<<<<<<<<<<<
@@ -12790,7 +13031,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_CancelledError, Py_None);
   __Pyx_GIVEREF(Py_None);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":30
+  /* "ivshmem/channel/sleeping_tasks.pyx":49
  * 
  * # In the place of a result: there is none yet.
  * cdef object ABSENT = object()             # <<<<<<<<<<<<<<
@@ -12803,7 +13044,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_object, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_ABSENT);
@@ -12811,108 +13052,132 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
   __Pyx_GIVEREF(__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":32
+  /* "ivshmem/channel/sleeping_tasks.pyx":51
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
  * 
- * 
+ * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
 */
   __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_XGOTREF(__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_7channel_14sleeping_tasks_DO_NOT_WAIT, __pyx_mstate_global->__pyx_tuple[1]);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":69
+  /* "ivshmem/channel/sleeping_tasks.pyx":93
  *         self.sleeps = {}
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a LoopWatch cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 69, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_9LoopWatch_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_LoopWatch___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 69, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_LoopWatch, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":152
+  /* "ivshmem/channel/sleeping_tasks.pyx":176
  *         raise TypeError("a Sleep is made by a Waiting")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Sleep cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 152, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":172
+  /* "ivshmem/channel/sleeping_tasks.pyx":196
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
  *         """Raise CancelledError in the task; False: it was woken before."""
  *         callback = self.callback
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_7cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_2) < (0)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":199
+  /* "ivshmem/channel/sleeping_tasks.pyx":223
  *         return 0
  * 
  *     def expire(self):             # <<<<<<<<<<<<<<
  *         """End the sleep, if it has not ended."""
  *         if self.callback is not None:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_5Sleep_11expire, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleep_expire, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Sleep, __pyx_mstate_global->__pyx_n_u_expire, __pyx_t_2) < (0)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":252
+  /* "ivshmem/channel/sleeping_tasks.pyx":276
  *         raise TypeError("a Waiting is made by an end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a Waiting cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 252, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":284
+  /* "ivshmem/channel/sleeping_tasks.pyx":293
+ *         return self.send(None)
+ * 
+ *     def send(self, value):             # <<<<<<<<<<<<<<
+ *         """Begin, or go on when the task runs again."""
+ *         found = self.step()
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_2) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":310
  *         raise value if traceback is None else value.with_traceback(traceback)
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """End the wait."""
  *         self.state = OVER
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 284, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/sleeping_tasks.pyx":387
+ * 
+ * 
+ * ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  ivshmem_set_send(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_14sleeping_tasks_Waiting), __pyx_f_7ivshmem_7channel_14sleeping_tasks_send_to_waiting);
 
   /* "ivshmem/channel/sleeping_tasks.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
@@ -12964,7 +13229,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_object = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_object); if (!__pyx_builtin_object) __PYX_ERR(0, 30, __pyx_L1_error)
+  __pyx_builtin_object = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_object); if (!__pyx_builtin_object) __PYX_ERR(0, 49, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -12987,7 +13252,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":179
+  /* "ivshmem/channel/sleeping_tasks.pyx":203
  *         self.callback = None
  *         self.error = CancelledError() if msg is None else CancelledError(msg)
  *         self._loop.call_soon(callback, self, context=self.context)             # <<<<<<<<<<<<<<
@@ -12996,26 +13261,26 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_context};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 179, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":32
+  /* "ivshmem/channel/sleeping_tasks.pyx":51
  * cdef object ABSENT = object()
  * 
  * cdef tuple DO_NOT_WAIT = (0,)             # <<<<<<<<<<<<<<
  * 
- * 
+ * # What comes just before a sleep is taken at once. A hostile peer can say again and again that there
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 32, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 51, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/sleeping_tasks.pyx":172
+  /* "ivshmem/channel/sleeping_tasks.pyx":196
  *         self.context = context
  * 
  *     def cancel(self, msg=None):             # <<<<<<<<<<<<<<
@@ -13024,7 +13289,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 172, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 196, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -13065,38 +13330,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{341},{11},{20},{16},{78}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{2},{1},{19},{1},{179},{39},{35},{28},{37},{40},{8},{38},{14},{7},{6},{2},{9},{14},{26},{34},{23},{14},{11},{9},{20},{5},{16},{12},{12},{7},{18},{13},{12},{20},{12},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{10},{7},{18},{7},{9},{8},{6},{18},{5},{7},{6},{6},{5},{1},{3},{16},{9},{5},{30},{7},{4},{4},{10},{3},{6},{3},{3},{13},{3},{10},{4},{4},{10},{18},{4},{9},{5},{6},{4},{7},{14}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{341},{11},{20},{16},{36},{78}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (830 bytes) */
-static const char cstring[] = "x\332\275T=o\0347\020\225\200\000\021\022!\211\341\000A\272q\345Xp\3260p\210\3434\201p\221\001\003\206\243\304\001\034\244\010\301#\347\356\230\343\222{\034\356I\353\312\345\225[^\251R\245K\377\004\227)\257\364O\311\220\273\267\226\362\205T\001v9Cr\346\315\314\033\222@\3057\340|\234\0337\203\322\257P\203q\360\355S\037\021\342\\F\0307q\356\035\030\002\215\326L0\310\210\266\001\212\301\250\210!\03198=9\375r\364\365\010\244\323\020\3607T\221\200\352\211\262\222\010\t\374\024&\265\261\221\221cS!\025\360x\n\215\257\301!\307\213\036*\266\273\352\020\347\350\2000&\005nK\307\t\312h\274\023\354\316\211\336\006m\002\0071+L\336\217\244%,$<\361\276z.\243\232\203\312.0AP\2762\034\303\007\250\214ZX\324\022\236Y\304\352\277\230p\315\245\324\010\223\006$<\227\206\363\237\r\312\277\003\354\214\256B8@\246\207\271\220\240\2304\207Vj-\030\003{\250\2005!H\033Pj\266?c\014\206U>\370\232\301Py\366Q\211\206\004\242\r\311\t\247\351\3228S\206:M\233\025\315K,\013\014\301\007\332\315\250\241\310\"\232\022\2055\245\211\273\235{}*\367(\225\314)\213(iAE\325\234\047\356\373]\002\031xb=\241\036K\247\320r\244\223\024a\234\327\262:\320?(\205\020\001u\255P\210\314h\036\376\274X\250\014\330\351x^qg{\366zq\305a\267\2223\021\342\2649\347\377;>\210\342)\236\307\037q*D\177XxW\210i\355T\222\2454.K\257k\233w\234,\263\3442\205\222\225\331\351\253\230HL\263e-\355\316j\027^\010>\223\203oD\212,\014\211\241E\251\241\251{|K\250q\312\370^\024\203\005)i\255`r\222 \357]R&R-:\026\224e\033\301\331\306 \025\346\365T*\267>r\201]O;\216f3\214\374\211P;\227\332f\231\364\224J\356\007\037\234r\350}\337\303\342z\207\027\330\004\234\322\3028\235\\\331\220\3576\315MU\322\314O\322\025\256|\305\026\001\323\253\320W\305\301r2\232\204\237\022Z\376\243\306\251\254m\374\353\tK\352P\306J\332\032\363@gr\201g(\027\014~f\342\374]\251\247\315\36790\034}\301\317K\315J\327\024NG<\350\253\021\017\372r\304\010S\032\343nv\3027\353\350.\274C\370\047\375\316\336\336\377\021\346.\\\207\256\242\220aF\177\203\177\177t\275/\242v\321\330|\004\230?8""\032\000\370\336K\233Q\356\354u6\316\213\364F\3643\362Lwz\306\367\256!\274<\336\036|\2646\355r\263\377\362\370\355\301\207\353\321\372\305\346\263\213\375\355\341\047\355\373\3552\255\035\256\037\267?lY<jo\375\376\336\347\233\033o\017n\266\243v\271e\353\207\355\230\225\303\233\355\375d\360d\263\277\315\346\277^|u\371\351\345\263W\037\274.\336\354\277\271\3219\037m\2167\277\\\254.\177~\365\323k^\372x\275\374\0032\033oQ";
-    PyObject *data = __Pyx_DecompressString(cstring, 830, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (864 bytes) */
+static const char cstring[] = "x\332\275T=\217\0337\020\275\003\014\344\220\034\022_\034 H7\251\034\037\3545\014\010q\222&8(g\300\200\341\\\342\000\016R\204\240\310\221D\213K\2568\\\3516\225K\225[\252\274\362J\227\376\t.S\252\364O\311\220\273\222\357\362\205T\001\244\235!9\363f\346\315\220@\3057\340|\234\0327\201\322/P\203q\360\355S\037\021\342TF\0306q\352\035\030\002\215\326\2140\310\210\266\001\212\301\250\210!\03198;=\2737\370j\000\322i\010\370\002U$\240z\244\254$B\002?\206Qmld\344\330TH\005<\036C\343kp\310\361\242\207\212\355\256:\304): \214I\201\333\322q\2022\032\357\004\273s\242\267A\233\300A\314\002\223\367#i\t\013\tO\274\257\236\313\250\246\240\262\013\214\020\224\257\014\307\360\001*\243f\026\265\204g\026\261\372/&\\s)5\302\250\001\t\317\245\341\374\047;\345\337\001\266FW!\034 \323\303\\HPL\232C+\265\026\214\201=T\300\232\020\244\r(5\333/\031\203a\225\017\276f0T\236}T\242!\201hCr\304i\272\364\235(C\235\246\315\202\246%\226\005\206\340\003mW\324Pd\021M\211\302\232\322\304\355\311\375>\225\373\224J\346\224E\2244\243\242j\316\023\367\375)\201\014\274\260\236P\017\245Sh9\322i\2120\314{Y\335\321\277S\n!\002\352Z\241\020\231\321\374\371\363f\2412`\247\343y\305\235\355\331\353\305\025\207\355N\316d\273\340\312\265\020g\3159\377\277\343\241\024O\361<\376\210c!\372\301aG!\306\265SI\226\322\270,\275\256m>q\262\314\222K\026JVf\253/b\"4\255\346\265\264[\253m*B\360|\356|#RdaH\354\332\225\232\233:\3117\206\032\247\214\357E\261\263 %\255\025LT\022\344\275K\312H\252Y\307\210\262l#8\333\030\244\302\274\237\312\3461\210\\`\327\337\216\257\261\257\235\236L0\362O\204\332\271\324G\313]H\371\344\006\361$\225\273a\350\233Z\\o\371\014\033F\242\231q:\271\262!_v\232\232\252\244\211\037\245;]\371\212-\002\246g\242/\215\203\345\2144\t?&\264\343\324\014&F\343X\3266\376u\354\222\272\253g!m\215\371CK9\303%\312\031\007X\2328}W\363Y\363}\016\016\307_\360\233S\263\322u\207S\022\017\373\212\304\303\276$1H\341\305\260[\235\362u;\276\013\357\020\376I\277\263\267\367\177\204\271\013\327\241\253(d\230\320\337\340?\030\\\357""\215\250]46\317\002\363\007\307;\000~\014\244\315(w\366:\033\347Ez8\372\025y\246;\275\355{\327\020^\236l\016>\\\231v\276\336\177y\362\366\340\203\325`\365\333\372\323\213\375\315\341\315\366\275v\236\366\016W\217\333\0376,\036\265\237\247\365\315\366F{\272>\332d\343e\253X=\374\270\275\267\236\263\327\301G\253\371\3577>[\037\275=\270\325\016\332y2\372\272\035\262rx\253}\220@\236\254\3677\031\362\327\213//?\271|\366\352\375\327\305\233\3757G]\200\343\365\311\372\227\213\305\345\317\257~z}\224\321\376\000#l\205\024";
+    PyObject *data = __Pyx_DecompressString(cstring, 864, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1086 bytes) */
-static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\377edCancel\n\307 E^\001C\017\002\006\002\366&\377&\377.__reduc\307e__\360\"\365\"\005\r.c\034L\002\026\003exp\327@\345$\354$\364;\010\n\005c\206\001__Py\375x\001\000Dict_N\377extRef__\374\246dp\000__func\377____main\336\003\002odul\025\002na\371m\035\002\344\000_capi\314\"\001\010\001vt\321!0\001qu\363al\036\005\275\005__se{t_4\005test[\000\307is_\232F\315A\272Aer\177asyncio\000\004\375.\274Fscall_{at\002\002soon\014\001\357back\200#cli\367ne_\253\000trac\021e\023\002\361!\370@t\336\000\316C\236#\357gget\000\000_ru{nn\263Aloop\207\001\242\237Bi\352@\363F\346d.\324Kk\377eyrefski\363nd7\001\260`bers\377hipmsgobn\277\206\001pop\037\000re\222\207\001\351_\320\003j\000s\204\204\001ds_\337ofsel\001\000td?efault\320o\351a\276\276\006value\000\002s\377wakeweak\276|\000with_\342\006P\373yOt\002 *(st\177ruct __\235A\266\214\000_7\321\204\004_7\265\205\004_\3274en\204\000C\304\205\003En\037d *, 8\007\000\t\014\t\267)\000\000\003a, \264\013p\277t_args\264\0201\3754\354\205\013_until\276\376Bime *\374\004p\266\373\210\001alA\002)\000\036\003n\363o_\240\207\001\007\004some\372\302\212\002\0005\n\200A\330\010\016\377\210i\220q\230\001\200A\377\340\010\013\2104\210z\230\377\027\240\001\330\014\020\220\007\373\220q\020\001\014\210I\220Q\377\330""\010\014\210F\220!\320\377\004\031\230\021\340\010\023\220\3574\220q\330+\0009\220C\336\006\000\014\023\2201\035\001L\230\375\001$\001I\220^\2406\250\377\024\250S\260\n\270.\310\367\001\310\0217\003*\230A\230\377Z\240v\250X\260T\270\016\020\000\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1086, 1630);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1131 bytes) */
+static const char cstring[] = "\377 s.: not\377hing mov\377ed in ?N\377ote that\377 Cython \377is delib\377erately \377stricter\376!\001n PEP-4\37784 and r\377ejects s\377ubclasse\377s of bui\373ltW\000types\377. If you\367 nem\000to p\374%\000%\tthen s\373et\200\000e \047an~\236\000ation_<\000\276\246\000\047 dirb\000i\375v\242\000o Fals\377e.a Loop\177Watch c.\002\377 be copi\376\321\000or pick\377leda Sle\363ep\000 \360\001made\377 by a Wa\205i\275\000g\000\006F\033\047\0046\nn\363 e\234 \211 a ch~\321\000eladd_\371 \375e\250\004reuse \277alreadp\000w|o\000\214@corou\270 \037econn\361\001\213@\316 _disab\307\000n\002\001\337gcise\005\002di\377vshmem.e\337rrors\006\005sy\373st\022\000time__limit\022\005/\204\004\363/s\222!\202`_tas?ks.pyx\202@\241\005\357s ar\311 los\377edCancel\n\307 E^\001C\017\002\006\002\366&\377&\377.__reduc\307e__\360\"\365\"\005\r.c\034L\002\026\003exp\327@\345$\354$\304;\010\n\005c\206\001\027\005\367\000d_\357_Pyx\001\000Dic\377t_NextRe\347f__\262d|\000__f\377unc____m\367ain\003\002odul\316\025\002nam\035\002\360\000_cgapi\"\001\010\001vt\335!\2360\001qual\036\005\311\005_\337_set_4\005te;st[\000is_\246F\331A\376\306Aerasync\353io\000\004.\310Fsca\337ll_at\002\002so{on\014\001back\214#\277cline_\253\000t\217race\023\002\375!\204`t\370\336\000\332C\252#found\357gget\000\000_ru{nn\304Aloop\214\001\242\260Bi\373@\204f\367d.\345Kk\377eyrefski\363nd7\001\301`bers\377hipmsgobn\320\206\001pop\037\000re\243\207\001\351_\325\003j\000s\225\204\001ds_\337ofsel\001\000nd\377setdefau\343lt\345o\376a\307\006val\373ue\000\002swake\357weak\200\000wit\273h_\353\006PyOx\002 \377*(structg __\246A\220\000_7\346\204\004\273_7\312\205\004_4e|\000_\375C\331\205\003End *,q 8\007\000\t\014\t)\000\000\003a\373, \264\013pt_ar\333gs\264\02014\201\206\013_u\357ntil\207bimek *\374\004p\220\211\001alA\002;)\000\036\003no_\265\207\001\007\004\257some\327\212\002\0005\n\200\377A\330\010\016\210i\220q\377\230\001\200A\340\010\013\210\3774\210z\230\027\240\001\330\277\014\020\220\007\220q\020\001\014""\377\210I\220Q\330\010\014\210\367F\220! \001\020\220\004\220\357E\230\021\330(\002w\220c~\010\000\014\022\220-\230q3\000\377\010\017\210q\320\004\031\230\377\021\340\010\023\2204\220q\356!\0019\220C\006\000\014\023\220\3351A\001L\230\001H\001I\220\377^\2406\250\024\250S\260\177\n\270.\310\001\310\021[\003\377*\230A\230Z\240v\250\017X\260T\270_\000K\000";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1131, 1687);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1630 bytes) */
-static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.close__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpireggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
+    #else /* compression: none (1687 bytes) */
+static const char bytes[] = " s.: nothing moved in ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a LoopWatch cannot be copied or pickleda Sleep cannot be copied or pickleda Sleep is made by a Waitinga Waiting cannot be copied or pickleda Waiting is made by an end of a channeladd_notecannot reuse already awaited coroutineconnection of disableenablegcisenabledivshmem.errorsivshmem.system.time_limitsivshmem/channel/sleeping_tasks.pyxthe channels are closedCancelledErrorClosedErrorLoopWatchLoopWatch.__reduce__SleepSleep.__reduce__Sleep.cancelSleep.expireWaitingWaiting.__reduce__Waiting.closeWaiting.send__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutineadd_readerasyncioasyncio.coroutinescall_atcall_sooncallbackcancelcline_in_tracebackclosecontexterrorsexpirefoundggetget_running_loopis_closeditemsivshmem.channel.sleeping_taskskeyrefskindloopmembershipmsgobjectpoprefremove_readerrunseconds_ofselfsendsetdefaultsystem.time_limitstimetracebackvaluevalueswakeweakrefwith_tracebackPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000PyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *, struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time *__pyx_optional_args)\000until_no_wait\000until_something\000until_in_time\200A\330\010\016\210i\220q\230\001\200A\340\010\013\2104\210z\230\027\240\001\330\014\020\220\007\220q\200A\340\010\014\210I\220Q\330\010\014\210F\220!\200A\340\010\020\220\004\220E\230\021\330\010\013\2104\210w\220c\230\021\330\014\022\220-\230q\240\001\330\010\017\210q\320\004\031\230\021\340\010\023\2204\220q\330\010\013\2109\220C\220q\330\014\023\2201\330\010\014\210L\230\001\330\010\014\210I\220^\2406\250\024\250S\260\n\270.\310\001\310\021""\330\010\014\210F\220*\230A\230Z\240v\250X\260T\270\021\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 84; i++) {
+    for (int i = 0; i < 87; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 21) PyUnicode_InternInPlace(&string);
@@ -13107,8 +13372,8 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 84; i < 89; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
+    for (int i = 87; i < 93; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-87].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13118,15 +13383,15 @@ static const char bytes[] = " s.: nothing moved in ?Note that Cython is delibera
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 89; i++) {
+    for (Py_ssize_t i = 0; i < 93; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 84;
-      for (Py_ssize_t i=0; i<5; ++i) {
+      PyObject **table = stringtab + 87;
+      for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13212,34 +13477,39 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 69};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 93};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 152};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 176};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 172};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 196};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_msg, __pyx_mstate->__pyx_n_u_callback};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_4q_9Cq_1_L_I_6_S_F_AZvXT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 223};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_expire, __pyx_mstate->__pyx_kp_b_iso88591_A_4z_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 252};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 284};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 293};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_value, __pyx_mstate->__pyx_n_u_found};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_E_4wc_q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 310};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_sleeping_tasks_p, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -18808,6 +19078,28 @@ bad:
 }
 #endif
 
+/* CIntFromPyVerify */
+#define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
+    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
+#define __PYX_VERIFY_RETURN_INT_EXC(target_type, func_type, func_value)\
+    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 1)
+#define __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, exc)\
+    {\
+        func_type value = func_value;\
+        if (sizeof(target_type) < sizeof(func_type)) {\
+            if (unlikely(value != (func_type) (target_type) value)) {\
+                func_type zero = 0;\
+                if (exc && unlikely(value == (func_type)-1 && PyErr_Occurred()))\
+                    return (target_type) -1;\
+                if (is_unsigned && unlikely(value < zero))\
+                    goto raise_neg_overflow;\
+                else\
+                    goto raise_overflow;\
+            }\
+        }\
+        return (target_type) value;\
+    }
+
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
@@ -18967,6 +19259,321 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
 }
 
 /* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntFromPy */
+static int __Pyx_LargePyLong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x);
+static int __Pyx_raise_neg_overflow___Pyx_PyLong_As___pyx_anon_enum(void) {
+    const char* type_name = "int";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (int) -1;
+}
+static int __Pyx_raise_overflow___Pyx_PyLong_As___pyx_anon_enum(void) {
+    const char* type_name = "int";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (int) -1;
+}
+static CYTHON_INLINE int __Pyx_PyULong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
+#else
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (int) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(int) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(int) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As___pyx_anon_enum(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As___pyx_anon_enum();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As___pyx_anon_enum();
+}
+static CYTHON_INLINE int __Pyx_PySLong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(int) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, long, PyLong_AsLong(x))
+    } else if ((sizeof(int) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As___pyx_anon_enum(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As___pyx_anon_enum();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As___pyx_anon_enum();
+}
+static int __Pyx_LargePyLong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    int val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyErr_SetString(PyExc_RuntimeError,
+                    "_PyLong_AsByteArray() or PyLong_AsNativeBytes() not available, cannot convert large enums");
+    val = (int) -1;
+    (void) is_unsigned;
+    if ((0)) goto raise_overflow;
+#endif
+    if (unlikely(ret))
+        return (int) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As___pyx_anon_enum();
+}
+static CYTHON_INLINE int __Pyx_PyLong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As___pyx_anon_enum(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As___pyx_anon_enum(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As___pyx_anon_enum();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As___pyx_anon_enum();
+#endif
+}
+static int __Pyx_NonPyLong___Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+    int val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (int) -1;
+    val = __Pyx_PyLong_As___pyx_anon_enum(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE int __Pyx_PyLong_As___pyx_anon_enum(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As___pyx_anon_enum(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As___pyx_anon_enum(x);
+    }
+}
+
+/* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
@@ -19044,28 +19651,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
 #endif
     }
 }
-
-/* CIntFromPyVerify (used by CIntFromPy) */
-#define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
-    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
-#define __PYX_VERIFY_RETURN_INT_EXC(target_type, func_type, func_value)\
-    __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 1)
-#define __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, exc)\
-    {\
-        func_type value = func_value;\
-        if (sizeof(target_type) < sizeof(func_type)) {\
-            if (unlikely(value != (func_type) (target_type) value)) {\
-                func_type zero = 0;\
-                if (exc && unlikely(value == (func_type)-1 && PyErr_Occurred()))\
-                    return (target_type) -1;\
-                if (is_unsigned && unlikely(value < zero))\
-                    goto raise_neg_overflow;\
-                else\
-                    goto raise_overflow;\
-            }\
-        }\
-        return (target_type) value;\
-    }
 
 /* CIntFromPy */
 static long __Pyx_LargePyLong___Pyx_PyLong_As_long(PyObject *x);

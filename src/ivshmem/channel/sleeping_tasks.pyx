@@ -13,6 +13,8 @@ Invariants:
 """
 
 cimport cython
+from cpython.object cimport PyObject, PyTypeObject
+from cpython.ref cimport Py_INCREF
 
 from ..native.syscalls cimport IVSHMEM_CLOSING, ivshmem_state
 from .ends cimport ChannelEnd, Wakeup
@@ -23,6 +25,23 @@ import weakref
 from ..errors import ClosedError
 from ..system.time_limits import seconds_of
 
+cdef extern from *:
+    """
+    /* Cython has no name for this method of a type. */
+    static inline void ivshmem_set_send(PyTypeObject *type, sendfunc send)
+    {
+        type->tp_as_async->am_send = send;
+    }
+    """
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+        PYGEN_ERROR
+        PYGEN_NEXT
+    ctypedef PySendResult (*sendfunc)(
+        object waiting, object value, PyObject **result
+    ) except PYGEN_ERROR
+    void ivshmem_set_send(PyTypeObject *type, sendfunc send)
+
 cdef object get_running_loop = None
 cdef object CancelledError = None
 
@@ -30,6 +49,11 @@ cdef object CancelledError = None
 cdef object ABSENT = object()
 
 cdef tuple DO_NOT_WAIT = (0,)
+
+# What comes just before a sleep is taken at once. A hostile peer can say again and again that there
+# is something: after so many looks other tasks have their turn.
+cdef enum:
+    LOOKS = 3
 
 
 cdef int import_asyncio() except -1:
@@ -264,12 +288,14 @@ cdef class Waiting:
         return self
 
     def __next__(self):
-        return self.step()
+        return self.send(None)
 
-    @cython.binding(False)
     def send(self, value):
         """Begin, or go on when the task runs again."""
-        return self.step()
+        found = self.step()
+        if self.state == OVER:
+            raise StopIteration(found)
+        return found
 
     @cython.binding(False)
     def throw(self, kind, value=None, traceback=None):
@@ -290,7 +316,7 @@ cdef class Waiting:
         self.awake()  # a task that was forgotten, with its loop
 
     cdef object step(self):
-        """Look; return what the task is to sleep on, or raise StopIteration with the result."""
+        """Look; return the result if it is OVER now, or else what the task is to sleep on."""
         cdef int state = self.state
         self.state = OVER
         if state == NEW:
@@ -301,12 +327,15 @@ cdef class Waiting:
             raise RuntimeError("cannot reuse already awaited coroutine")
         else:
             self.awake()
-        found = self.look()
-        if found is not ABSENT:
-            raise StopIteration(found)
-        if self.loop is None:
-            self.find_loop()
-        self.sleep = sleep_at(self.end, self.loop, self.deadline)
+        for _ in range(LOOKS):
+            found = self.look()
+            if found is not ABSENT:
+                return found
+            if self.loop is None:
+                self.find_loop()
+            self.sleep = sleep_at(self.end, self.loop, self.deadline)
+            if self.sleep is not None:
+                break
         self.state = SUSPENDED
         return self.sleep  # None lets other tasks run
 
@@ -343,6 +372,19 @@ cdef class Waiting:
             self.sleep = None
             sleep.end_now()
         return 0
+
+
+cdef PySendResult send_to_waiting(
+    object waiting, object value, PyObject **result
+) except PYGEN_ERROR:
+    """Do what `send` does, for a task: without a StopIteration and its traceback."""
+    cdef object found = (<Waiting>waiting).step()
+    Py_INCREF(found)
+    result[0] = <PyObject *>found
+    return PYGEN_RETURN if (<Waiting>waiting).state == OVER else PYGEN_NEXT
+
+
+ivshmem_set_send(<PyTypeObject *>Waiting, send_to_waiting)
 
 
 cdef Waiting waiting_for(ChannelEnd end, object call, object timeout, tuple arguments):
