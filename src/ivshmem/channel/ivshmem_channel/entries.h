@@ -142,14 +142,15 @@ static inline int ivshmem_entry_read(struct ivshmem_channel *channel, uint64_t a
 }
 
 /* Whether a message is still what it was when it was taken; IVSHMEM_OVERTAKEN: it is not, and what
- * was copied or seen of it since then may be torn. */
+ * was copied or seen of it since then may be torn. A new owner of the writer's slot that keeps the
+ * message changes the epoch of its stamp alone. */
 static inline int ivshmem_check(const struct ivshmem_channel *channel,
                                 const struct ivshmem_message *message)
 {
+    uint64_t stamp;
     ivshmem_load_barrier(&channel->area.memory);
-    return ivshmem_load(&channel->area.memory, message->stamp_at) == message->stamp
-               ? 0
-               : IVSHMEM_OVERTAKEN;
+    stamp = ivshmem_load(&channel->area.memory, message->stamp_at);
+    return ((stamp ^ message->stamp) & ~(uint64_t)IVSHMEM_EPOCH_MASK) == 0 ? 0 : IVSHMEM_OVERTAKEN;
 }
 
 #endif

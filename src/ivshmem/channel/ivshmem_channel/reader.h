@@ -90,13 +90,14 @@ static inline int ivshmem_reader_count(struct ivshmem_reader *reader)
 /* Make writers count with this reader, from its tails on; also after it was overtaken.
  *
  * A writer that has not yet noticed publishes at most the position that its head names now, over
- * what stands `slots` before it: what is newer than that stays.
+ * what stands `slots` before it: what is newer than that stays. In a backlog, what is there was meant
+ * for a former reader of the slot.
  */
 static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
 {
     struct ivshmem_channel *channel = reader->channel;
     const struct ivshmem_memory *memory = &channel->area.memory;
-    uint64_t slots = channel->record.geometry.slots;
+    uint64_t most = reader->overflow == IVSHMEM_DISCARD ? 0 : channel->record.geometry.slots - 1;
     int code = ivshmem_reader_count(reader);
     if (code != 0)
         return code;
@@ -105,10 +106,10 @@ static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
         struct ivshmem_source *source = &reader->sources[i];
         uint64_t head = ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i)));
         uint64_t ahead = ivshmem_ahead(head, source->next);
-        if (ahead >= slots && !ivshmem_is_behind(head, source->next)) {
-            source->lost += ahead - slots + 1;
-            source->untold += ahead - slots + 1;
-            source->next = (head - slots + 1) & IVSHMEM_VALUE_MASK;
+        if (ahead > most && !ivshmem_is_behind(head, source->next)) {
+            source->lost += ahead - most;
+            source->untold += ahead - most;
+            source->next = (head - most) & IVSHMEM_VALUE_MASK;
             source->held = source->next;
             ivshmem_reader_tail(reader, i);
         }
@@ -245,16 +246,19 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
         int code;
         if (tries > 0 || ahead == 0 || ahead > slots || source->hurried) {
             uint64_t head_at = ivshmem_source_head_at(reader, writer);
-            uint64_t head = ivshmem_get(channel, head_at);
-            if (ivshmem_epoch(head) != source->epoch) {
-                uint64_t owner = ivshmem_writer_owner(channel, writer);
-                if (ivshmem_epoch(owner) != ivshmem_epoch(head))
-                    break; /* not stored yet, or a former owner's late store */
-                source->epoch = ivshmem_epoch(head);
-            }
+            uint64_t head = ivshmem_get(channel, head_at), owner;
             ahead = ivshmem_ahead(ivshmem_value(head), source->next);
             if (ahead == 0)
                 break;
+            owner = ivshmem_writer_owner(channel, writer);
+            /* Not stored yet, or a former owner's late store. What was published before stays, if the
+             * new owner ended, or was stopped, before it had stored a head of its own. */
+            if (ivshmem_epoch(owner) != ivshmem_epoch(head) &&
+                (ivshmem_epoch(head) != source->epoch ||
+                 (ivshmem_is_owned(channel, owner) &&
+                  !ivshmem_is_silent(reader->member, ivshmem_place_of(owner)))))
+                break;
+            source->epoch = ivshmem_epoch(head);
             if (ahead > IVSHMEM_VALUE_MASK / 2)
                 return ivshmem_corrupt(channel, "head", head_at, head,
                                        ivshmem_writer_owner(channel, writer));
@@ -329,6 +333,7 @@ static inline int ivshmem_read(struct ivshmem_reader *reader, struct ivshmem_mes
         if (code == 0)
             return 0;
         ivshmem_reader_lose(reader, message->writer);
+        reader->sources[message->writer].untold += message->lost; /* nobody was told of them */
     }
     return IVSHMEM_AGAIN;
 }

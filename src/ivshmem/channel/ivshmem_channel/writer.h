@@ -93,6 +93,24 @@ static inline void ivshmem_backlog_advance(struct ivshmem_writer *writer, unsign
                                                         (backlog->tail & (slots - 1))]);
 }
 
+/* Drop what a former reader of a slot left in its backlog, up to `tail`. That reader may live, though
+ * a user took it for gone: its entries change before their cells are used again. */
+static inline void ivshmem_backlog_drop(struct ivshmem_writer *writer, unsigned reader,
+                                        uint64_t tail)
+{
+    const struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    struct ivshmem_backlog *backlog = &writer->tables.backlogs[reader];
+    uint64_t at = ivshmem_backlog_at(channel, writer->slot, reader), position = backlog->tail;
+    if (ivshmem_ahead(tail, position) > ivshmem_ahead(backlog->head, position))
+        tail = backlog->head;
+    for (; position != tail; position = (position + 1) & IVSHMEM_VALUE_MASK)
+        ivshmem_store(memory, channel->at + ivshmem_backlog_entry_at(channel, at, position),
+                      ivshmem_word(position, IVSHMEM_VOID, writer->epoch));
+    ivshmem_store_barrier(memory);
+    ivshmem_backlog_advance(writer, reader, tail);
+}
+
 /* A new owner of a writer's slot: all backlogs are closed until their readers are looked at. */
 static inline void ivshmem_backlogs_begin(struct ivshmem_writer *writer)
 {
@@ -269,7 +287,12 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
             ivshmem_policy(policy) == IVSHMEM_DISCARD && (g->overflow & IVSHMEM_DISCARD)) {
             struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
             if (!backlog->is_open || backlog->epoch != ivshmem_epoch(owner)) {
-                ivshmem_backlog_advance(writer, i, backlog->head); /* a former reader's */
+                /* What this writer added after the new reader had looked at the backlog stays. */
+                tail = ivshmem_get(channel, ivshmem_row_at(channel, i, writer->slot));
+                ivshmem_backlog_drop(writer, i,
+                                     ivshmem_epoch(tail) == ivshmem_epoch(owner)
+                                         ? ivshmem_value(tail)
+                                         : backlog->head);
                 backlog->is_open = 1;
                 backlog->epoch = ivshmem_epoch(owner);
             }
@@ -348,7 +371,7 @@ static inline void ivshmem_backlogs_add(struct ivshmem_writer *writer,
         if (ivshmem_ahead(backlog->head, backlog->tail) == slots) {
             owner = ivshmem_reader_owner(channel, i);
             if (!ivshmem_is_owned(channel, owner) || ivshmem_epoch(owner) != backlog->epoch) {
-                ivshmem_backlog_advance(writer, i, backlog->head);
+                ivshmem_backlog_drop(writer, i, backlog->head);
                 backlog->is_open = 0;
             } else {
                 writer->missed++;
