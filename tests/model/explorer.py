@@ -23,7 +23,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from model import automaton
 from model.automaton import Assumptions, Automaton, Local, Words
@@ -211,6 +211,19 @@ class _Search:
                 new[self._rung + index] = 1
         return tuple(new)
 
+    def step(self, before: State, step: tuple[Any, ...]) -> Step:
+        """Return a step without its value, which follows from the steps before."""
+        name, what, object_ = step
+        if what == "shows":
+            return Step(name, what, self._addresses.word(object_))
+        if what in ("rings", "wakes"):
+            return Step(name, what, object_)
+        local: Local = before[self._processes + self._names.index(name)]
+        what = {"has": "loads", "loads the older": "older", "fails to exchange": "exchanges"}.get(
+            what, what
+        )
+        return Step(name, what, self._addresses.word(local.address))
+
     def fault(self, state: State) -> str | None:
         """Return what is wrong in a state by itself."""
         for local in state[self._processes :]:
@@ -370,6 +383,96 @@ def _schedule(
         else:
             raise AssertionError("a step cannot be done again")
     return lines
+
+
+class Step(NamedTuple):
+    """What a process does.
+
+    It "shows" a store, "loads" a word or what was there before ("older"), or "exchanges" it; or it
+    "rings" a process, or "wakes".
+    """
+
+    process: str
+    what: str
+    address: Address  # or the process that it rings
+
+
+def covering(case: Case) -> list[list[Step]]:
+    """Return schedules from the beginning to an end that go along every edge of the state graph.
+
+    The case has no misfortunes: each step is one of a process. The same case gives the same
+    schedules.
+    """
+    assumed = Assumptions()
+    while True:
+        search = _Search(case, assumed)
+        if not assumed.refuted:
+            graph = _graph(search)
+        if not assumed.refuted:
+            return list(_cover(graph))
+
+
+@dataclass
+class _Graph:
+    following: list[list[tuple[int, Step]]] = field(default_factory=list)  # of each state
+    before: list[tuple[int, Step] | None] = field(default_factory=list)  # on the shortest way
+    ends: list[int] = field(default_factory=list)
+
+
+def _graph(search: _Search) -> _Graph:
+    graph = _Graph([[]], [None])
+    numbers = {search.first: 0}
+    states = [search.first]
+    for number, state in enumerate(states):
+        for after, step in search.next_states(state):
+            known = numbers.setdefault(after, len(states))
+            taken = search.step(state, step)
+            if known == len(states):
+                states.append(after)
+                graph.following.append([])
+                graph.before.append((number, taken))
+            graph.following[number].append((known, taken))
+        if search.ended(state):
+            graph.ends.append(number)
+    return graph
+
+
+def _cover(graph: _Graph) -> Iterator[list[Step]]:
+    leads = _ways_out(graph)
+    fresh = [set(range(len(edges))) for edges in graph.following]
+    for number in range(len(fresh)):
+        while fresh[number]:
+            steps: list[Step] = []
+            place = number
+            while (came := graph.before[place]) is not None:
+                place = came[0]
+                steps.append(came[1])
+            steps.reverse()
+            place = number
+            while graph.following[place]:
+                edge = min(fresh[place], default=leads[place])
+                fresh[place].discard(edge)
+                place, step = graph.following[place][edge]
+                steps.append(step)
+            yield steps
+
+
+def _ways_out(graph: _Graph) -> list[int]:
+    """Return, of each state, the edge that is on the shortest way to an end."""
+    sources: list[list[tuple[int, int]]] = [[] for _ in graph.following]
+    for number, edges in enumerate(graph.following):
+        for edge, (after, _) in enumerate(edges):
+            sources[after].append((number, edge))
+    leads = [-1] * len(sources)
+    todo = deque(graph.ends)
+    seen = set(todo)
+    while todo:
+        for source, edge in sources[todo.popleft()]:
+            if source not in seen:
+                seen.add(source)
+                leads[source] = edge
+                todo.append(source)
+    return leads
 
 
 def holds(case: Case) -> Found:

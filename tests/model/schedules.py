@@ -1,0 +1,71 @@
+"""Schedules of the model, in the words of the C header (tests/channel/schedulers.h follows them).
+
+Knows: which case each script of the C follows, and which word of the header an address is.
+Does not know: the C's own steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.explorer import Case, Step, covering
+from model.messages import OVERWRITE, Channel
+from model.messages_cases import Setting
+
+Word = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A case of the model that a script of the C follows: its parties are the processes."""
+
+    case: Callable[[], Case]
+    word: Callable[[Any], Word]
+
+
+def of_messages(address: Any) -> Word:
+    if address == "joins":
+        return ("joins", 0, 0)
+    kind, *rest = address
+    if kind == "sleeper":
+        role = {"w": "writer", "r": "reader"}[rest[0][0]]
+        return (f"{role}-sleeper", int(rest[0][1:]), 0)
+    if kind == "cell":
+        writer, _, part = rest
+        return (kind, writer, part)
+    first, *second = rest
+    return (kind, first, second[0] if second else 0)
+
+
+_NEXT = Channel(1, 1, 2, parts=1, counted=16)
+MESSAGES: Mapping[str, Followed] = {
+    "as-block": Followed(Setting(_NEXT, 3).case, of_messages),
+    "as-two-writers": Followed(Setting(Channel(2, 1, 2, parts=1, counted=16), 1).case, of_messages),
+    "as-overwrite": Followed(
+        Setting(Channel(1, 1, 2, counted=16), 3, (OVERWRITE,)).case, of_messages
+    ),
+    "as-join": Followed(Setting(_NEXT, 2, start=2, joins=frozenset({"r0"})).case, of_messages),
+}
+
+
+FOLLOWED: Mapping[str, Mapping[str, Followed]] = {"schedules_messages": MESSAGES}
+
+
+def lines(followed: Followed) -> list[str]:
+    """Return schedules that together go along every edge of the case's state graph, one a line."""
+    case = followed.case()
+    names = list(case.processes)
+    return [
+        " ".join([_token(step, names, followed.word) for step in steps]) for steps in covering(case)
+    ]
+
+
+def _token(step: Step, names: list[str], word: Callable[[Any], Word]) -> str:
+    place: Word = ("other", 0, 0)
+    if step.what == "rings":
+        place = ("other", names.index(str(step.address)), 0)
+    elif step.what != "wakes":
+        place = word(step.address)
+    return ":".join(map(str, (names.index(step.process), step.what, *place)))

@@ -1,0 +1,260 @@
+"""Points of the C header of channels, each of which a copy of the header can do without.
+
+A point is a barrier, a fence, a comparison of an epoch, or one of `LOOKS`: a second look, or a
+step that the protocol needs. `write_copy` writes a copy of the header in which each of them asks
+IVSHMEM_HAS(number) first, so that one program (tests/channel/schedules.h) can run without any of
+them. A load of the copy is IVSHMEM_GET, so that it can tell in which function it stands.
+
+Knows: the text of the header. Does not know: which test shows that a point is needed.
+Invariants: a barrier, a fence and a comparison of an epoch cannot be overlooked: they are found by
+their form. A look is found by its text, which stands in its file once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+FILES: Final = (
+    "slots.h",
+    "entries.h",
+    "claims.h",
+    "writer.h",
+    "reader.h",
+    "value.h",
+    "queue.h",
+    "calls.h",
+    "bytes.h",
+)
+BARRIERS: Final = {
+    "ivshmem_store_barrier": "store barrier",
+    "ivshmem_load_barrier": "load barrier",
+    "ivshmem_full_fence": "full fence",
+    "ivshmem_announce": "announce",  # with a store barrier before the store
+}
+
+
+_LOADS: Final = re.compile(r"(?<!uint64_t )\b(ivshmem_(?:get|writer_owner|reader_owner))\(")
+
+
+class Look(NamedTuple):
+    """A condition or a call: `old` is replaced by `new`, in which HAS asks for the point."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+class Change(NamedTuple):
+    begin: int
+    end: int
+    text: str  # HAS(n) is the point's
+    what: str
+
+
+LOOKS: Final = (
+    Look(
+        "the stamp before the entry",
+        "entries.h",
+        "if (message->stamp != ivshmem_word(position, 0, epoch))",
+        "if (HAS && message->stamp != ivshmem_word(position, 0, epoch))",
+    ),
+    Look(
+        "the stamp behind the entry",
+        "entries.h",
+        "if (ivshmem_get(channel, at) != message->stamp ||",
+        "if ((HAS && ivshmem_get(channel, at) != message->stamp) ||",
+    ),
+    Look(
+        "the cell's epoch",
+        "entries.h",
+        "((word ^ epoch) & 0xffffu) != 0",
+        "(HAS && ((word ^ epoch) & 0xffffu) != 0)",
+    ),
+    Look(
+        "the stamp behind the payload",
+        "entries.h",
+        "    return ((stamp ^ message->stamp) &",
+        "    return !HAS || ((stamp ^ message->stamp) &",
+    ),
+    Look(
+        "joins before each message",
+        "writer.h",
+        "ivshmem_get(writer->channel, IVSHMEM_JOINS) == writer->joins)",
+        "(!HAS || ivshmem_get(writer->channel, IVSHMEM_JOINS) == writer->joins))",
+    ),
+    Look(
+        "a writer looks again before it sleeps",
+        "writer.h",
+        "    code = ivshmem_writer_look(writer);\n    if (code != IVSHMEM_AGAIN)",
+        "    code = HAS ? ivshmem_writer_look(writer) : IVSHMEM_AGAIN;\n"
+        "    if (code != IVSHMEM_AGAIN)",
+    ),
+    Look(
+        "a reader looks again before it sleeps",
+        "reader.h",
+        "        if (ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i))) !=\n"
+        "            reader->sources[i].next) {",
+        "        if (HAS &&\n"
+        "            ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i))) !=\n"
+        "            reader->sources[i].next) {",
+    ),
+    Look(
+        "joins are counted",
+        "reader.h",
+        "    int code = ivshmem_reader_count(reader);\n",
+        "    int code = HAS ? ivshmem_reader_count(reader) : 0;\n",
+    ),
+    Look(
+        "a joining reader looks at the heads again",
+        "reader.h",
+        "uint64_t ahead = ivshmem_ahead(head, source->next);",
+        "uint64_t ahead = HAS ? ivshmem_ahead(head, source->next) : 0;",
+    ),
+    Look(
+        "a joining reader's margin of one",
+        "reader.h",
+        "if (ahead > most && !ivshmem_is_behind(head",
+        "if (ahead > most + !HAS && !ivshmem_is_behind(head",
+    ),
+    Look(
+        "a tail wakes writers",
+        "reader.h",
+        "    if (reader->overflow != IVSHMEM_BLOCK)\n        return;\n",
+        "    if (!HAS || reader->overflow != IVSHMEM_BLOCK)\n        return;\n",
+    ),
+    Look(
+        "a reader that leaves wakes writers",
+        "reader.h",
+        "reader->epoch));\n    ivshmem_wake_writers(",
+        "reader->epoch));\n    if (HAS) ivshmem_wake_writers(",
+    ),
+    Look(
+        "a former reader's cells come back",
+        "writer.h",
+        "    ivshmem_backlog_advance(writer, reader, tail);",
+        "    if (HAS) ivshmem_backlog_advance(writer, reader, tail);",
+    ),
+    Look(
+        "a former reader's entries are void",
+        "writer.h",
+        "    for (; position != tail;",
+        "    for (; HAS && position != tail;",
+    ),
+)
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Yield each function with where its definition begins."""
+    for found in re.finditer(r"^static inline [^;{]*?(\w+)\(", source, re.MULTILINE):
+        yield found[1], found.start()
+
+
+def _balanced(source: str, at: int) -> int:
+    """Return where the parenthesis that opens at `at` is closed, and one more."""
+    depth = 0
+    while True:
+        depth += {"(": 1, ")": -1}.get(source[at], 0)
+        at += 1
+        if depth == 0:
+            return at
+
+
+_OPERAND: Final = re.compile(r"[\w>.\-]+(?:\[\w+\])?(?:->\w+)*")
+
+
+def _barriers(source: str) -> Iterator[Change]:
+    for name, what in BARRIERS.items():
+        for found in re.finditer(rf"\b{name}\(", source):
+            macro = name.upper().replace("IVSHMEM_", "IVSHMEM_POINT_")
+            yield Change(found.start(), found.end(), f"{macro}(HAS, ", what)
+
+
+def _epochs(source: str) -> Iterator[Change]:
+    """Comparisons in which one side, at least, is ivshmem_epoch(...)."""
+    ended = 0
+    for found in re.finditer(r"\bivshmem_epoch\(", source):
+        begin, end = found.start(), _balanced(source, found.end() - 1)
+        if begin < ended:
+            continue
+        after = re.compile(r"\s*(==|!=)\s*").match(source, end)
+        before = re.search(r"([\w>.\-]+)\s*(==|!=)\s*$", source[:begin])
+        if after is not None:
+            operand = _OPERAND.match(source, after.end())
+            assert operand is not None, source[begin : begin + 80]
+            ended = operand.end()
+            if source[ended] == "(":
+                ended = _balanced(source, ended)
+            left, operator = source[begin:end], after[1]
+            right = source[after.end() : ended]
+        elif before is not None:
+            left, operator = before[1], before[2]
+            begin, ended, right = before.start(), end, source[begin:end]
+        else:
+            continue
+        sign = "!" if operator == "!=" else ""
+        yield Change(begin, ended, f"{sign}(!HAS || {left} == {right})", "epoch")
+
+
+def _looks(file: str, source: str) -> Iterator[Change]:
+    for look in LOOKS:
+        if look.file == file:
+            assert source.count(look.old) == 1, f"{file}: {look.name}: its text is not there once"
+            at = source.index(look.old)
+            yield Change(at, at + len(look.old), look.new, look.name)
+
+
+def _points(file: str, source: str) -> list[tuple[str, Change]]:
+    """Return each point of a file with its name, in the order of the text."""
+    found = list(functions(source))
+    counts: Counter[str] = Counter()
+    points = []
+    changes = [*_barriers(source), *_epochs(source), *_looks(file, source)]
+    for change in sorted(changes, key=lambda each: each.begin):
+        function = [name for name, begin in found if begin <= change.begin][-1:]
+        if not function:
+            continue
+        name = f"{function[0].removeprefix('ivshmem_')}: {change.what}"
+        counts[name] += 1
+        points.append((f"{name} {counts[name]}" if counts[name] > 1 else name, change))
+    return points
+
+
+def points(folder: Path) -> list[str]:
+    """Return the names of all points of a header: number n is at n - 1."""
+    return [
+        name
+        for file in FILES
+        for name, _ in _points(file, (folder / "ivshmem_channel" / file).read_text())
+    ]
+
+
+def write_copy(folder: Path, to: Path) -> dict[str, int]:
+    """Write a copy of the header with its points. Return the number of each."""
+    numbers: dict[str, int] = {}
+    (to / "ivshmem_channel").mkdir(parents=True, exist_ok=True)
+    (to / "ivshmem_channel.h").write_text((folder / "ivshmem_channel.h").read_text())
+    for path in (folder / "ivshmem_channel").glob("*.h"):
+        source = path.read_text()
+        if path.name in FILES:
+            found = _points(path.name, source)
+            for name, _ in found:
+                numbers[name] = len(numbers) + 1
+            source = _changed(source, [(change, numbers[name]) for name, change in found])
+            source = _LOADS.sub(lambda found: f"{found[1].upper()}(", source)
+        (to / "ivshmem_channel" / path.name).write_text(source)
+    return numbers
+
+
+def _changed(source: str, changes: list[tuple[Change, int]]) -> str:
+    at = len(source)
+    for change, number in sorted(changes, key=lambda each: -each[0].begin):
+        assert change.end <= at, f"two points in one text: {change.what}"
+        text = re.sub(r"\bHAS\b", f"IVSHMEM_HAS({number})", change.text)
+        source = source[: change.begin] + text + source[change.end :]
+        at = change.begin
+    return source
