@@ -23,6 +23,7 @@ CHANNEL = (
     "queues",
     "calls",
     "streams",
+    "stream_poll",
 )
 
 

@@ -32,6 +32,7 @@ from ivshmem import control, errors
 from ivshmem.cli import guest as guest_commands
 from ivshmem.cli import main, shell
 from ivshmem.config import RegionConfig, ServiceConfig
+from ivshmem.forward import config_file as forward_file
 from ivshmem.migration import group_file
 from ivshmem.server import records
 from ivshmem.service import config_file, config_values, control_client, metrics
@@ -132,6 +133,8 @@ def test_configurations_are_read(page: Path) -> None:
     for block in blocks(page, "toml"):
         if "[vm." in block:
             assert group_file.parse(block.encode(), page.name)
+        elif "[forward." in block:
+            assert forward_file.parse(block.encode(), page.name)
         else:
             here = re.sub(r'"(gid:)?kvm"', r'"\1root"', block)  # a group that is everywhere
             assert config_file.parse(here.encode(), page.name).regions

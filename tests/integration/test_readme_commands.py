@@ -34,6 +34,7 @@ from ivshmem.cli import main
 # What does not run here, and why. What of it is ours is parsed.
 NOT_RUN = {
     r"ivshmem (guest |doctor 0000:)": "needs a device: tests/vm/test_guest_cli.py, test_doctor.py",
+    r"ivshmem forward --guest|ssh ": "needs a device: tests/vm/test_forward.py",
     r"ivshmem migrate ": "needs two QEMUs: tests/vm/test_migrate.py",
     r"ivshmem serve .*--hugepages": "needs huge pages in reserve: tests/vm/test_regions.py",
     r"numactl ": "needs a machine with two nodes",
@@ -51,6 +52,7 @@ SESSIONS = [page for page in PAGES if shell_lines(page)]
 
 IVSHMEM = f"""#!/bin/sh
 case " $* " in
+" forward "*) set -- "$@" -S "$XDG_RUNTIME_DIR/ivshmem.sock" ;;
 *" -S "*|*" --con"*|*" --name "*|*" --file "*|*" -device "*|*" systemd "*|*" --print-"*) ;;
 *) set -- "$@" -S "$XDG_RUNTIME_DIR/ivshmem.sock" ;;
 esac
@@ -76,6 +78,7 @@ class Session:
         self.folder = folder
         self.peers: list[ivshmem.Client] = []
         self._server: subprocess.Popen[bytes] | None = None
+        self._forward: subprocess.Popen[bytes] | None = None
         self._answering = threading.Thread(target=self._answer)
         self._ended, self._end = os.pipe()
         programs = folder / "bin"
@@ -101,8 +104,8 @@ class Session:
         group, user = grp.getgrgid(os.getegid()).gr_name, getpass.getuser()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            text = text.replace("9400", str(free.getsockname()[1]))
-        text = text.replace("/etc/ivshmem.toml", f"{self.folder}/file.toml")
+            text = re.sub("9400|2222|8080", str(free.getsockname()[1]), text)
+        text = re.sub(r"/etc/ivshmem(-forward)?\.toml", f"{self.folder}/file.toml", text)
         text = re.sub(r"/run/ivshmem/", f"{self.folder}/", text)
         text = re.sub(r"/run/", f"{self.folder}/", text)
         text = re.sub(r"(gid:|group )kvm|(?<=group = \")kvm", rf"\g<1>{group}", text)
@@ -166,7 +169,23 @@ class Session:
         assert process.returncode in allowed, f"{line}\n{said}"
         assert "usage:" not in said
 
+    def forward(self, line: str) -> None:
+        """Start a forward, in the place of the last one."""
+        self._end_forward()
+        self._forward = self._start(line)
+        assert self._forward.stdout is not None
+        said = self._forward.stdout.readline()
+        assert b"listens at" in said, said
+
+    def _end_forward(self) -> None:
+        if self._forward is not None:
+            self._forward.terminate()
+            said = _read_all(self._forward).decode()
+            assert self._forward.returncode == 0, said
+            self._forward = None
+
     def stop(self) -> None:
+        self._end_forward()
         if self._server is not None:
             if self._answering.is_alive():
                 os.write(self._end, b"x")
@@ -217,6 +236,8 @@ def test_each_command_runs(page: Path, directory: Path) -> None:
                 continue
             if re.match(SERVES, line):
                 here.serve(line)
+            elif line.startswith("ivshmem forward"):
+                here.forward(line)
             else:
                 here.run(line)
 

@@ -38,11 +38,12 @@ ROOMS: dict[str, str] = {
     "guest": "text errors native _core system protocol memory peer server",
     "aio": "text errors native _core system memory peer guest",
     "testing": "text errors native _core system protocol memory peer server guest",
+    "forward": "text errors system memory channel service",
     "doctor": "text errors system memory qemu peer service guest",
     "migration": "text errors native system memory qemu server service",
     "bench": "text errors system memory peer server",
     "cli": "text errors native _core system lasting protocol memory qemu peer server service guest"
-    " doctor migration bench channel",
+    " doctor migration bench channel forward",
     "__main__": "cli",
 }
 

@@ -215,6 +215,12 @@ cdef extern from "ivshmem_channel.h" nogil:
         unsigned receives_no_more
         ivshmem_sleep sleep
 
+    struct ivshmem_pieces:
+        unsigned char *first
+        unsigned char *second
+        uint64_t first_size
+        uint64_t second_size
+
     struct ivshmem_other_end:
         int closed
         uint64_t sent
@@ -342,7 +348,14 @@ cdef extern from "ivshmem_channel.h" nogil:
     void ivshmem_stream_shutdown(ivshmem_stream *stream, int sending, int receiving)
     void ivshmem_stream_sleep(ivshmem_stream *stream)
     void ivshmem_stream_close(ivshmem_stream *stream)
+    void ivshmem_stream_abort(ivshmem_stream *stream)
+    int64_t ivshmem_stream_silence(const ivshmem_stream *stream)
+    int64_t ivshmem_send_begin(ivshmem_stream *stream, uint64_t most, ivshmem_pieces *pieces)
+    void ivshmem_send_end(ivshmem_stream *stream, uint64_t size)
+    int64_t ivshmem_receive_begin(ivshmem_stream *stream, uint64_t most, ivshmem_pieces *pieces)
+    void ivshmem_receive_end(ivshmem_stream *stream, uint64_t size)
     void ivshmem_sleep_begin(const ivshmem_channel *channel, ivshmem_sleep *sleep)
+    void ivshmem_sleep_say(const ivshmem_channel *channel, ivshmem_sleep *sleep)
     uint64_t ivshmem_source_head_at(const ivshmem_reader *reader, unsigned writer)
     unsigned ivshmem_policy(uint64_t word)
     uint64_t ivshmem_reader_lost(const ivshmem_reader *reader)
@@ -352,3 +365,4 @@ cdef extern from "ivshmem_channel.h" nogil:
     uint64_t ivshmem_claim_age(uint64_t head, uint64_t claim)
     int ivshmem_call_waits(const ivshmem_writer *caller, uint64_t position)
     int ivshmem_listener_has_caller(const ivshmem_listener *listener)
+    void ivshmem_full_fence(const ivshmem_memory *memory)

@@ -213,9 +213,18 @@ class Calls(Channel):
 
 
 class Bytes(Channel):
-    """Connections, as of a stream socket."""
+    """Connections, as of a stream socket.
+
+    `slots` is how many bytes each direction of a connection holds.
+    """
 
     kind = "bytes"
+
+    @property
+    def connections(self) -> int:
+        """How many there can be at once."""
+        most: int = self._facts["writers"]
+        return most
 
     def listen(self) -> StreamListener:
         """Open a listener.

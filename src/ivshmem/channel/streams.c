@@ -1252,10 +1252,9 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __PYX_HAVE__ivshmem__channel__streams
 #define __PYX_HAVE_API__ivshmem__channel__streams
 /* Early includes */
+#include <stdint.h>
 #include <string.h>
 #include <stdio.h>
-#include <stdint.h>
-#include "ivshmem_channel.h"
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
@@ -1600,6 +1599,7 @@ static int __Pyx_init_tpflags_variables(void) {
     #endif
     }
     
+#include "ivshmem_channel.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -1820,8 +1820,8 @@ static const char* const __pyx_f[] = {
   "ivshmem/channel/streams.pyx",
   "(tree fragment)",
   "cpython/type.pxd",
-  "ivshmem/native/spin.pxd",
   "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/spin.pxd",
   "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
   "ivshmem/_core.pxd",
@@ -1999,17 +1999,29 @@ static const char* const __pyx_f[] = {
 /* IncludeStructmemberH.proto (used by CoroutineBase) */
 #include <structmember.h>
 
+/* NoFastGil.proto */
+#define __Pyx_PyGILState_Ensure PyGILState_Ensure
+#define __Pyx_PyGILState_Release PyGILState_Release
+#define __Pyx_FastGIL_Remember()
+#define __Pyx_FastGIL_Forget()
+#define __Pyx_FastGilFuncInit()
+
+/* ForceInitThreads.proto */
+#ifndef __PYX_FORCE_INIT_THREADS
+  #define __PYX_FORCE_INIT_THREADS 0
+#endif
+
 /* #### Code section: numeric_typedefs ### */
 /* #### Code section: complex_type_declarations ### */
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
 struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
 struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
 struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
 struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
@@ -2024,9 +2036,21 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
 struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener;
-struct __pyx_obj_7ivshmem_7channel_7streams_Half;
 struct __pyx_obj_7ivshmem_7channel_7streams_Stream;
+struct __pyx_obj_7ivshmem_7channel_7streams_Half;
 struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
+
+/* "native/descriptors.pxd":10
+ * )
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
+ *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
+*/
+enum  {
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
+};
 struct __pyx_t_7ivshmem_6native_4spin_Habit;
 struct __pyx_t_7ivshmem_6native_4spin_Turn;
 
@@ -2085,18 +2109,6 @@ struct __pyx_t_7ivshmem_6native_4spin_Turn {
  * cdef int64_t spin_of(object spin) except -2
 */
 typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
-
-/* "native/descriptors.pxd":10
- * )
- * 
- * cdef enum:             # <<<<<<<<<<<<<<
- *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
- *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
-*/
-enum  {
-  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
-  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
-};
 struct __pyx_t_7ivshmem_6native_4bell_Bell;
 
 /* "native/bell.pxd":8
@@ -2253,8 +2265,8 @@ struct __pyx_opt_args_7ivshmem_7channel_14sleeping_tasks_until_in_time {
 };
 struct __pyx_t_7ivshmem_7channel_7streams_Probed;
 
-/* "ivshmem/channel/streams.pyx":30
- * from . import stream_files
+/* "ivshmem/channel/streams.pxd":8
+ * from .header cimport ivshmem_listener, ivshmem_stream
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
  *     SEND = 0
@@ -2262,10 +2274,12 @@ struct __pyx_t_7ivshmem_7channel_7streams_Probed;
 */
 enum  {
   __pyx_e_7ivshmem_7channel_7streams_SEND = 0,
-  __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1
+  __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
+  __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
+  __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
 };
 
-/* "ivshmem/channel/streams.pyx":152
+/* "ivshmem/channel/streams.pyx":154
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2276,20 +2290,6 @@ struct __pyx_t_7ivshmem_7channel_7streams_Probed {
   struct ivshmem_stream *stream;
   int direction;
 };
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
-  PyObject_HEAD
-  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
-  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
-};
-
 
 /* "native/descriptors.pxd":86
  * 
@@ -2366,6 +2366,20 @@ struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
   PyObject_HEAD
   struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
   int epfd;
+};
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
 };
 
 
@@ -2632,12 +2646,12 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
 };
 
 
-/* "ivshmem/channel/streams.pyx":35
+/* "ivshmem/channel/streams.pxd":17
  * 
  * 
- * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * @cython.final
- * cdef class StreamListener(ChannelEnd):
+ * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_listener listener
+ * 
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
@@ -2645,7 +2659,24 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "ivshmem/channel/streams.pyx":181
+/* "ivshmem/channel/streams.pxd":21
+ * 
+ * 
+ * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_stream stream
+ *     cdef object timeout
+*/
+struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+  struct ivshmem_stream stream;
+  PyObject *timeout;
+  int aborting;
+  int partly;
+  int moving[2];
+};
+
+
+/* "ivshmem/channel/streams.pyx":195
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2659,21 +2690,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":213
- * 
- * 
- * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * @cython.final
- * cdef class Stream(ChannelEnd):
-*/
-struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
-  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
-  struct ivshmem_stream stream;
-  PyObject *timeout;
-};
-
-
-/* "ivshmem/channel/streams.pyx":426
+/* "ivshmem/channel/streams.pyx":463
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2689,24 +2706,6 @@ struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async {
   PyObject *__pyx_v_view;
 };
 
-
-
-/* "native/spin.pxd":30
- * 
- * 
- * cdef class Spinner:             # <<<<<<<<<<<<<<
- *     cdef Habit habits[HABITS]
- * 
-*/
-
-struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
-  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
-  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
-  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
-  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
-  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
-};
-static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "native/descriptors.pxd":93
@@ -2767,6 +2766,24 @@ struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
   int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
 /* "native/bell.pxd":23
@@ -3048,7 +3065,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/streams.pyx":35
+/* "ivshmem/channel/streams.pyx":39
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3062,21 +3079,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "ivshmem/channel/streams.pyx":181
- * 
- * 
- * @cython.no_gc_clear             # <<<<<<<<<<<<<<
- * @cython.final
- * cdef class Half(ChannelEnd):
-*/
-
-struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
-  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
-};
-static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
-
-
-/* "ivshmem/channel/streams.pyx":213
+/* "ivshmem/channel/streams.pyx":227
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3088,20 +3091,42 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
   struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
   int (*take_over)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *);
   int (*begin)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
   int (*await_half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
   int64_t (*push)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *);
+  PyObject *(*broken)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
+  int (*check_alone)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
   int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
   PyObject *(*receive)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
+  int64_t (*move)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+  PyObject *(*move_in_time)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *);
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
-static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *);
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t);
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
+
+
+/* "ivshmem/channel/streams.pyx":195
+ * 
+ * 
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
+ * cdef class Half(ChannelEnd):
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
+  struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd __pyx_base;
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3703,6 +3728,12 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 /* PyConnectionResetError_Check.proto */
 #define __Pyx_PyExc_ConnectionResetError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ConnectionResetError)
 
+/* PyRuntimeError_Check.proto */
+#define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
+
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
+
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
                                                 int prepend_sign, char padding_char);
@@ -3913,6 +3944,9 @@ static CYTHON_INLINE __Pyx_PySendResult __Pyx_Coroutine_Yield_From(__pyx_Corouti
 /* pep479.proto */
 static void __Pyx_Generator_Replace_StopIteration(int in_async_gen);
 
+/* PyOSError_Check.proto */
+#define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
+
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_int(value, width, padding_char, format_char) (\
     ((format_char) == ('c')) ?\
@@ -3955,6 +3989,12 @@ static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTyp
 #if CYTHON_VECTORCALL_TPNEW
 static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
 #endif
+
+/* FunctionExport.proto */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
+
+/* GetApiDict.proto */
+static PyObject *__Pyx_ApiExport_GetApiDict(void);
 
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -4203,12 +4243,6 @@ static void __pyx_insert_code_object(int code_line, __Pyx_CachedCodeObjectType* 
 static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
-/* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
-
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
 #define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
@@ -4227,6 +4261,18 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 #endif
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntToPy.proto */
@@ -4234,6 +4280,9 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
+
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
@@ -4344,7 +4393,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_listener); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
-static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction); /* proto*/
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
@@ -4352,12 +4401,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room, PyObject *__pyx_v_timeout); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout); /* proto*/
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_fd, PyObject *__pyx_v_size); /* proto*/
 
-/* Module declarations from "cython" */
-
-/* Module declarations from "cpython.buffer" */
+/* Module declarations from "libc.stdint" */
 
 /* Module declarations from "libc.string" */
 
@@ -4371,14 +4422,6 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 
 /* Module declarations from "cpython.object" */
 
-/* Module declarations from "cpython.bytes" */
-
-/* Module declarations from "libc.stdint" */
-
-/* Module declarations from "ivshmem.native.spin" */
-
-/* Module declarations from "ivshmem.channel.header" */
-
 /* Module declarations from "cpython.ref" */
 
 /* Module declarations from "ivshmem.native.syscalls" */
@@ -4387,6 +4430,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
 static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+
+/* Module declarations from "ivshmem.native.spin" */
+
+/* Module declarations from "ivshmem.channel.header" */
 
 /* Module declarations from "ivshmem.native.bell" */
 
@@ -4398,6 +4445,14 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.ends" */
 
+/* Module declarations from "cython" */
+
+/* Module declarations from "cpython.buffer" */
+
+/* Module declarations from "cpython.bytes" */
+
+/* Module declarations from "cpython.exc" */
+
 /* Module declarations from "ivshmem.channel.roles" */
 static int (*__pyx_f_7ivshmem_7channel_5roles_open_channel)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
 
@@ -4406,6 +4461,7 @@ static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something)(s
 static PyObject *(*__pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.streams" */
+static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *); /*proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *, int); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *); /*proto*/
 /* #### Code section: typeinfo ### */
@@ -4431,27 +4487,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_buffer, Py_ssize_t __pyx_v_nbytes); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_how); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_mode, PyObject *__pyx_v_buffering, PyObject *__pyx_v_encoding, PyObject *__pyx_v_errors, PyObject *__pyx_v_newline); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_buffer, Py_ssize_t __pyx_v_nbytes); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_fd, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_fd, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_fill(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31_drain(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33_silence(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_35shutdown(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_how); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_37makefile(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_mode, PyObject *__pyx_v_buffering, PyObject *__pyx_v_encoding, PyObject *__pyx_v_errors, PyObject *__pyx_v_newline); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_StreamListener(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_StreamListener(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Half(PyObject *o, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Half(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Stream(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Half(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Half(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async(PyObject *o, 
 #if CYTHON_VECTORCALL_TPNEW
     PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
@@ -4499,12 +4561,12 @@ namespace {
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
     PyTypeObject *__pyx_ptype_7cpython_4type_type;
-    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
@@ -4519,19 +4581,19 @@ namespace {
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
     PyObject *__pyx_type_7ivshmem_7channel_7streams_StreamListener;
-    PyObject *__pyx_type_7ivshmem_7channel_7streams_Half;
     PyObject *__pyx_type_7ivshmem_7channel_7streams_Stream;
+    PyObject *__pyx_type_7ivshmem_7channel_7streams_Half;
     PyObject *__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7streams_StreamListener;
-    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7streams_Half;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7streams_Stream;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_7streams_Half;
     PyTypeObject *__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[22];
-    PyObject *__pyx_string_tab[170];
+    PyObject *__pyx_codeobj_tab[28];
+    PyObject *__pyx_string_tab[206];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4595,176 +4657,212 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_bytes __pyx_string_tab[0]
-#define __pyx_kp_u_bytes_into_a_buffer_of __pyx_string_tab[1]
-#define __pyx_kp_u_in_use_create_it_with_more_conn __pyx_string_tab[2]
-#define __pyx_kp_u_open_create_it_with_more_listen __pyx_string_tab[3]
-#define __pyx_kp_u_s __pyx_string_tab[4]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[5]
-#define __pyx_kp_u__4 __pyx_string_tab[6]
-#define __pyx_kp_u_ __pyx_string_tab[7]
-#define __pyx_kp_u_0_or_more_seconds_or_None __pyx_string_tab[8]
-#define __pyx_kp_u_SHUT_RD_SHUT_WR_or_SHUT_RDWR __pyx_string_tab[9]
-#define __pyx_kp_u_it_would_wait __pyx_string_tab[10]
-#define __pyx_kp_u_no_process_listens __pyx_string_tab[11]
-#define __pyx_kp_u_nothing_moved_in __pyx_string_tab[12]
-#define __pyx_kp_u_the_other_end_is_gone __pyx_string_tab[13]
-#define __pyx_kp_u_the_other_end_receives_no_more __pyx_string_tab[14]
-#define __pyx_kp_u__2 __pyx_string_tab[15]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
-#define __pyx_kp_u_a_Half_is_made_by_its_Stream __pyx_string_tab[17]
-#define __pyx_kp_u_add_note __pyx_string_tab[18]
-#define __pyx_kp_u_cannot_receive __pyx_string_tab[19]
-#define __pyx_kp_u_channel __pyx_string_tab[20]
-#define __pyx_kp_u_connection_of __pyx_string_tab[21]
-#define __pyx_kp_u_disable __pyx_string_tab[22]
-#define __pyx_kp_u_enable __pyx_string_tab[23]
-#define __pyx_kp_u_gc __pyx_string_tab[24]
-#define __pyx_kp_u_how_2 __pyx_string_tab[25]
-#define __pyx_kp_u_isenabled __pyx_string_tab[26]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[27]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[28]
-#define __pyx_kp_u_ivshmem_system_time_limits __pyx_string_tab[29]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[30]
-#define __pyx_kp_u_ivshmem_channel_streams_pyx __pyx_string_tab[31]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[32]
-#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[33]
-#define __pyx_kp_u_self_stream_cannot_be_converted __pyx_string_tab[34]
-#define __pyx_kp_u_timeout_2 __pyx_string_tab[35]
-#define __pyx_n_u__3 __pyx_string_tab[36]
-#define __pyx_n_u_B __pyx_string_tab[37]
-#define __pyx_n_u_ChannelError __pyx_string_tab[38]
-#define __pyx_n_u_Half __pyx_string_tab[39]
-#define __pyx_n_u_Half___reduce_cython __pyx_string_tab[40]
-#define __pyx_n_u_Half___setstate_cython __pyx_string_tab[41]
-#define __pyx_n_u_Stream __pyx_string_tab[42]
-#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[43]
-#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[44]
-#define __pyx_n_u_Stream__recv_now __pyx_string_tab[45]
-#define __pyx_n_u_Stream__send_now __pyx_string_tab[46]
-#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[47]
-#define __pyx_n_u_Stream_makefile __pyx_string_tab[48]
-#define __pyx_n_u_Stream_recv __pyx_string_tab[49]
-#define __pyx_n_u_Stream_recv_async __pyx_string_tab[50]
-#define __pyx_n_u_Stream_recv_into __pyx_string_tab[51]
-#define __pyx_n_u_Stream_send __pyx_string_tab[52]
-#define __pyx_n_u_Stream_sendall __pyx_string_tab[53]
-#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[54]
-#define __pyx_n_u_Stream_setblocking __pyx_string_tab[55]
-#define __pyx_n_u_Stream_settimeout __pyx_string_tab[56]
-#define __pyx_n_u_Stream_shutdown __pyx_string_tab[57]
-#define __pyx_n_u_StreamListener __pyx_string_tab[58]
-#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_StreamListener_accept __pyx_string_tab[61]
-#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[62]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[63]
-#define __pyx_n_u_annotate __pyx_string_tab[64]
-#define __pyx_n_u_await __pyx_string_tab[65]
-#define __pyx_n_u_func __pyx_string_tab[66]
-#define __pyx_n_u_getstate __pyx_string_tab[67]
-#define __pyx_n_u_main __pyx_string_tab[68]
-#define __pyx_n_u_module __pyx_string_tab[69]
-#define __pyx_n_u_name_2 __pyx_string_tab[70]
-#define __pyx_n_u_pyx_state __pyx_string_tab[71]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[72]
-#define __pyx_n_u_qualname __pyx_string_tab[73]
-#define __pyx_n_u_reduce __pyx_string_tab[74]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[76]
-#define __pyx_n_u_set_name __pyx_string_tab[77]
-#define __pyx_n_u_setstate __pyx_string_tab[78]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[79]
-#define __pyx_n_u_test __pyx_string_tab[80]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[81]
-#define __pyx_n_u_recv_now __pyx_string_tab[82]
-#define __pyx_n_u_send_now __pyx_string_tab[83]
-#define __pyx_n_u_accept __pyx_string_tab[84]
-#define __pyx_n_u_accept_async __pyx_string_tab[85]
-#define __pyx_n_u_all_of __pyx_string_tab[86]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[87]
-#define __pyx_n_u_buffer __pyx_string_tab[88]
-#define __pyx_n_u_buffering __pyx_string_tab[89]
-#define __pyx_n_u_cast __pyx_string_tab[90]
-#define __pyx_n_u_channels __pyx_string_tab[91]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[92]
-#define __pyx_n_u_close __pyx_string_tab[93]
-#define __pyx_n_u_code __pyx_string_tab[94]
-#define __pyx_n_u_connect __pyx_string_tab[95]
-#define __pyx_n_u_connection __pyx_string_tab[96]
-#define __pyx_n_u_data __pyx_string_tab[97]
-#define __pyx_n_u_deadline __pyx_string_tab[98]
-#define __pyx_n_u_deadline_of __pyx_string_tab[99]
-#define __pyx_n_u_done __pyx_string_tab[100]
-#define __pyx_n_u_encoding __pyx_string_tab[101]
-#define __pyx_n_u_errors __pyx_string_tab[102]
-#define __pyx_n_u_flag __pyx_string_tab[103]
-#define __pyx_n_u_g __pyx_string_tab[104]
-#define __pyx_n_u_gettimeout __pyx_string_tab[105]
-#define __pyx_n_u_how __pyx_string_tab[106]
-#define __pyx_n_u_index __pyx_string_tab[107]
-#define __pyx_n_u_items __pyx_string_tab[108]
-#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[109]
-#define __pyx_n_u_left __pyx_string_tab[110]
-#define __pyx_n_u_listener __pyx_string_tab[111]
-#define __pyx_n_u_makefile __pyx_string_tab[112]
-#define __pyx_n_u_membership __pyx_string_tab[113]
-#define __pyx_n_u_mode __pyx_string_tab[114]
-#define __pyx_n_u_monotonic __pyx_string_tab[115]
-#define __pyx_n_u_most __pyx_string_tab[116]
-#define __pyx_n_u_name __pyx_string_tab[117]
-#define __pyx_n_u_nbytes __pyx_string_tab[118]
-#define __pyx_n_u_newline __pyx_string_tab[119]
-#define __pyx_n_u_next __pyx_string_tab[120]
-#define __pyx_n_u_over __pyx_string_tab[121]
-#define __pyx_n_u_pop __pyx_string_tab[122]
-#define __pyx_n_u_r __pyx_string_tab[123]
-#define __pyx_n_u_recv __pyx_string_tab[124]
-#define __pyx_n_u_recv_async __pyx_string_tab[125]
-#define __pyx_n_u_recv_into __pyx_string_tab[126]
-#define __pyx_n_u_room __pyx_string_tab[127]
-#define __pyx_n_u_seconds_of __pyx_string_tab[128]
-#define __pyx_n_u_self __pyx_string_tab[129]
-#define __pyx_n_u_send __pyx_string_tab[130]
-#define __pyx_n_u_sendall __pyx_string_tab[131]
-#define __pyx_n_u_sendall_async __pyx_string_tab[132]
-#define __pyx_n_u_sent __pyx_string_tab[133]
-#define __pyx_n_u_setblocking __pyx_string_tab[134]
-#define __pyx_n_u_setdefault __pyx_string_tab[135]
-#define __pyx_n_u_settimeout __pyx_string_tab[136]
-#define __pyx_n_u_shutdown __pyx_string_tab[137]
-#define __pyx_n_u_size __pyx_string_tab[138]
-#define __pyx_n_u_spin __pyx_string_tab[139]
-#define __pyx_n_u_stream __pyx_string_tab[140]
-#define __pyx_n_u_stream_files __pyx_string_tab[141]
-#define __pyx_n_u_system_time_limits __pyx_string_tab[142]
-#define __pyx_n_u_text __pyx_string_tab[143]
-#define __pyx_n_u_throw __pyx_string_tab[144]
-#define __pyx_n_u_time __pyx_string_tab[145]
-#define __pyx_n_u_timeout __pyx_string_tab[146]
-#define __pyx_n_u_value __pyx_string_tab[147]
-#define __pyx_n_u_values __pyx_string_tab[148]
-#define __pyx_n_u_view __pyx_string_tab[149]
-#define __pyx_kp_b__3 __pyx_string_tab[150]
-#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[151]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[169]
+#define __pyx_kp_u_at_this_moment __pyx_string_tab[0]
+#define __pyx_kp_u_bytes __pyx_string_tab[1]
+#define __pyx_kp_u_bytes_into_a_buffer_of __pyx_string_tab[2]
+#define __pyx_kp_u_in_use_create_it_with_more_conn __pyx_string_tab[3]
+#define __pyx_kp_u_open_create_it_with_more_listen __pyx_string_tab[4]
+#define __pyx_kp_u_s __pyx_string_tab[5]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[6]
+#define __pyx_kp_u__4 __pyx_string_tab[7]
+#define __pyx_kp_u_0_bytes_it_would_look_like_the_e __pyx_string_tab[8]
+#define __pyx_kp_u_ __pyx_string_tab[9]
+#define __pyx_kp_u_0_or_more_seconds_or_None __pyx_string_tab[10]
+#define __pyx_kp_u_SHUT_RD_SHUT_WR_or_SHUT_RDWR __pyx_string_tab[11]
+#define __pyx_kp_u_another_thread __pyx_string_tab[12]
+#define __pyx_kp_u_it_would_wait __pyx_string_tab[13]
+#define __pyx_kp_u_no_process_listens __pyx_string_tab[14]
+#define __pyx_kp_u_nothing_moved_in __pyx_string_tab[15]
+#define __pyx_kp_u_the_other_end_is_gone __pyx_string_tab[16]
+#define __pyx_kp_u_the_other_end_receives_no_more __pyx_string_tab[17]
+#define __pyx_kp_u__2 __pyx_string_tab[18]
+#define __pyx_kp_u_None __pyx_string_tab[19]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[20]
+#define __pyx_kp_u_a_Half_is_made_by_its_Stream __pyx_string_tab[21]
+#define __pyx_kp_u_add_note __pyx_string_tab[22]
+#define __pyx_kp_u_cannot_move __pyx_string_tab[23]
+#define __pyx_kp_u_cannot_receive __pyx_string_tab[24]
+#define __pyx_kp_u_channel __pyx_string_tab[25]
+#define __pyx_kp_u_connection_of __pyx_string_tab[26]
+#define __pyx_kp_u_descriptor __pyx_string_tab[27]
+#define __pyx_kp_u_disable __pyx_string_tab[28]
+#define __pyx_kp_u_enable __pyx_string_tab[29]
+#define __pyx_kp_u_gc __pyx_string_tab[30]
+#define __pyx_kp_u_how_2 __pyx_string_tab[31]
+#define __pyx_kp_u_isenabled __pyx_string_tab[32]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[33]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[34]
+#define __pyx_kp_u_ivshmem_system_time_limits __pyx_string_tab[35]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[36]
+#define __pyx_kp_u_ivshmem_channel_streams_pyx __pyx_string_tab[37]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[38]
+#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[39]
+#define __pyx_kp_u_self_stream_cannot_be_converted __pyx_string_tab[40]
+#define __pyx_kp_u_timeout_2 __pyx_string_tab[41]
+#define __pyx_n_u__3 __pyx_string_tab[42]
+#define __pyx_n_u_B __pyx_string_tab[43]
+#define __pyx_n_u_BROKEN __pyx_string_tab[44]
+#define __pyx_n_u_ChannelError __pyx_string_tab[45]
+#define __pyx_n_u_DESCRIPTOR_WAITS __pyx_string_tab[46]
+#define __pyx_n_u_Half __pyx_string_tab[47]
+#define __pyx_n_u_Half___reduce_cython __pyx_string_tab[48]
+#define __pyx_n_u_Half___setstate_cython __pyx_string_tab[49]
+#define __pyx_n_u_RING_WAITS __pyx_string_tab[50]
+#define __pyx_n_u_Stream __pyx_string_tab[51]
+#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[53]
+#define __pyx_n_u_Stream__drain __pyx_string_tab[54]
+#define __pyx_n_u_Stream__fill __pyx_string_tab[55]
+#define __pyx_n_u_Stream__recv_now __pyx_string_tab[56]
+#define __pyx_n_u_Stream__send_now __pyx_string_tab[57]
+#define __pyx_n_u_Stream__silence __pyx_string_tab[58]
+#define __pyx_n_u_Stream_abort __pyx_string_tab[59]
+#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[60]
+#define __pyx_n_u_Stream_makefile __pyx_string_tab[61]
+#define __pyx_n_u_Stream_read_from __pyx_string_tab[62]
+#define __pyx_n_u_Stream_recv __pyx_string_tab[63]
+#define __pyx_n_u_Stream_recv_async __pyx_string_tab[64]
+#define __pyx_n_u_Stream_recv_into __pyx_string_tab[65]
+#define __pyx_n_u_Stream_send __pyx_string_tab[66]
+#define __pyx_n_u_Stream_sendall __pyx_string_tab[67]
+#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[68]
+#define __pyx_n_u_Stream_setblocking __pyx_string_tab[69]
+#define __pyx_n_u_Stream_settimeout __pyx_string_tab[70]
+#define __pyx_n_u_Stream_shutdown __pyx_string_tab[71]
+#define __pyx_n_u_Stream_write_to __pyx_string_tab[72]
+#define __pyx_n_u_StreamListener __pyx_string_tab[73]
+#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[74]
+#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[75]
+#define __pyx_n_u_StreamListener_accept __pyx_string_tab[76]
+#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[77]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[78]
+#define __pyx_n_u_annotate __pyx_string_tab[79]
+#define __pyx_n_u_await __pyx_string_tab[80]
+#define __pyx_n_u_func __pyx_string_tab[81]
+#define __pyx_n_u_getstate __pyx_string_tab[82]
+#define __pyx_n_u_main __pyx_string_tab[83]
+#define __pyx_n_u_module __pyx_string_tab[84]
+#define __pyx_n_u_name_2 __pyx_string_tab[85]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[86]
+#define __pyx_n_u_pyx_state __pyx_string_tab[87]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[88]
+#define __pyx_n_u_qualname __pyx_string_tab[89]
+#define __pyx_n_u_reduce __pyx_string_tab[90]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[91]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[92]
+#define __pyx_n_u_set_name __pyx_string_tab[93]
+#define __pyx_n_u_setstate __pyx_string_tab[94]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[95]
+#define __pyx_n_u_test __pyx_string_tab[96]
+#define __pyx_n_u_drain __pyx_string_tab[97]
+#define __pyx_n_u_fill __pyx_string_tab[98]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[99]
+#define __pyx_n_u_recv_now __pyx_string_tab[100]
+#define __pyx_n_u_send_now __pyx_string_tab[101]
+#define __pyx_n_u_silence __pyx_string_tab[102]
+#define __pyx_n_u_abort __pyx_string_tab[103]
+#define __pyx_n_u_accept __pyx_string_tab[104]
+#define __pyx_n_u_accept_async __pyx_string_tab[105]
+#define __pyx_n_u_all_of __pyx_string_tab[106]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[107]
+#define __pyx_n_u_buffer __pyx_string_tab[108]
+#define __pyx_n_u_buffering __pyx_string_tab[109]
+#define __pyx_n_u_cast __pyx_string_tab[110]
+#define __pyx_n_u_channels __pyx_string_tab[111]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[112]
+#define __pyx_n_u_close __pyx_string_tab[113]
+#define __pyx_n_u_code __pyx_string_tab[114]
+#define __pyx_n_u_connect __pyx_string_tab[115]
+#define __pyx_n_u_connection __pyx_string_tab[116]
+#define __pyx_n_u_data __pyx_string_tab[117]
+#define __pyx_n_u_deadline __pyx_string_tab[118]
+#define __pyx_n_u_deadline_of __pyx_string_tab[119]
+#define __pyx_n_u_done __pyx_string_tab[120]
+#define __pyx_n_u_encoding __pyx_string_tab[121]
+#define __pyx_n_u_errors __pyx_string_tab[122]
+#define __pyx_n_u_fd __pyx_string_tab[123]
+#define __pyx_n_u_fileno __pyx_string_tab[124]
+#define __pyx_n_u_flag __pyx_string_tab[125]
+#define __pyx_n_u_g __pyx_string_tab[126]
+#define __pyx_n_u_gettimeout __pyx_string_tab[127]
+#define __pyx_n_u_how __pyx_string_tab[128]
+#define __pyx_n_u_index __pyx_string_tab[129]
+#define __pyx_n_u_items __pyx_string_tab[130]
+#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[131]
+#define __pyx_n_u_left __pyx_string_tab[132]
+#define __pyx_n_u_listener __pyx_string_tab[133]
+#define __pyx_n_u_makefile __pyx_string_tab[134]
+#define __pyx_n_u_membership __pyx_string_tab[135]
+#define __pyx_n_u_mode __pyx_string_tab[136]
+#define __pyx_n_u_monotonic __pyx_string_tab[137]
+#define __pyx_n_u_most __pyx_string_tab[138]
+#define __pyx_n_u_n __pyx_string_tab[139]
+#define __pyx_n_u_name __pyx_string_tab[140]
+#define __pyx_n_u_nbytes __pyx_string_tab[141]
+#define __pyx_n_u_newline __pyx_string_tab[142]
+#define __pyx_n_u_next __pyx_string_tab[143]
+#define __pyx_n_u_os __pyx_string_tab[144]
+#define __pyx_n_u_over __pyx_string_tab[145]
+#define __pyx_n_u_pop __pyx_string_tab[146]
+#define __pyx_n_u_r __pyx_string_tab[147]
+#define __pyx_n_u_read_from __pyx_string_tab[148]
+#define __pyx_n_u_receives __pyx_string_tab[149]
+#define __pyx_n_u_recv __pyx_string_tab[150]
+#define __pyx_n_u_recv_async __pyx_string_tab[151]
+#define __pyx_n_u_recv_into __pyx_string_tab[152]
+#define __pyx_n_u_room __pyx_string_tab[153]
+#define __pyx_n_u_seconds_of __pyx_string_tab[154]
+#define __pyx_n_u_self __pyx_string_tab[155]
+#define __pyx_n_u_send __pyx_string_tab[156]
+#define __pyx_n_u_sendall __pyx_string_tab[157]
+#define __pyx_n_u_sendall_async __pyx_string_tab[158]
+#define __pyx_n_u_sends __pyx_string_tab[159]
+#define __pyx_n_u_sent __pyx_string_tab[160]
+#define __pyx_n_u_setblocking __pyx_string_tab[161]
+#define __pyx_n_u_setdefault __pyx_string_tab[162]
+#define __pyx_n_u_settimeout __pyx_string_tab[163]
+#define __pyx_n_u_shutdown __pyx_string_tab[164]
+#define __pyx_n_u_size __pyx_string_tab[165]
+#define __pyx_n_u_spin __pyx_string_tab[166]
+#define __pyx_n_u_stream __pyx_string_tab[167]
+#define __pyx_n_u_stream_files __pyx_string_tab[168]
+#define __pyx_n_u_strerror __pyx_string_tab[169]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[170]
+#define __pyx_n_u_text __pyx_string_tab[171]
+#define __pyx_n_u_throw __pyx_string_tab[172]
+#define __pyx_n_u_time __pyx_string_tab[173]
+#define __pyx_n_u_timeout __pyx_string_tab[174]
+#define __pyx_n_u_value __pyx_string_tab[175]
+#define __pyx_n_u_values __pyx_string_tab[176]
+#define __pyx_n_u_view __pyx_string_tab[177]
+#define __pyx_n_u_write_to __pyx_string_tab[178]
+#define __pyx_kp_b__3 __pyx_string_tab[179]
+#define __pyx_kp_b_PyObject_struct___pyx_obj_7ivshm __pyx_string_tab[180]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[181]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_t_a __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_t_t1 __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_F_Qat9Ba __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_Q_E_4q_3d __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[195]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[196]
+#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[197]
+#define __pyx_kp_b_iso88591_A_L_F __pyx_string_tab[198]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[199]
+#define __pyx_kp_b_iso88591_A_Q_E_A_3d __pyx_string_tab[200]
+#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[201]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[202]
+#define __pyx_kp_b_iso88591_1_avT_1 __pyx_string_tab[203]
+#define __pyx_kp_b_iso88591_2_AT_az_1 __pyx_string_tab[204]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[205]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -4784,12 +4882,12 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   __Pyx_State_RemoveModule(NULL);
   #endif
   Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
@@ -4805,18 +4903,18 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7streams_StreamListener);
-  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Half);
-  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7streams_Half);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7streams_Stream);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Half);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7streams_Half);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
   Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<22; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<170; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<28; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<206; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4845,12 +4943,12 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
   Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
@@ -4866,18 +4964,18 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7streams_StreamListener);
-  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Half);
-  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7streams_Half);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7streams_Stream);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams_Half);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7streams_Half);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
   Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<22; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<170; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<28; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<206; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5629,8 +5727,8 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/streams.pyx":42
- *     cdef ivshmem_listener listener
+/* "ivshmem/channel/streams.pyx":44
+ *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *         cdef int code
@@ -5662,53 +5760,53 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 42, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 44, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 42, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 44, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 42, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 44, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 42, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 44, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 42, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 44, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 42, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 44, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 42, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 44, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 42, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 44, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 42, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 44, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 42, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 44, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 42, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 44, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 42, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 44, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 42, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 44, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5719,8 +5817,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 42, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 42, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 44, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -5764,17 +5862,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/streams.pyx":44
+  /* "ivshmem/channel/streams.pyx":46
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 46, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":45
+  /* "ivshmem/channel/streams.pyx":47
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5783,7 +5881,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":46
+  /* "ivshmem/channel/streams.pyx":48
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5792,7 +5890,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":47
+  /* "ivshmem/channel/streams.pyx":49
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)             # <<<<<<<<<<<<<<
@@ -5801,7 +5899,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_code = ivshmem_listen((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":48
+  /* "ivshmem/channel/streams.pyx":50
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5813,7 +5911,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":49
+    /* "ivshmem/channel/streams.pyx":51
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
@@ -5824,7 +5922,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 
     __pyx_v_most = __pyx_t_3;
 
-    /* "ivshmem/channel/streams.pyx":50
+    /* "ivshmem/channel/streams.pyx":52
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5832,35 +5930,35 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 50, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/streams.pyx":51
+    /* "ivshmem/channel/streams.pyx":53
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 51, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 53, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_listener);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_listener);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 51, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 53, __pyx_L1_error);
     __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 51, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5877,7 +5975,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 51, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -5899,14 +5997,14 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 52, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 50, __pyx_L1_error)
+    __PYX_ERR(0, 52, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":48
+    /* "ivshmem/channel/streams.pyx":50
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5915,7 +6013,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":53
+  /* "ivshmem/channel/streams.pyx":55
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -5927,20 +6025,20 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":54
+    /* "ivshmem/channel/streams.pyx":56
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         self.enlist()
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 54, __pyx_L1_error)
+    __PYX_ERR(0, 56, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":53
+    /* "ivshmem/channel/streams.pyx":55
  *                 f"channel {name!r}: {all_of(most, 'listener')} open; create it with more listeners"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
@@ -5949,18 +6047,18 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":55
+  /* "ivshmem/channel/streams.pyx":57
  *         if code:
  *             raise self.fail(code)
  *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef int attempt(self) except -2:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 55, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":42
- *     cdef ivshmem_listener listener
+  /* "ivshmem/channel/streams.pyx":44
+ *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *         cdef int code
@@ -5988,7 +6086,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":57
+/* "ivshmem/channel/streams.pyx":59
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6001,7 +6099,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":58
+  /* "ivshmem/channel/streams.pyx":60
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -6023,7 +6121,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":57
+  /* "ivshmem/channel/streams.pyx":59
  *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6037,7 +6135,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":60
+/* "ivshmem/channel/streams.pyx":62
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6052,7 +6150,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":61
+  /* "ivshmem/channel/streams.pyx":63
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6061,20 +6159,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":62
+  /* "ivshmem/channel/streams.pyx":64
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 64, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":60
+  /* "ivshmem/channel/streams.pyx":62
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6091,7 +6189,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":64
+/* "ivshmem/channel/streams.pyx":66
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6101,7 +6199,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":65
+  /* "ivshmem/channel/streams.pyx":67
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6110,7 +6208,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":64
+  /* "ivshmem/channel/streams.pyx":66
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6122,7 +6220,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":67
+/* "ivshmem/channel/streams.pyx":69
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6139,7 +6237,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":68
+  /* "ivshmem/channel/streams.pyx":70
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6156,7 +6254,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 70, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6167,17 +6265,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":69
+    /* "ivshmem/channel/streams.pyx":71
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":68
+    /* "ivshmem/channel/streams.pyx":70
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6186,7 +6284,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":70
+  /* "ivshmem/channel/streams.pyx":72
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6199,7 +6297,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":67
+  /* "ivshmem/channel/streams.pyx":69
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -6216,7 +6314,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":72
+/* "ivshmem/channel/streams.pyx":74
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6227,7 +6325,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":73
+  /* "ivshmem/channel/streams.pyx":75
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6236,7 +6334,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":74
+  /* "ivshmem/channel/streams.pyx":76
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6249,7 +6347,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":72
+  /* "ivshmem/channel/streams.pyx":74
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6263,7 +6361,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":76
+/* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6312,20 +6410,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 76, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 78, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 76, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 78, __pyx_L3_error)
 
-      /* "ivshmem/channel/streams.pyx":77
+      /* "ivshmem/channel/streams.pyx":79
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6338,7 +6436,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 76, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 78, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6351,7 +6449,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 76, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 78, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6364,7 +6462,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6409,29 +6507,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":90
+        /* "ivshmem/channel/streams.pyx":92
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":92
+        /* "ivshmem/channel/streams.pyx":94
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
  *         deadline = deadline_of(timeout)
  *         while True:
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 92, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":93
+        /* "ivshmem/channel/streams.pyx":95
  *         cdef int code
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -6439,7 +6537,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
  *             self.enter()
 */
         __pyx_t_4 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 93, __pyx_L4_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 95, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -6458,13 +6556,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __pyx_v_deadline = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/streams.pyx":94
+        /* "ivshmem/channel/streams.pyx":96
  *         stream.take_over(self)
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
@@ -6473,17 +6571,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
         while (1) {
 
-          /* "ivshmem/channel/streams.pyx":95
+          /* "ivshmem/channel/streams.pyx":97
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/streams.pyx":96
+          /* "ivshmem/channel/streams.pyx":98
  *         while True:
  *             self.enter()
  *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -6492,7 +6590,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-          /* "ivshmem/channel/streams.pyx":97
+          /* "ivshmem/channel/streams.pyx":99
  *             self.enter()
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
@@ -6501,7 +6599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
 
-          /* "ivshmem/channel/streams.pyx":98
+          /* "ivshmem/channel/streams.pyx":100
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6513,17 +6611,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":99
+            /* "ivshmem/channel/streams.pyx":101
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 99, __pyx_L4_error)
+            __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 101, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/streams.pyx":100
+            /* "ivshmem/channel/streams.pyx":102
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -6542,7 +6640,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":98
+            /* "ivshmem/channel/streams.pyx":100
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6551,7 +6649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":101
+          /* "ivshmem/channel/streams.pyx":103
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6563,20 +6661,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           if (unlikely(__pyx_t_7)) {
 
 
-            /* "ivshmem/channel/streams.pyx":102
+            /* "ivshmem/channel/streams.pyx":104
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_Raise(__pyx_t_2, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-            __PYX_ERR(0, 102, __pyx_L4_error)
+            __PYX_ERR(0, 104, __pyx_L4_error)
 
-            /* "ivshmem/channel/streams.pyx":101
+            /* "ivshmem/channel/streams.pyx":103
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6585,7 +6683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":103
+          /* "ivshmem/channel/streams.pyx":105
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -6600,7 +6698,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 
             __pyx_t_8 = 0;
             __pyx_t_4 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_6 = 1;
             #if CYTHON_UNPACK_METHODS
@@ -6619,18 +6717,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
               __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 103, __pyx_L4_error)
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 105, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_5);
             }
-            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 103, __pyx_L4_error)
+            __pyx_t_9 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_5); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 105, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_9);
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
+            __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
-            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 103, __pyx_L4_error)
+            __pyx_t_10 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_9, Py_GT); if (unlikely((__pyx_t_10 < 0))) __PYX_ERR(0, 105, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
             if (__pyx_t_10) {
-              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L4_error)
+              __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 105, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
               __pyx_t_5 = __pyx_t_4;
               __pyx_t_4 = 0;
@@ -6648,21 +6746,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
           __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_2);
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/streams.pyx":104
+          /* "ivshmem/channel/streams.pyx":106
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return None
  * 
 */
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 104, __pyx_L4_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 106, __pyx_L4_error)
           __pyx_t_7 = (__pyx_t_3 == IVSHMEM_AGAIN);
 
 
           if (__pyx_t_7) {
 
 
-            /* "ivshmem/channel/streams.pyx":105
+            /* "ivshmem/channel/streams.pyx":107
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -6680,7 +6778,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/streams.pyx":104
+            /* "ivshmem/channel/streams.pyx":106
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6691,7 +6789,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":76
+      /* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6741,7 +6839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":107
+/* "ivshmem/channel/streams.pyx":109
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6789,24 +6887,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 109, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 109, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6817,7 +6915,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 109, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6848,16 +6946,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":111
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())             # <<<<<<<<<<<<<<
  * 
  *     def __iter__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_something(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_t_1, __pyx_v_timeout, __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -6871,7 +6969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":107
+  /* "ivshmem/channel/streams.pyx":109
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6891,7 +6989,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":111
+/* "ivshmem/channel/streams.pyx":113
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6919,7 +7017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":112
+  /* "ivshmem/channel/streams.pyx":114
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -6937,7 +7035,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":111
+  /* "ivshmem/channel/streams.pyx":113
  *         return until_something(self, self.accept, timeout, ())
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6952,7 +7050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":114
+/* "ivshmem/channel/streams.pyx":116
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6986,7 +7084,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":115
+  /* "ivshmem/channel/streams.pyx":117
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -7000,7 +7098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 117, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7014,7 +7112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":114
+  /* "ivshmem/channel/streams.pyx":116
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -7034,7 +7132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":117
+/* "ivshmem/channel/streams.pyx":119
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7062,7 +7160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":118
+  /* "ivshmem/channel/streams.pyx":120
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7080,7 +7178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":117
+  /* "ivshmem/channel/streams.pyx":119
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7095,7 +7193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":120
+/* "ivshmem/channel/streams.pyx":122
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7129,7 +7227,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":121
+  /* "ivshmem/channel/streams.pyx":123
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7143,7 +7241,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 123, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7157,7 +7255,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":120
+  /* "ivshmem/channel/streams.pyx":122
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7383,7 +7481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":124
+/* "ivshmem/channel/streams.pyx":126
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7434,53 +7532,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 124, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 126, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 126, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 124, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 126, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 126, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 126, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 126, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 124, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 126, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 124, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 126, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 124, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 126, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7491,8 +7589,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 124, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 126, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 126, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -7538,29 +7636,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":131
+  /* "ivshmem/channel/streams.pyx":133
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":133
+  /* "ivshmem/channel/streams.pyx":135
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":134
+  /* "ivshmem/channel/streams.pyx":136
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -7569,7 +7667,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":135
+  /* "ivshmem/channel/streams.pyx":137
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -7578,7 +7676,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":136
+  /* "ivshmem/channel/streams.pyx":138
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -7587,7 +7685,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":137
+  /* "ivshmem/channel/streams.pyx":139
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7599,7 +7697,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":138
+    /* "ivshmem/channel/streams.pyx":140
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -7607,7 +7705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 138, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 140, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7621,7 +7719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 138, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 140, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -7630,14 +7728,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 140, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 138, __pyx_L1_error)
+    __PYX_ERR(0, 140, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":137
+    /* "ivshmem/channel/streams.pyx":139
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7646,7 +7744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":139
+  /* "ivshmem/channel/streams.pyx":141
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7658,7 +7756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":140
+    /* "ivshmem/channel/streams.pyx":142
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -7669,7 +7767,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":141
+    /* "ivshmem/channel/streams.pyx":143
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -7677,35 +7775,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *             " connections"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/streams.pyx":142
+    /* "ivshmem/channel/streams.pyx":144
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(
  *             f"channel {name!r}: {all_of(most, 'connection')} in use; create it with more"             # <<<<<<<<<<<<<<
  *             " connections"
  *         )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_all_of); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 144, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 144, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 142, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7722,7 +7820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -7744,14 +7842,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 141, __pyx_L1_error)
+    __PYX_ERR(0, 143, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":139
+    /* "ivshmem/channel/streams.pyx":141
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7760,7 +7858,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":145
+  /* "ivshmem/channel/streams.pyx":147
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7772,20 +7870,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":146
+    /* "ivshmem/channel/streams.pyx":148
  *         )
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 148, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 146, __pyx_L1_error)
+    __PYX_ERR(0, 148, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":145
+    /* "ivshmem/channel/streams.pyx":147
  *             " connections"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -7794,27 +7892,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":147
+  /* "ivshmem/channel/streams.pyx":149
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":148
+  /* "ivshmem/channel/streams.pyx":150
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 150, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":149
+  /* "ivshmem/channel/streams.pyx":151
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -7832,7 +7930,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":124
+  /* "ivshmem/channel/streams.pyx":126
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7860,48 +7958,58 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":157
+/* "ivshmem/channel/streams.pyx":159
  * 
  * 
- * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
- *     cdef ivshmem_other_end other
+ * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Return in which directions a call would not wait: 1 << SEND, 1 << RECEIVE; or an error.
+ * 
 */
 
-static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_v_stream, int __pyx_v_direction) {
+static int __pyx_f_7ivshmem_7channel_7streams_look_both(struct ivshmem_stream *__pyx_v_stream) {
   struct ivshmem_other_end __pyx_v_other;
+  int __pyx_v_found;
   int __pyx_v_code;
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":160
- *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+  /* "ivshmem/channel/streams.pyx":165
+ *     """
  *     cdef ivshmem_other_end other
+ *     cdef int found = 0             # <<<<<<<<<<<<<<
+ *     cdef int code = ivshmem_stream_look(stream, &other)
+ *     if code:
+*/
+  __pyx_v_found = 0;
+
+  /* "ivshmem/channel/streams.pyx":166
+ *     cdef ivshmem_other_end other
+ *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
  *     if code:
  *         return code
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":161
- *     cdef ivshmem_other_end other
+  /* "ivshmem/channel/streams.pyx":167
+ *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
  *         return code
- *     if other.closed:
+ *     if other.closed or other.receives_no_more:
 */
   __pyx_t_1 = (__pyx_v_code != 0);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":162
+    /* "ivshmem/channel/streams.pyx":168
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
- *     if other.closed:
- *         return 0
+ *     if other.closed or other.receives_no_more:
+ *         found |= 1 << ENDED
 */
     {
 
@@ -7909,171 +8017,163 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":161
- *     cdef ivshmem_other_end other
+    /* "ivshmem/channel/streams.pyx":167
+ *     cdef int found = 0
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
  *         return code
- *     if other.closed:
+ *     if other.closed or other.receives_no_more:
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":163
+  /* "ivshmem/channel/streams.pyx":169
  *     if code:
  *         return code
- *     if other.closed:             # <<<<<<<<<<<<<<
- *         return 0
- *     if direction == SEND:
+ *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
+ *         found |= 1 << ENDED
+ *     if (
 */
-  __pyx_t_1 = (__pyx_v_other.closed != 0);
+  __pyx_t_2 = (__pyx_v_other.closed != 0);
 
-  if (__pyx_t_1) {
+  if (!__pyx_t_2) {
 
-
-    /* "ivshmem/channel/streams.pyx":164
- *         return code
- *     if other.closed:
- *         return 0             # <<<<<<<<<<<<<<
- *     if direction == SEND:
- *         if other.receives_no_more or stream.sends_no_more:
-*/
-    {
-
-      __pyx_r = 0;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/streams.pyx":163
- *     if code:
- *         return code
- *     if other.closed:             # <<<<<<<<<<<<<<
- *         return 0
- *     if direction == SEND:
-*/
-  }
-
-  /* "ivshmem/channel/streams.pyx":165
- *     if other.closed:
- *         return 0
- *     if direction == SEND:             # <<<<<<<<<<<<<<
- *         if other.receives_no_more or stream.sends_no_more:
- *             return 0
-*/
-  __pyx_t_1 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/streams.pyx":166
- *         return 0
- *     if direction == SEND:
- *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
- *             return 0
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
-*/
-    __pyx_t_2 = (__pyx_v_other.receives_no_more != 0);
-
-    if (!__pyx_t_2) {
-
-    } else {
-
-      __pyx_t_1 = __pyx_t_2;
-
-      goto __pyx_L7_bool_binop_done;
-    }
-    __pyx_t_2 = (__pyx_v_stream->sends_no_more != 0);
-
+  } else {
 
     __pyx_t_1 = __pyx_t_2;
 
-    __pyx_L7_bool_binop_done:;
-    if (__pyx_t_1) {
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_other.receives_no_more != 0);
 
 
-      /* "ivshmem/channel/streams.pyx":167
- *     if direction == SEND:
- *         if other.receives_no_more or stream.sends_no_more:
- *             return 0             # <<<<<<<<<<<<<<
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
- *             return 0
-*/
-      {
+  __pyx_t_1 = __pyx_t_2;
 
-        __pyx_r = 0;
-      }
-      goto __pyx_L0;
+  __pyx_L5_bool_binop_done:;
+  if (__pyx_t_1) {
 
-      /* "ivshmem/channel/streams.pyx":166
- *         return 0
- *     if direction == SEND:
- *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
- *             return 0
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
-*/
-    }
-
-    /* "ivshmem/channel/streams.pyx":168
- *         if other.receives_no_more or stream.sends_no_more:
- *             return 0
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
- *             return 0
- *         return IVSHMEM_AGAIN
-*/
-    __pyx_t_1 = (ivshmem_ahead(__pyx_v_stream->sent, __pyx_v_other.received) < __pyx_v_stream->channel->layout.cell_bytes);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/streams.pyx":169
- *             return 0
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
- *             return 0             # <<<<<<<<<<<<<<
- *         return IVSHMEM_AGAIN
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
-*/
-      {
-
-        __pyx_r = 0;
-      }
-      goto __pyx_L0;
-
-      /* "ivshmem/channel/streams.pyx":168
- *         if other.receives_no_more or stream.sends_no_more:
- *             return 0
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
- *             return 0
- *         return IVSHMEM_AGAIN
-*/
-    }
 
     /* "ivshmem/channel/streams.pyx":170
- *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
- *             return 0
- *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
- *         return 0
+ *         return code
+ *     if other.closed or other.receives_no_more:
+ *         found |= 1 << ENDED             # <<<<<<<<<<<<<<
+ *     if (
+ *         other.closed or other.receives_no_more or stream.sends_no_more
 */
-    {
+    __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_ENDED));
 
-      __pyx_r = IVSHMEM_AGAIN;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/streams.pyx":165
- *     if other.closed:
- *         return 0
- *     if direction == SEND:             # <<<<<<<<<<<<<<
- *         if other.receives_no_more or stream.sends_no_more:
- *             return 0
+    /* "ivshmem/channel/streams.pyx":169
+ *     if code:
+ *         return code
+ *     if other.closed or other.receives_no_more:             # <<<<<<<<<<<<<<
+ *         found |= 1 << ENDED
+ *     if (
 */
   }
 
+  /* "ivshmem/channel/streams.pyx":172
+ *         found |= 1 << ENDED
+ *     if (
+ *         other.closed or other.receives_no_more or stream.sends_no_more             # <<<<<<<<<<<<<<
+ *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
+ *     ):
+*/
+  __pyx_t_2 = (__pyx_v_other.closed != 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L8_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_other.receives_no_more != 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L8_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/streams.pyx":173
+ *     if (
+ *         other.closed or other.receives_no_more or stream.sends_no_more
+ *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
+ *     ):
+ *         found |= 1 << SEND
+*/
+  __pyx_t_2 = (__pyx_v_stream->sends_no_more != 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L8_bool_binop_done;
+  }
+  __pyx_t_2 = (ivshmem_ahead(__pyx_v_stream->sent, __pyx_v_other.received) < __pyx_v_stream->channel->layout.cell_bytes);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L8_bool_binop_done:;
+
   /* "ivshmem/channel/streams.pyx":171
- *             return 0
- *         return IVSHMEM_AGAIN
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
- *         return 0
- *     return IVSHMEM_AGAIN
+ *     if other.closed or other.receives_no_more:
+ *         found |= 1 << ENDED
+ *     if (             # <<<<<<<<<<<<<<
+ *         other.closed or other.receives_no_more or stream.sends_no_more
+ *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
+*/
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/streams.pyx":175
+ *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
+ *     ):
+ *         found |= 1 << SEND             # <<<<<<<<<<<<<<
+ *     if (
+ *         other.closed or other.sent != stream.received
+*/
+    __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_SEND));
+
+    /* "ivshmem/channel/streams.pyx":171
+ *     if other.closed or other.receives_no_more:
+ *         found |= 1 << ENDED
+ *     if (             # <<<<<<<<<<<<<<
+ *         other.closed or other.receives_no_more or stream.sends_no_more
+ *         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":177
+ *         found |= 1 << SEND
+ *     if (
+ *         other.closed or other.sent != stream.received             # <<<<<<<<<<<<<<
+ *         or other.sends_no_more or stream.receives_no_more
+ *     ):
+*/
+  __pyx_t_2 = (__pyx_v_other.closed != 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L13_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/streams.pyx":178
+ *     if (
+ *         other.closed or other.sent != stream.received
+ *         or other.sends_no_more or stream.receives_no_more             # <<<<<<<<<<<<<<
+ *     ):
+ *         found |= 1 << RECEIVE
 */
   __pyx_t_2 = (__pyx_v_other.sent != __pyx_v_stream->received);
 
@@ -8083,7 +8183,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 
     __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L11_bool_binop_done;
+    goto __pyx_L13_bool_binop_done;
   }
   __pyx_t_2 = (__pyx_v_other.sends_no_more != 0);
 
@@ -8093,68 +8193,143 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 
     __pyx_t_1 = __pyx_t_2;
 
-    goto __pyx_L11_bool_binop_done;
+    goto __pyx_L13_bool_binop_done;
   }
   __pyx_t_2 = (__pyx_v_stream->receives_no_more != 0);
 
 
   __pyx_t_1 = __pyx_t_2;
 
-  __pyx_L11_bool_binop_done:;
+  __pyx_L13_bool_binop_done:;
+
+  /* "ivshmem/channel/streams.pyx":176
+ *     ):
+ *         found |= 1 << SEND
+ *     if (             # <<<<<<<<<<<<<<
+ *         other.closed or other.sent != stream.received
+ *         or other.sends_no_more or stream.receives_no_more
+*/
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":172
- *         return IVSHMEM_AGAIN
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
- *         return 0             # <<<<<<<<<<<<<<
- *     return IVSHMEM_AGAIN
+    /* "ivshmem/channel/streams.pyx":180
+ *         or other.sends_no_more or stream.receives_no_more
+ *     ):
+ *         found |= 1 << RECEIVE             # <<<<<<<<<<<<<<
+ *     return found
  * 
 */
-    {
+    __pyx_v_found = (__pyx_v_found | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
 
-      __pyx_r = 0;
-    }
-    goto __pyx_L0;
-
-    /* "ivshmem/channel/streams.pyx":171
- *             return 0
- *         return IVSHMEM_AGAIN
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
- *         return 0
- *     return IVSHMEM_AGAIN
+    /* "ivshmem/channel/streams.pyx":176
+ *     ):
+ *         found |= 1 << SEND
+ *     if (             # <<<<<<<<<<<<<<
+ *         other.closed or other.sent != stream.received
+ *         or other.sends_no_more or stream.receives_no_more
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":173
- *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
- *         return 0
- *     return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/streams.pyx":181
+ *     ):
+ *         found |= 1 << RECEIVE
+ *     return found             # <<<<<<<<<<<<<<
  * 
  * 
 */
   {
 
-    __pyx_r = IVSHMEM_AGAIN;
+    __pyx_r = __pyx_v_found;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":157
+  /* "ivshmem/channel/streams.pyx":159
  * 
  * 
- * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
- *     cdef ivshmem_other_end other
+ * cdef int look_both(ivshmem_stream *stream) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Return in which directions a call would not wait: 1 << SEND, 1 << RECEIVE; or an error.
+ * 
 */
 
   /* function exit code */
   __pyx_L0:;
 
 
+
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":176
+/* "ivshmem/channel/streams.pyx":184
+ * 
+ * 
+ * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+ *     cdef int found = look_both(stream)
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_v_stream, int __pyx_v_direction) {
+  int __pyx_v_found;
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "ivshmem/channel/streams.pyx":186
+ * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
+ *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+ *     cdef int found = look_both(stream)             # <<<<<<<<<<<<<<
+ *     return found if found < 0 else 0 if found >> direction & 1 else IVSHMEM_AGAIN
+ * 
+*/
+  __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both(__pyx_v_stream);
+
+  /* "ivshmem/channel/streams.pyx":187
+ *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+ *     cdef int found = look_both(stream)
+ *     return found if found < 0 else 0 if found >> direction & 1 else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_found < 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = __pyx_v_found;
+  } else {
+    __pyx_t_4 = (((__pyx_v_found >> __pyx_v_direction) & 1) != 0);
+
+    if (__pyx_t_4) {
+
+      __pyx_t_3 = 0;
+    } else {
+
+      __pyx_t_3 = IVSHMEM_AGAIN;
+    }
+
+    __pyx_t_1 = __pyx_t_3;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":184
+ * 
+ * 
+ * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+ *     cdef int found = look_both(stream)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":190
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8166,7 +8341,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":177
+  /* "ivshmem/channel/streams.pyx":191
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -8175,7 +8350,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":178
+  /* "ivshmem/channel/streams.pyx":192
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8188,7 +8363,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":176
+  /* "ivshmem/channel/streams.pyx":190
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8202,7 +8377,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":189
+/* "ivshmem/channel/streams.pyx":203
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8213,7 +8388,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":190
+  /* "ivshmem/channel/streams.pyx":204
  * 
  *     cdef int attempt(self) except -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
@@ -8226,7 +8401,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":189
+  /* "ivshmem/channel/streams.pyx":203
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8240,7 +8415,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":192
+/* "ivshmem/channel/streams.pyx":206
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8261,7 +8436,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/streams.pyx":193
+  /* "ivshmem/channel/streams.pyx":207
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8272,7 +8447,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":194
+    /* "ivshmem/channel/streams.pyx":208
  *     cdef int enter(self) except -1:
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")             # <<<<<<<<<<<<<<
@@ -8285,14 +8460,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_Half_is_made_by_its_Stream};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 208, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 194, __pyx_L1_error)
+    __PYX_ERR(0, 208, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":193
+    /* "ivshmem/channel/streams.pyx":207
  * 
  *     cdef int enter(self) except -1:
  *         if self.stream is None:             # <<<<<<<<<<<<<<
@@ -8301,20 +8476,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":195
+  /* "ivshmem/channel/streams.pyx":209
  *         if self.stream is None:
  *             raise TypeError("a Half is made by its Stream")
  *         return self.stream.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef ChannelEnd sleeper(self):
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_5;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":192
+  /* "ivshmem/channel/streams.pyx":206
  *         return look(self.probed.stream, self.probed.direction)
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -8334,7 +8509,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":197
+/* "ivshmem/channel/streams.pyx":211
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8347,7 +8522,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":198
+  /* "ivshmem/channel/streams.pyx":212
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -8365,7 +8540,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":197
+  /* "ivshmem/channel/streams.pyx":211
  *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -8380,7 +8555,7 @@ static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7ch
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":200
+/* "ivshmem/channel/streams.pyx":214
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8395,7 +8570,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":201
+  /* "ivshmem/channel/streams.pyx":215
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -8404,20 +8579,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":202
+  /* "ivshmem/channel/streams.pyx":216
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 216, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":200
+  /* "ivshmem/channel/streams.pyx":214
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8434,7 +8609,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":204
+/* "ivshmem/channel/streams.pyx":218
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8444,7 +8619,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":205
+  /* "ivshmem/channel/streams.pyx":219
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
@@ -8453,7 +8628,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":204
+  /* "ivshmem/channel/streams.pyx":218
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8465,7 +8640,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":207
+/* "ivshmem/channel/streams.pyx":221
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8476,7 +8651,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":208
+  /* "ivshmem/channel/streams.pyx":222
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8485,7 +8660,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":209
+  /* "ivshmem/channel/streams.pyx":223
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8494,7 +8669,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":210
+  /* "ivshmem/channel/streams.pyx":224
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8507,7 +8682,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":207
+  /* "ivshmem/channel/streams.pyx":221
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8727,8 +8902,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":224
- *     cdef object timeout
+/* "ivshmem/channel/streams.pyx":235
+ *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
  *         self.channels = listener.channels
@@ -8742,7 +8917,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":225
+  /* "ivshmem/channel/streams.pyx":236
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -8756,7 +8931,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":226
+  /* "ivshmem/channel/streams.pyx":237
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -8770,7 +8945,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":227
+  /* "ivshmem/channel/streams.pyx":238
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -8784,7 +8959,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":228
+  /* "ivshmem/channel/streams.pyx":239
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -8795,7 +8970,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":229
+  /* "ivshmem/channel/streams.pyx":240
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -8808,8 +8983,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":224
- *     cdef object timeout
+  /* "ivshmem/channel/streams.pyx":235
+ *     """
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
  *         self.channels = listener.channels
@@ -8823,7 +8998,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":231
+/* "ivshmem/channel/streams.pyx":242
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8838,7 +9013,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":232
+  /* "ivshmem/channel/streams.pyx":243
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8847,20 +9022,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":233
+  /* "ivshmem/channel/streams.pyx":244
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
  *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
- *     cdef Half half(self, int direction):
+ *     cdef ChannelEnd half(self, int direction):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":231
+  /* "ivshmem/channel/streams.pyx":242
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
@@ -8877,17 +9052,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":235
+/* "ivshmem/channel/streams.pyx":246
  *         return self.enlist()
  * 
- *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
+ *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
 */
 
-static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction) {
+static struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_half = 0;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_r = NULL;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
@@ -8895,20 +9070,20 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("half", 0);
 
-  /* "ivshmem/channel/streams.pyx":236
+  /* "ivshmem/channel/streams.pyx":247
  * 
- *     cdef Half half(self, int direction):
+ *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)             # <<<<<<<<<<<<<<
  *         half.stream = self
  *         half.membership = self.membership
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Half(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 247, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":237
- *     cdef Half half(self, int direction):
+  /* "ivshmem/channel/streams.pyx":248
+ *     cdef ChannelEnd half(self, int direction):
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self             # <<<<<<<<<<<<<<
  *         half.membership = self.membership
@@ -8919,7 +9094,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_half->stream);
   __Pyx_DECREF_SET(__pyx_v_half->stream, __pyx_v_self);
 
-  /* "ivshmem/channel/streams.pyx":238
+  /* "ivshmem/channel/streams.pyx":249
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
@@ -8933,7 +9108,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":239
+  /* "ivshmem/channel/streams.pyx":250
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
@@ -8947,7 +9122,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   __Pyx_DECREF_SET(__pyx_v_half->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":240
+  /* "ivshmem/channel/streams.pyx":251
  *         half.membership = self.membership
  *         half.name = self.name
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
@@ -8956,7 +9131,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":241
+  /* "ivshmem/channel/streams.pyx":252
  *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
@@ -8965,7 +9140,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":242
+  /* "ivshmem/channel/streams.pyx":253
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -8973,20 +9148,20 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
  *     cdef int attempt(self) except -2:
 */
   {
-    struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_temp;
+    struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
       __Pyx_INCREF((PyObject *)__pyx_v_half);
-      __pyx_r = __pyx_v_half;
+      __pyx_r = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half);
     }
     __Pyx_XDECREF((PyObject *)__pyx_temp);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":235
+  /* "ivshmem/channel/streams.pyx":246
  *         return self.enlist()
  * 
- *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
+ *     cdef ChannelEnd half(self, int direction):             # <<<<<<<<<<<<<<
  *         cdef Half half = Half.__new__(Half)
  *         half.stream = self
 */
@@ -9003,7 +9178,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":244
+/* "ivshmem/channel/streams.pyx":255
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9014,7 +9189,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":256
  * 
  *     cdef int attempt(self) except -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9027,7 +9202,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":244
+  /* "ivshmem/channel/streams.pyx":255
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -9041,7 +9216,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":247
+/* "ivshmem/channel/streams.pyx":258
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9052,7 +9227,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":248
+  /* "ivshmem/channel/streams.pyx":259
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -9061,7 +9236,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":249
+  /* "ivshmem/channel/streams.pyx":260
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -9074,7 +9249,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":247
+  /* "ivshmem/channel/streams.pyx":258
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -9088,7 +9263,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":251
+/* "ivshmem/channel/streams.pyx":262
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9098,7 +9273,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":263
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9107,7 +9282,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":251
+  /* "ivshmem/channel/streams.pyx":262
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9119,7 +9294,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":254
+/* "ivshmem/channel/streams.pyx":265
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9136,7 +9311,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":255
+  /* "ivshmem/channel/streams.pyx":266
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9154,7 +9329,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":267
  *     cdef int restore(self) except -1:
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9172,7 +9347,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
     goto __pyx_L4_bool_binop_done;
   }
 
-  /* "ivshmem/channel/streams.pyx":257
+  /* "ivshmem/channel/streams.pyx":268
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -9186,7 +9361,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 
   __pyx_L4_bool_binop_done:;
 
-  /* "ivshmem/channel/streams.pyx":255
+  /* "ivshmem/channel/streams.pyx":266
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9196,17 +9371,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":259
+    /* "ivshmem/channel/streams.pyx":270
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
  *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 259, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 270, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":255
+    /* "ivshmem/channel/streams.pyx":266
  * 
  *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
@@ -9215,7 +9390,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":260
+  /* "ivshmem/channel/streams.pyx":271
  *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9228,7 +9403,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":254
+  /* "ivshmem/channel/streams.pyx":265
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
@@ -9245,32 +9420,63 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":262
+/* "ivshmem/channel/streams.pyx":273
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
- *         ivshmem_stream_close(&self.stream)
- *         return 0
+ *         if self.aborting:
+ *             ivshmem_stream_abort(&self.stream)
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":263
+  /* "ivshmem/channel/streams.pyx":274
  * 
  *     cdef int give_up(self) except -1:
- *         ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
+ *         if self.aborting:             # <<<<<<<<<<<<<<
+ *             ivshmem_stream_abort(&self.stream)
+ *         else:
+*/
+  if (__pyx_v_self->aborting) {
+
+    /* "ivshmem/channel/streams.pyx":275
+ *     cdef int give_up(self) except -1:
+ *         if self.aborting:
+ *             ivshmem_stream_abort(&self.stream)             # <<<<<<<<<<<<<<
+ *         else:
+ *             ivshmem_stream_close(&self.stream)
+*/
+    ivshmem_stream_abort((&__pyx_v_self->stream));
+
+    /* "ivshmem/channel/streams.pyx":274
+ * 
+ *     cdef int give_up(self) except -1:
+ *         if self.aborting:             # <<<<<<<<<<<<<<
+ *             ivshmem_stream_abort(&self.stream)
+ *         else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/streams.pyx":277
+ *             ivshmem_stream_abort(&self.stream)
+ *         else:
+ *             ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  ivshmem_stream_close((&__pyx_v_self->stream));
+  /*else*/ {
+    ivshmem_stream_close((&__pyx_v_self->stream));
+  }
+  __pyx_L3:;
 
-  /* "ivshmem/channel/streams.pyx":264
- *     cdef int give_up(self) except -1:
- *         ivshmem_stream_close(&self.stream)
+  /* "ivshmem/channel/streams.pyx":278
+ *         else:
+ *             ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     # As a socket.
+ *     @cython.critical_section
 */
   {
 
@@ -9278,12 +9484,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":273
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
- *         ivshmem_stream_close(&self.stream)
- *         return 0
+ *         if self.aborting:
+ *             ivshmem_stream_abort(&self.stream)
 */
 
   /* function exit code */
@@ -9292,7 +9498,141 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":268
+/* "ivshmem/channel/streams.pyx":280
+ *         return 0
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def abort(self):
+ *         """Close at once, so that the other end sees a reset instead of an end.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_abort, "Close at once, so that the other end sees a reset instead of an end.\n\n        Its calls raise ConnectionResetError after what was sent before. If this end was shut down\n        for sending, the other one sees no reset: it has seen the end. May be called twice, and\n        after `close`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort = {"abort", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_abort};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("abort (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("abort", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("abort", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_abort(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("abort", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":288
+ *         after `close`.
+ *         """
+ *         self.aborting = True             # <<<<<<<<<<<<<<
+ *         self.close()
+ * 
+*/
+        __pyx_v_self->aborting = 1;
+
+        /* "ivshmem/channel/streams.pyx":289
+ *         """
+ *         self.aborting = True
+ *         self.close()             # <<<<<<<<<<<<<<
+ * 
+ *     # As a socket.
+*/
+        __pyx_t_3 = ((PyObject *)__pyx_v_self);
+        __Pyx_INCREF(__pyx_t_3);
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+          __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_2);
+        }
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      }
+
+      /* "ivshmem/channel/streams.pyx":280
+ *         return 0
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def abort(self):
+ *         """Close at once, so that the other end sees a reset instead of an end.
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.abort", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":293
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9301,16 +9641,16 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_1settimeout(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_3settimeout(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_settimeout, "Set how many seconds a call may wait; None: for ever; 0: calls do not wait.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout = {"settimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_settimeout};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_1settimeout(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_2settimeout, "Set how many seconds a call may wait; None: for ever; 0: calls do not wait.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout = {"settimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_2settimeout};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_3settimeout(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9340,32 +9680,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 293, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 293, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 268, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 293, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 293, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 293, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9376,7 +9716,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9386,7 +9726,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2settimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -9404,7 +9744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":295
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9421,7 +9761,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     goto __pyx_L4_bool_binop_done;
   }
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9440,10 +9780,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 270, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 295, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 295, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -9452,7 +9792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":271
+    /* "ivshmem/channel/streams.pyx":296
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
@@ -9460,7 +9800,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
  * 
 */
     __pyx_t_5 = NULL;
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
     __pyx_t_7[1] = __pyx_t_4;
@@ -9474,7 +9814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 271, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 296, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_6 = 1;
@@ -9483,14 +9823,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 296, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 271, __pyx_L1_error)
+    __PYX_ERR(0, 296, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":270
+    /* "ivshmem/channel/streams.pyx":295
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
@@ -9499,7 +9839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":272
+  /* "ivshmem/channel/streams.pyx":297
  *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
@@ -9511,7 +9851,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":293
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
@@ -9535,7 +9875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":274
+/* "ivshmem/channel/streams.pyx":299
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9544,16 +9884,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_3gettimeout(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_5gettimeout(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_2gettimeout, "Return what `settimeout` set; None: no limit.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout = {"gettimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_2gettimeout};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_3gettimeout(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_4gettimeout, "Return what `settimeout` set; None: no limit.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout = {"gettimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_4gettimeout};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_5gettimeout(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9579,19 +9919,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("gettimeout", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4gettimeout(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":276
+  /* "ivshmem/channel/streams.pyx":301
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -9609,7 +9949,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":274
+  /* "ivshmem/channel/streams.pyx":299
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9624,7 +9964,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":278
+/* "ivshmem/channel/streams.pyx":303
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9633,16 +9973,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_5setblocking(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_7setblocking(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_4setblocking, "True: as settimeout(None); False: as settimeout(0).");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking = {"setblocking", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_4setblocking};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_5setblocking(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_6setblocking, "True: as settimeout(None); False: as settimeout(0).");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking = {"setblocking", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_6setblocking};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_7setblocking(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9672,32 +10012,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 278, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 303, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 278, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 303, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 278, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 303, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 303, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 278, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 303, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9708,7 +10048,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_flag);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_flag);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -9718,7 +10058,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6setblocking(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_flag) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9728,14 +10068,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":280
+  /* "ivshmem/channel/streams.pyx":305
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 305, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -9749,7 +10089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":278
+  /* "ivshmem/channel/streams.pyx":303
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9770,17 +10110,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":282
+/* "ivshmem/channel/streams.pyx":307
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
  *         cdef int code
- *         cdef Half half
+ *         cdef ChannelEnd half
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline) {
   int __pyx_v_code;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_half = 0;
+  struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_half = 0;
   PyObject *__pyx_v_left = NULL;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -9802,9 +10142,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":285
+  /* "ivshmem/channel/streams.pyx":310
  *         cdef int code
- *         cdef Half half
+ *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
  *                 self.arm()
@@ -9818,7 +10158,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 310, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -9826,8 +10166,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":286
- *         cdef Half half
+    /* "ivshmem/channel/streams.pyx":311
+ *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
  *                 self.arm()
@@ -9835,18 +10175,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":287
+      /* "ivshmem/channel/streams.pyx":312
  *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 312, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":286
- *         cdef Half half
+      /* "ivshmem/channel/streams.pyx":311
+ *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
  *                 self.arm()
@@ -9854,7 +10194,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":288
+    /* "ivshmem/channel/streams.pyx":313
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
@@ -9862,7 +10202,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 288, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -9876,7 +10216,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 288, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -9885,23 +10225,23 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 288, __pyx_L1_error)
+    __PYX_ERR(0, 313, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":285
+    /* "ivshmem/channel/streams.pyx":310
  *         cdef int code
- *         cdef Half half
+ *         cdef ChannelEnd half
  *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
  *                 self.arm()
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":289
+  /* "ivshmem/channel/streams.pyx":314
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
@@ -9916,7 +10256,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9935,18 +10275,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 289, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 314, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 289, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 314, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9964,29 +10304,29 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":290
+  /* "ivshmem/channel/streams.pyx":315
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)             # <<<<<<<<<<<<<<
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
 */
-  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 315, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_4);
+  __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_4);
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":291
+  /* "ivshmem/channel/streams.pyx":316
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
  *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_half->__pyx_base.__pyx_vtab)->wait(__pyx_v_half, __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 316, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":292
+  /* "ivshmem/channel/streams.pyx":317
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -9998,7 +10338,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":293
+    /* "ivshmem/channel/streams.pyx":318
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
@@ -10006,9 +10346,9 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 318, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 293, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 318, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -10024,7 +10364,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 293, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 318, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -10034,14 +10374,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 318, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 293, __pyx_L1_error)
+    __PYX_ERR(0, 318, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":292
+    /* "ivshmem/channel/streams.pyx":317
  *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10050,7 +10390,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":294
+  /* "ivshmem/channel/streams.pyx":319
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10062,20 +10402,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":295
+    /* "ivshmem/channel/streams.pyx":320
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 295, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 320, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 295, __pyx_L1_error)
+    __PYX_ERR(0, 320, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":294
+    /* "ivshmem/channel/streams.pyx":319
  *         if code == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
@@ -10084,7 +10424,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":296
+  /* "ivshmem/channel/streams.pyx":321
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -10097,12 +10437,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":307
  *         self.timeout = None if flag else 0
  * 
  *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
  *         cdef int code
- *         cdef Half half
+ *         cdef ChannelEnd half
 */
 
   /* function exit code */
@@ -10123,7 +10463,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":298
+/* "ivshmem/channel/streams.pyx":323
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10132,16 +10472,16 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_7send(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_9send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_6send, "Send what there is room for, at least a byte; return how many bytes that were.\n\n        Raises:\n            BrokenPipeError: the other end receives no more, or this one was shut down.\n            TimeoutError: no room in the time that `settimeout` set.\n            BlockingIOError: no room now, after settimeout(0).\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_6send};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_7send(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_8send, "Send what there is room for, at least a byte; return how many bytes that were.\n\n        Raises:\n            BrokenPipeError: the other end receives no more, or this one was shut down.\n            TimeoutError: no room in the time that `settimeout` set.\n            BlockingIOError: no room now, after settimeout(0).\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_8send};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_9send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10171,32 +10511,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 298, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 323, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 298, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 323, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 298, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 323, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 298, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 298, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 323, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10207,7 +10547,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10217,7 +10557,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8send(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
   Py_buffer __pyx_v_view;
   PyObject *__pyx_v_timeout = NULL;
   PyObject *__pyx_r = NULL;
@@ -10249,17 +10589,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":309
+        /* "ivshmem/channel/streams.pyx":334
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 334, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":310
+        /* "ivshmem/channel/streams.pyx":335
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10268,7 +10608,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":311
+          /* "ivshmem/channel/streams.pyx":336
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10280,7 +10620,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":312
+            /* "ivshmem/channel/streams.pyx":337
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -10299,7 +10639,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":311
+            /* "ivshmem/channel/streams.pyx":336
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
@@ -10308,7 +10648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":313
+          /* "ivshmem/channel/streams.pyx":338
  *             if view.len == 0:
  *                 return 0
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10320,7 +10660,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           __pyx_v_timeout = __pyx_t_4;
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/streams.pyx":314
+          /* "ivshmem/channel/streams.pyx":339
  *                 return 0
  *             timeout = self.timeout
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
@@ -10328,7 +10668,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 314, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 339, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10347,12 +10687,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 314, __pyx_L7_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
-          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 314, __pyx_L7_error)
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 339, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 314, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10368,7 +10708,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":316
+        /* "ivshmem/channel/streams.pyx":341
  *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10419,7 +10759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":298
+      /* "ivshmem/channel/streams.pyx":323
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -10461,7 +10801,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":318
+/* "ivshmem/channel/streams.pyx":343
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10476,47 +10816,51 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  size_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":322
+  /* "ivshmem/channel/streams.pyx":347
  *     ) except -1:
  *         cdef int64_t n
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
- *             n = ivshmem_send(&self.stream, data, size)
+ *             self.check_alone(SEND)
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":323
+    /* "ivshmem/channel/streams.pyx":348
  *         cdef int64_t n
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
+ *             self.check_alone(SEND)
+ *             n = ivshmem_send(&self.stream, data, size)
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/streams.pyx":349
+ *         while True:
+ *             self.enter()
+ *             self.check_alone(SEND)             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 323, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":324
- *         while True:
+    /* "ivshmem/channel/streams.pyx":350
  *             self.enter()
+ *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data, size)             # <<<<<<<<<<<<<<
  *             if self.membership.rings.count:
  *                 self.membership.flush()
 */
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), __pyx_v_data, __pyx_v_size);
 
-    /* "ivshmem/channel/streams.pyx":325
- *             self.enter()
+    /* "ivshmem/channel/streams.pyx":351
+ *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -10527,18 +10871,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":326
+      /* "ivshmem/channel/streams.pyx":352
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 326, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 352, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":325
- *             self.enter()
+      /* "ivshmem/channel/streams.pyx":351
+ *             self.check_alone(SEND)
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -10546,7 +10890,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":327
+    /* "ivshmem/channel/streams.pyx":353
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10558,12 +10902,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":328
+      /* "ivshmem/channel/streams.pyx":354
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == IVSHMEM_CLOSED:
- *                 raise BrokenPipeError(
+ *                 raise self.broken(SEND)
 */
       {
 
@@ -10571,7 +10915,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":327
+      /* "ivshmem/channel/streams.pyx":353
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10580,76 +10924,43 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":329
+    /* "ivshmem/channel/streams.pyx":355
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *                 raise BrokenPipeError(
- *                     32, f"connection of {self.name!r}: the other end receives no more"
+ *                 raise self.broken(SEND)
+ *             if n != IVSHMEM_AGAIN:
 */
     __pyx_t_2 = (__pyx_v_n == IVSHMEM_CLOSED);
 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":330
+      /* "ivshmem/channel/streams.pyx":356
  *                 return n
  *             if n == IVSHMEM_CLOSED:
- *                 raise BrokenPipeError(             # <<<<<<<<<<<<<<
- *                     32, f"connection of {self.name!r}: the other end receives no more"
- *                 )
-*/
-      __pyx_t_4 = NULL;
-
-      /* "ivshmem/channel/streams.pyx":331
- *             if n == IVSHMEM_CLOSED:
- *                 raise BrokenPipeError(
- *                     32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
- *                 )
+ *                 raise self.broken(SEND)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
+ *                 raise self.fail(<int>n)
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 331, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
-      __pyx_t_6[1] = __pyx_t_5;
-      __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_receives_no_more;
-      __pyx_t_7 = 46;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
-      #endif
-      __pyx_t_1 = 0;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
-      #endif
-      __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_9 = 1;
-      {
-        PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_32, __pyx_t_8};
-        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 330, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_3);
-      }
+      __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 356, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 330, __pyx_L1_error)
+      __PYX_ERR(0, 356, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":329
+      /* "ivshmem/channel/streams.pyx":355
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *                 raise BrokenPipeError(
- *                     32, f"connection of {self.name!r}: the other end receives no more"
+ *                 raise self.broken(SEND)
+ *             if n != IVSHMEM_AGAIN:
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":333
- *                     32, f"connection of {self.name!r}: the other end receives no more"
- *                 )
+    /* "ivshmem/channel/streams.pyx":357
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)
@@ -10659,40 +10970,40 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":334
- *                 )
+      /* "ivshmem/channel/streams.pyx":358
+ *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 334, __pyx_L1_error)
+      __PYX_ERR(0, 358, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":333
- *                     32, f"connection of {self.name!r}: the other end receives no more"
- *                 )
+      /* "ivshmem/channel/streams.pyx":357
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(SEND)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":335
+    /* "ivshmem/channel/streams.pyx":359
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     cdef object broken(self, int direction):
 */
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L1_error)
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":318
+  /* "ivshmem/channel/streams.pyx":343
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t push(             # <<<<<<<<<<<<<<
@@ -10705,9 +11016,6 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.push", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
@@ -10717,8 +11025,319 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":337
+/* "ivshmem/channel/streams.pyx":361
  *             self.await_half(SEND, timeout, deadline)
+ * 
+ *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
+ *         """Return the error of a direction in which the other end does nothing more."""
+ *         if direction == SEND:
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_broken(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("broken", 0);
+
+  /* "ivshmem/channel/streams.pyx":363
+ *     cdef object broken(self, int direction):
+ *         """Return the error of a direction in which the other end does nothing more."""
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             return BrokenPipeError(
+ *                 32, f"connection of {self.name!r}: the other end receives no more"
+*/
+  __pyx_t_1 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/streams.pyx":364
+ *         """Return the error of a direction in which the other end does nothing more."""
+ *         if direction == SEND:
+ *             return BrokenPipeError(             # <<<<<<<<<<<<<<
+ *                 32, f"connection of {self.name!r}: the other end receives no more"
+ *             )
+*/
+    __pyx_t_3 = NULL;
+
+    /* "ivshmem/channel/streams.pyx":365
+ *         if direction == SEND:
+ *             return BrokenPipeError(
+ *                 32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
+ *             )
+ *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
+*/
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 365, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
+    __pyx_t_5[1] = __pyx_t_4;
+    __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_receives_no_more;
+    __pyx_t_6 = 46;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+    #endif
+    __pyx_t_7 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+    #endif
+    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 365, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_9 = 1;
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_32, __pyx_t_8};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 364, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/streams.pyx":363
+ *     cdef object broken(self, int direction):
+ *         """Return the error of a direction in which the other end does nothing more."""
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             return BrokenPipeError(
+ *                 32, f"connection of {self.name!r}: the other end receives no more"
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":367
+ *                 32, f"connection of {self.name!r}: the other end receives no more"
+ *             )
+ *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int check_alone(self, int direction) except -1:
+*/
+  __pyx_t_8 = NULL;
+  __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
+  __pyx_t_5[1] = __pyx_t_3;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_is_gone;
+  __pyx_t_6 = 37;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_4 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_9 = 1;
+  {
+    PyObject *__pyx_callargs[3] = {__pyx_t_8, __pyx_mstate_global->__pyx_int_104, __pyx_t_4};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":361
+ *             self.await_half(SEND, timeout, deadline)
+ * 
+ *     cdef object broken(self, int direction):             # <<<<<<<<<<<<<<
+ *         """Return the error of a direction in which the other end does nothing more."""
+ *         if direction == SEND:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.broken", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":369
+ *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
+ * 
+ *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
+ *         if self.moving[direction]:
+ *             verb = "sends" if direction == SEND else "receives"
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction) {
+  PyObject *__pyx_v_verb = NULL;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[5];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_alone", 0);
+
+  /* "ivshmem/channel/streams.pyx":370
+ * 
+ *     cdef int check_alone(self, int direction) except -1:
+ *         if self.moving[direction]:             # <<<<<<<<<<<<<<
+ *             verb = "sends" if direction == SEND else "receives"
+ *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
+*/
+  if (unlikely((__pyx_v_self->moving[__pyx_v_direction]))) {
+
+    /* "ivshmem/channel/streams.pyx":371
+ *     cdef int check_alone(self, int direction) except -1:
+ *         if self.moving[direction]:
+ *             verb = "sends" if direction == SEND else "receives"             # <<<<<<<<<<<<<<
+ *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
+ *         return 0
+*/
+    __pyx_t_2 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
+
+    if (__pyx_t_2) {
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_sends);
+      __pyx_t_1 = __pyx_mstate_global->__pyx_n_u_sends;
+    } else {
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_receives);
+      __pyx_t_1 = __pyx_mstate_global->__pyx_n_u_receives;
+    }
+
+    __pyx_v_verb = ((PyObject*)__pyx_t_1);
+    __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/streams.pyx":372
+ *         if self.moving[direction]:
+ *             verb = "sends" if direction == SEND else "receives"
+ *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 372, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyUnicode_Unicode(__pyx_v_verb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
+    __pyx_t_6[1] = __pyx_t_4;
+    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_another_thread;
+    __pyx_t_6[3] = __pyx_t_5;
+    __pyx_t_6[4] = __pyx_mstate_global->__pyx_kp_u_at_this_moment;
+    __pyx_t_7 = 46;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[3]);
+    #endif
+    __pyx_t_8 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_6[3]);
+    #endif
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 372, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_10 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 372, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 372, __pyx_L1_error)
+
+    /* "ivshmem/channel/streams.pyx":370
+ * 
+ *     cdef int check_alone(self, int direction) except -1:
+ *         if self.moving[direction]:             # <<<<<<<<<<<<<<
+ *             verb = "sends" if direction == SEND else "receives"
+ *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":373
+ *             verb = "sends" if direction == SEND else "receives"
+ *             raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":369
+ *         return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
+ * 
+ *     cdef int check_alone(self, int direction) except -1:             # <<<<<<<<<<<<<<
+ *         if self.moving[direction]:
+ *             verb = "sends" if direction == SEND else "receives"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.check_alone", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_verb);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":375
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
@@ -10726,16 +11345,16 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_9sendall(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_11sendall(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_8sendall, "Send all of a buffer. The time limit is for all of it; otherwise as `send`.\n\n        After an error it is unknown how much was sent.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall = {"sendall", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_8sendall};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_9sendall(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_10sendall, "Send all of a buffer. The time limit is for all of it; otherwise as `send`.\n\n        After an error it is unknown how much was sent.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall = {"sendall", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_10sendall};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_11sendall(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10765,32 +11384,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 337, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 375, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 375, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 337, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 375, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 337, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 375, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 337, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 375, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10801,7 +11420,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10811,7 +11430,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10sendall(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
   Py_buffer __pyx_v_view;
   uint64_t __pyx_v_done;
   PyObject *__pyx_v_timeout = NULL;
@@ -10845,7 +11464,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":344
+        /* "ivshmem/channel/streams.pyx":382
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -10854,17 +11473,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":345
+        /* "ivshmem/channel/streams.pyx":383
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 383, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":346
+        /* "ivshmem/channel/streams.pyx":384
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10873,7 +11492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":347
+          /* "ivshmem/channel/streams.pyx":385
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             timeout = self.timeout             # <<<<<<<<<<<<<<
@@ -10885,7 +11504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
           __pyx_v_timeout = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":348
+          /* "ivshmem/channel/streams.pyx":386
  *         try:
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -10893,7 +11512,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
  *                 done += self.push(
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 348, __pyx_L7_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 386, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_6 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -10912,13 +11531,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
             __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 348, __pyx_L7_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 386, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":349
+          /* "ivshmem/channel/streams.pyx":387
  *             timeout = self.timeout
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -10931,20 +11550,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 
             if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":350
+            /* "ivshmem/channel/streams.pyx":388
  *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
  *                 done += self.push(             # <<<<<<<<<<<<<<
  *                     <const char *>view.buf + done, view.len - done, timeout, deadline
  *                 )
 */
-            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 350, __pyx_L7_error)
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 388, __pyx_L7_error)
             __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":354
+        /* "ivshmem/channel/streams.pyx":392
  *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -10992,8 +11611,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":337
- *             self.await_half(SEND, timeout, deadline)
+      /* "ivshmem/channel/streams.pyx":375
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
@@ -11033,7 +11652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":356
+/* "ivshmem/channel/streams.pyx":394
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11052,15 +11671,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   size_t __pyx_t_4;
   int __pyx_t_5;
   int __pyx_t_6;
-  PyObject *__pyx_t_7[3];
-  Py_ssize_t __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":358
+  /* "ivshmem/channel/streams.pyx":396
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -11068,7 +11684,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
  *             self.enter()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 396, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11087,42 +11703,52 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 396, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":359
+  /* "ivshmem/channel/streams.pyx":397
  *         cdef int64_t n
  *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
- *             n = ivshmem_receive(&self.stream, into, room)
+ *             self.check_alone(RECEIVE)
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":360
+    /* "ivshmem/channel/streams.pyx":398
  *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
+ *             self.check_alone(RECEIVE)
+ *             n = ivshmem_receive(&self.stream, into, room)
+*/
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/streams.pyx":399
+ *         while True:
+ *             self.enter()
+ *             self.check_alone(RECEIVE)             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 360, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 399, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":361
- *         while True:
+    /* "ivshmem/channel/streams.pyx":400
  *             self.enter()
+ *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into, room)             # <<<<<<<<<<<<<<
  *             if self.membership.rings.count:
  *                 self.membership.flush()
 */
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), __pyx_v_into, __pyx_v_room);
 
-    /* "ivshmem/channel/streams.pyx":362
- *             self.enter()
+    /* "ivshmem/channel/streams.pyx":401
+ *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -11133,18 +11759,18 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":363
+      /* "ivshmem/channel/streams.pyx":402
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 363, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":362
- *             self.enter()
+      /* "ivshmem/channel/streams.pyx":401
+ *             self.check_alone(RECEIVE)
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -11152,7 +11778,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":364
+    /* "ivshmem/channel/streams.pyx":403
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11164,12 +11790,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":365
+      /* "ivshmem/channel/streams.pyx":404
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
  *             if n == IVSHMEM_CLOSED:
- *                 raise ConnectionResetError(
+ *                 raise self.broken(RECEIVE)
 */
       {
 
@@ -11177,7 +11803,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":364
+      /* "ivshmem/channel/streams.pyx":403
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11186,76 +11812,43 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":366
+    /* "ivshmem/channel/streams.pyx":405
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *                 raise ConnectionResetError(
- *                     104, f"connection of {self.name!r}: the other end is gone"
+ *                 raise self.broken(RECEIVE)
+ *             if n != IVSHMEM_AGAIN:
 */
     __pyx_t_6 = (__pyx_v_n == IVSHMEM_CLOSED);
 
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":367
+      /* "ivshmem/channel/streams.pyx":406
  *                 return n
  *             if n == IVSHMEM_CLOSED:
- *                 raise ConnectionResetError(             # <<<<<<<<<<<<<<
- *                     104, f"connection of {self.name!r}: the other end is gone"
- *                 )
-*/
-      __pyx_t_3 = NULL;
-
-      /* "ivshmem/channel/streams.pyx":368
- *             if n == IVSHMEM_CLOSED:
- *                 raise ConnectionResetError(
- *                     104, f"connection of {self.name!r}: the other end is gone"             # <<<<<<<<<<<<<<
- *                 )
+ *                 raise self.broken(RECEIVE)             # <<<<<<<<<<<<<<
  *             if n != IVSHMEM_AGAIN:
+ *                 raise self.fail(<int>n)
 */
-      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 368, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
-      __pyx_t_7[1] = __pyx_t_2;
-      __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_is_gone;
-      __pyx_t_8 = 37;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
-      #endif
-      __pyx_t_5 = 0;
-      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
-      #endif
-      __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_5);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 368, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __pyx_t_4 = 1;
-      {
-        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_104, __pyx_t_9};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_1);
-      }
+      __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 406, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 367, __pyx_L1_error)
+      __PYX_ERR(0, 406, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":366
+      /* "ivshmem/channel/streams.pyx":405
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *                 raise ConnectionResetError(
- *                     104, f"connection of {self.name!r}: the other end is gone"
+ *                 raise self.broken(RECEIVE)
+ *             if n != IVSHMEM_AGAIN:
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":370
- *                     104, f"connection of {self.name!r}: the other end is gone"
- *                 )
+    /* "ivshmem/channel/streams.pyx":407
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)
@@ -11265,40 +11858,40 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":371
- *                 )
+      /* "ivshmem/channel/streams.pyx":408
+ *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 371, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 408, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 371, __pyx_L1_error)
+      __PYX_ERR(0, 408, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":370
- *                     104, f"connection of {self.name!r}: the other end is gone"
- *                 )
+      /* "ivshmem/channel/streams.pyx":407
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(RECEIVE)
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":372
+    /* "ivshmem/channel/streams.pyx":409
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
  *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 372, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":356
+  /* "ivshmem/channel/streams.pyx":394
  *             PyBuffer_Release(&view)
  * 
  *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -11313,7 +11906,6 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.pull", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
@@ -11324,7 +11916,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":374
+/* "ivshmem/channel/streams.pyx":411
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11333,16 +11925,16 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_11recv(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_10recv, "Receive at most `size` bytes, at least one; b\"\": the other end sends no more.\n\n        Raises:\n            ConnectionResetError: the other end\047s process is gone, without having closed.\n            TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv = {"recv", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_10recv};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_11recv(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv, "Receive at most `size` bytes, at least one; b\"\": the other end sends no more.\n\n        Raises:\n            ConnectionResetError: the other end\047s process is gone, without having closed.\n            TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv = {"recv", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11372,32 +11964,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 374, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 411, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 374, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 411, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 374, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 411, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 374, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 412, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 374, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 411, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11408,7 +12000,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11419,7 +12011,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -11437,7 +12029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":382
+        /* "ivshmem/channel/streams.pyx":419
  *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
  *         """
  *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
@@ -11446,7 +12038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
 */
         __pyx_t_2 = __pyx_v_self->timeout;
         __Pyx_INCREF(__pyx_t_2);
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
@@ -11462,7 +12054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":374
+      /* "ivshmem/channel/streams.pyx":411
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11501,7 +12093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":384
+/* "ivshmem/channel/streams.pyx":421
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11532,7 +12124,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __Pyx_RefNannySetupContext("receive", 0);
 
 
-  /* "ivshmem/channel/streams.pyx":387
+  /* "ivshmem/channel/streams.pyx":424
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11544,7 +12136,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":388
+    /* "ivshmem/channel/streams.pyx":425
  *         cdef int64_t n
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
@@ -11552,7 +12144,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
  *         if size == 0:
 */
     __pyx_t_3 = NULL;
-    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
     __pyx_t_5[1] = __pyx_t_4;
@@ -11563,7 +12155,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     #endif
     __pyx_t_7 = 0;
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 388, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_9 = 1;
@@ -11572,14 +12164,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 388, __pyx_L1_error)
+    __PYX_ERR(0, 425, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":387
+    /* "ivshmem/channel/streams.pyx":424
  *         cdef bytes data
  *         cdef int64_t n
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -11588,7 +12180,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":389
+  /* "ivshmem/channel/streams.pyx":426
  *         if size < 0:
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
@@ -11612,7 +12204,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_v_size = __pyx_t_11;
 
 
-  /* "ivshmem/channel/streams.pyx":390
+  /* "ivshmem/channel/streams.pyx":427
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11624,7 +12216,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":391
+    /* "ivshmem/channel/streams.pyx":428
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:
  *             return b""             # <<<<<<<<<<<<<<
@@ -11642,7 +12234,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":390
+    /* "ivshmem/channel/streams.pyx":427
  *             raise ValueError(f"cannot receive {size} bytes")
  *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
  *         if size == 0:             # <<<<<<<<<<<<<<
@@ -11651,29 +12243,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":392
+  /* "ivshmem/channel/streams.pyx":429
  *         if size == 0:
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 429, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":393
+  /* "ivshmem/channel/streams.pyx":430
  *             return b""
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
  *         return data if n == size else data[:n]
  * 
 */
-  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 393, __pyx_L1_error)
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 430, __pyx_L1_error)
   __pyx_v_n = __pyx_t_12;
 
-  /* "ivshmem/channel/streams.pyx":394
+  /* "ivshmem/channel/streams.pyx":431
  *         data = PyBytes_FromStringAndSize(NULL, size)
  *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
  *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
@@ -11688,9 +12280,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   } else {
     if (unlikely(__pyx_v_data == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 394, __pyx_L1_error)
+      __PYX_ERR(0, 431, __pyx_L1_error)
     }
-    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 394, __pyx_L1_error)
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 431, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_2 = __pyx_t_8;
     __pyx_t_8 = 0;
@@ -11707,7 +12299,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":384
+  /* "ivshmem/channel/streams.pyx":421
  *         return self.receive(size, self.timeout)
  * 
  *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
@@ -11732,7 +12324,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":396
+/* "ivshmem/channel/streams.pyx":433
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11741,16 +12333,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv_into(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv_into, "Receive into a buffer; return how many bytes, 0: the other end sends no more.\n\n        Args:\n            nbytes: at most so many; 0: as many as the buffer has.\n\n        Raises:\n            As of `recv`.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into = {"recv_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv_into};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv_into(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_into, "Receive into a buffer; return how many bytes, 0: the other end sends no more.\n\n        Args:\n            nbytes: at most so many; 0: as many as the buffer has.\n\n        Raises:\n            As of `recv`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into = {"recv_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_into};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_into(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11781,48 +12373,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 396, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 433, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 396, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 396, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 396, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 433, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 396, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 433, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 396, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 433, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 396, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 433, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 397, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 396, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 433, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11833,7 +12425,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_buffer, __pyx_v_nbytes);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_buffer, __pyx_v_nbytes);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11844,7 +12436,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_buffer, Py_ssize_t __pyx_v_nbytes) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_into(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_buffer, Py_ssize_t __pyx_v_nbytes) {
   Py_buffer __pyx_v_view;
   Py_ssize_t __pyx_v_room;
   PyObject *__pyx_r = NULL;
@@ -11881,17 +12473,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":408
+        /* "ivshmem/channel/streams.pyx":445
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 408, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":409
+        /* "ivshmem/channel/streams.pyx":446
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11900,7 +12492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":410
+          /* "ivshmem/channel/streams.pyx":447
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -11919,7 +12511,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":411
+          /* "ivshmem/channel/streams.pyx":448
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11936,7 +12528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":412
+            /* "ivshmem/channel/streams.pyx":449
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
@@ -11944,9 +12536,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 412, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 449, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 412, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 449, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -11957,7 +12549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 412, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 449, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -11967,14 +12559,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 449, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 412, __pyx_L7_error)
+            __PYX_ERR(0, 449, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":411
+            /* "ivshmem/channel/streams.pyx":448
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
@@ -11983,7 +12575,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":413
+          /* "ivshmem/channel/streams.pyx":450
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
@@ -11995,9 +12587,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (__pyx_t_5) {
             __pyx_t_11 = __pyx_v_self->timeout;
             __Pyx_INCREF(__pyx_t_11);
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 413, __pyx_L7_error)
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 450, __pyx_L7_error)
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 413, __pyx_L7_error)
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 450, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -12020,7 +12612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":415
+        /* "ivshmem/channel/streams.pyx":452
  *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -12073,7 +12665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":396
+      /* "ivshmem/channel/streams.pyx":433
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12117,7 +12709,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":417
+/* "ivshmem/channel/streams.pyx":454
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12126,16 +12718,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_17recv_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_async, "The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async = {"recv_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_16recv_async, "The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async = {"recv_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_16recv_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_17recv_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12166,46 +12758,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 417, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 454, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 417, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 417, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 417, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 454, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 417, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 454, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 417, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 454, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 417, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 454, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 417, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 454, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 417, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 454, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12216,7 +12808,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12227,7 +12819,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16recv_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12239,25 +12831,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":419
+  /* "ivshmem/channel/streams.pyx":456
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 419, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 456, __pyx_L1_error);
   __pyx_t_3 = 0;
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_2, __pyx_v_timeout, ((PyObject*)__pyx_t_4)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 456, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -12273,7 +12865,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":417
+  /* "ivshmem/channel/streams.pyx":454
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
@@ -12295,7 +12887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":421
+/* "ivshmem/channel/streams.pyx":458
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12304,16 +12896,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_19_recv_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now, "Receive as after settimeout(0), whatever another thread has set.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now = {"_recv_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_18_recv_now, "Receive as after settimeout(0), whatever another thread has set.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now = {"_recv_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_18_recv_now};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_19_recv_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12343,32 +12935,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 421, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 421, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 421, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 458, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 421, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 421, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12379,7 +12971,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12389,7 +12981,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18_recv_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_size) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -12407,15 +12999,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":424
+        /* "ivshmem/channel/streams.pyx":461
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
  *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 424, __pyx_L4_error)
-        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 424, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 461, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 461, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -12431,7 +13023,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":421
+      /* "ivshmem/channel/streams.pyx":458
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12468,9 +13060,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
-static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
+static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":426
+/* "ivshmem/channel/streams.pyx":463
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12479,16 +13071,16 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_19sendall_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_21sendall_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_18sendall_async, "The twin of `sendall` for asyncio. The time limit is for each part that finds room.\n\n        After a cancellation it is unknown how much was sent.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async = {"sendall_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_18sendall_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_19sendall_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_20sendall_async, "The twin of `sendall` for asyncio. The time limit is for each part that finds room.\n\n        After a cancellation it is unknown how much was sent.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async = {"sendall_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_20sendall_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_21sendall_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12519,35 +13111,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 426, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 463, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 426, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 463, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 426, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 463, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 463, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 463, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12558,7 +13150,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 426, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 463, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12569,7 +13161,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12579,7 +13171,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_20sendall_async(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout) {
   struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *__pyx_cur_scope;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -12591,7 +13183,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 426, __pyx_L1_error)
+    __PYX_ERR(0, 463, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12605,7 +13197,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 463, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12621,7 +13213,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   return __pyx_r;
 }
 
-static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
+static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_22generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value) /* generator body */
 {
   struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *__pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)__pyx_generator->closure);
   PyObject *__pyx_r = NULL;
@@ -12649,17 +13241,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 426, __pyx_L1_error)
+    __PYX_ERR(0, 463, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":431
+  /* "ivshmem/channel/streams.pyx":468
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 431, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -12669,15 +13261,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 431, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 431, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":432
+  /* "ivshmem/channel/streams.pyx":469
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
@@ -12685,27 +13277,27 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
  *             view = view[sent:]
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 432, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 469, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":433
+    /* "ivshmem/channel/streams.pyx":470
  *         view = memoryview(data).cast("B")
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))             # <<<<<<<<<<<<<<
  *             view = view[sent:]
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
+    __pyx_t_2 = PyTuple_New(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_view);
     __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_view);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 433, __pyx_L1_error);
-    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 433, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_cur_scope->__pyx_v_view) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    __pyx_t_6 = __pyx_f_7ivshmem_7channel_14sleeping_tasks_until_no_wait(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1), __pyx_t_3, __pyx_cur_scope->__pyx_v_timeout, ((PyObject*)__pyx_t_2)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -12721,21 +13313,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 433, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 470, __pyx_L1_error)
       __pyx_t_6 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_6);
     } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_6 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 433, __pyx_L1_error)
+      __PYX_ERR(0, 470, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/streams.pyx":434
+    /* "ivshmem/channel/streams.pyx":471
  *         while view:
  *             sent = await until_no_wait(self.half(SEND), self._send_now, timeout, (view,))
  *             view = view[sent:]             # <<<<<<<<<<<<<<
@@ -12749,12 +13341,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
 
       __pyx_t_8 = 0;
     } else {
-      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 434, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_6); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
       __pyx_t_8 = __pyx_t_9;
     }
 
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 434, __pyx_L1_error)
+    __pyx_t_6 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -12764,7 +13356,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":426
+  /* "ivshmem/channel/streams.pyx":463
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -12795,7 +13387,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":436
+/* "ivshmem/channel/streams.pyx":473
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12804,16 +13396,16 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_24_send_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now, "Send as after settimeout(0), whatever another thread has set.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now = {"_send_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_23_send_now, "Send as after settimeout(0), whatever another thread has set.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now = {"_send_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_23_send_now};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_24_send_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -12843,32 +13435,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 436, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 473, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 473, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 436, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 473, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 436, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 473, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 473, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 436, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 473, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12879,7 +13471,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_data);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -12889,7 +13481,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23_send_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
   Py_buffer __pyx_v_view;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -12916,17 +13508,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":440
+        /* "ivshmem/channel/streams.pyx":477
  *         """Send as after settimeout(0), whatever another thread has set."""
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 477, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":441
+        /* "ivshmem/channel/streams.pyx":478
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -12935,15 +13527,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":442
+          /* "ivshmem/channel/streams.pyx":479
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 442, __pyx_L7_error)
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 442, __pyx_L7_error)
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 479, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 479, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -12959,12 +13551,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":444
+        /* "ivshmem/channel/streams.pyx":481
  *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     # From and to descriptors.
 */
         /*finally:*/ {
           __pyx_L7_error:;
@@ -13008,7 +13600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":436
+      /* "ivshmem/channel/streams.pyx":473
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13047,8 +13639,2145 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":446
- *             PyBuffer_Release(&view)
+/* "ivshmem/channel/streams.pyx":485
+ *     # From and to descriptors.
+ * 
+ *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
+ *         """Let the kernel copy between a descriptor and the ring, once; how many bytes.
+ * 
+*/
+
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_move(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, int __pyx_v_fd, uint64_t __pyx_v_most) {
+  struct ivshmem_pieces __pyx_v_pieces;
+  struct iovec __pyx_v_vector[2];
+  int64_t __pyx_v_n;
+  int64_t __pyx_v_found;
+  int __pyx_v_code;
+  int64_t __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  unsigned char *__pyx_t_4;
+  uint64_t __pyx_t_5;
+  int64_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_13;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("move", 0);
+
+  /* "ivshmem/channel/streams.pyx":495
+ *         cdef iovec vector[2]
+ *         cdef int64_t n, found
+ *         cdef int code = 0             # <<<<<<<<<<<<<<
+ *         self.partly = False
+ *         self.enter()
+*/
+  __pyx_v_code = 0;
+
+  /* "ivshmem/channel/streams.pyx":496
+ *         cdef int64_t n, found
+ *         cdef int code = 0
+ *         self.partly = False             # <<<<<<<<<<<<<<
+ *         self.enter()
+ *         self.check_alone(direction)
+*/
+  __pyx_v_self->partly = 0;
+
+  /* "ivshmem/channel/streams.pyx":497
+ *         cdef int code = 0
+ *         self.partly = False
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         self.check_alone(direction)
+ *         if direction == SEND:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 497, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":498
+ *         self.partly = False
+ *         self.enter()
+ *         self.check_alone(direction)             # <<<<<<<<<<<<<<
+ *         if direction == SEND:
+ *             n = ivshmem_send_begin(&self.stream, most, &pieces)
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone(__pyx_v_self, __pyx_v_direction); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":499
+ *         self.enter()
+ *         self.check_alone(direction)
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             n = ivshmem_send_begin(&self.stream, most, &pieces)
+ *         else:
+*/
+  __pyx_t_2 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":500
+ *         self.check_alone(direction)
+ *         if direction == SEND:
+ *             n = ivshmem_send_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
+ *         else:
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
+*/
+    __pyx_v_n = ivshmem_send_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
+
+    /* "ivshmem/channel/streams.pyx":499
+ *         self.enter()
+ *         self.check_alone(direction)
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             n = ivshmem_send_begin(&self.stream, most, &pieces)
+ *         else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/streams.pyx":502
+ *             n = ivshmem_send_begin(&self.stream, most, &pieces)
+ *         else:
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)             # <<<<<<<<<<<<<<
+ *         if n <= 0:
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+*/
+  /*else*/ {
+    __pyx_v_n = ivshmem_receive_begin((&__pyx_v_self->stream), __pyx_v_most, (&__pyx_v_pieces));
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/channel/streams.pyx":503
+ *         else:
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
+ *         if n <= 0:             # <<<<<<<<<<<<<<
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+ *                 return n
+*/
+  __pyx_t_2 = (__pyx_v_n <= 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":504
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
+ *         if n <= 0:
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             raise self.fail(<int>n)
+*/
+    switch (__pyx_v_n) {
+      case 0:
+      case IVSHMEM_AGAIN:
+      case IVSHMEM_CLOSED:
+
+      /* "ivshmem/channel/streams.pyx":505
+ *         if n <= 0:
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+ *                 return n             # <<<<<<<<<<<<<<
+ *             raise self.fail(<int>n)
+ *         vector[0].iov_base = pieces.first
+*/
+      {
+
+        __pyx_r = __pyx_v_n;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":504
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
+ *         if n <= 0:
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             raise self.fail(<int>n)
+*/
+      break;
+      default: break;
+    }
+
+    /* "ivshmem/channel/streams.pyx":506
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+ *                 return n
+ *             raise self.fail(<int>n)             # <<<<<<<<<<<<<<
+ *         vector[0].iov_base = pieces.first
+ *         vector[0].iov_len = pieces.first_size
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 506, __pyx_L1_error)
+
+    /* "ivshmem/channel/streams.pyx":503
+ *         else:
+ *             n = ivshmem_receive_begin(&self.stream, most, &pieces)
+ *         if n <= 0:             # <<<<<<<<<<<<<<
+ *             if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+ *                 return n
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":507
+ *                 return n
+ *             raise self.fail(<int>n)
+ *         vector[0].iov_base = pieces.first             # <<<<<<<<<<<<<<
+ *         vector[0].iov_len = pieces.first_size
+ *         vector[1].iov_base = pieces.second
+*/
+  __pyx_t_4 = __pyx_v_pieces.first;
+
+  (__pyx_v_vector[0]).iov_base = __pyx_t_4;
+
+  /* "ivshmem/channel/streams.pyx":508
+ *             raise self.fail(<int>n)
+ *         vector[0].iov_base = pieces.first
+ *         vector[0].iov_len = pieces.first_size             # <<<<<<<<<<<<<<
+ *         vector[1].iov_base = pieces.second
+ *         vector[1].iov_len = pieces.second_size
+*/
+  __pyx_t_5 = __pyx_v_pieces.first_size;
+
+  (__pyx_v_vector[0]).iov_len = __pyx_t_5;
+
+  /* "ivshmem/channel/streams.pyx":509
+ *         vector[0].iov_base = pieces.first
+ *         vector[0].iov_len = pieces.first_size
+ *         vector[1].iov_base = pieces.second             # <<<<<<<<<<<<<<
+ *         vector[1].iov_len = pieces.second_size
+ *         found = n
+*/
+  __pyx_t_4 = __pyx_v_pieces.second;
+
+  (__pyx_v_vector[1]).iov_base = __pyx_t_4;
+
+  /* "ivshmem/channel/streams.pyx":510
+ *         vector[0].iov_len = pieces.first_size
+ *         vector[1].iov_base = pieces.second
+ *         vector[1].iov_len = pieces.second_size             # <<<<<<<<<<<<<<
+ *         found = n
+ *         self.begin_copy()
+*/
+  __pyx_t_5 = __pyx_v_pieces.second_size;
+
+  (__pyx_v_vector[1]).iov_len = __pyx_t_5;
+
+  /* "ivshmem/channel/streams.pyx":511
+ *         vector[1].iov_base = pieces.second
+ *         vector[1].iov_len = pieces.second_size
+ *         found = n             # <<<<<<<<<<<<<<
+ *         self.begin_copy()
+ *         self.moving[direction] = True
+*/
+  __pyx_v_found = __pyx_v_n;
+
+  /* "ivshmem/channel/streams.pyx":512
+ *         vector[1].iov_len = pieces.second_size
+ *         found = n
+ *         self.begin_copy()             # <<<<<<<<<<<<<<
+ *         self.moving[direction] = True
+ *         try:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 512, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":513
+ *         found = n
+ *         self.begin_copy()
+ *         self.moving[direction] = True             # <<<<<<<<<<<<<<
+ *         try:
+ *             with nogil:
+*/
+  (__pyx_v_self->moving[__pyx_v_direction]) = 1;
+
+  /* "ivshmem/channel/streams.pyx":514
+ *         self.begin_copy()
+ *         self.moving[direction] = True
+ *         try:             # <<<<<<<<<<<<<<
+ *             with nogil:
+ *                 if direction == SEND:
+*/
+  /*try:*/ {
+
+    /* "ivshmem/channel/streams.pyx":515
+ *         self.moving[direction] = True
+ *         try:
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 if direction == SEND:
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
+*/
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/channel/streams.pyx":516
+ *         try:
+ *             with nogil:
+ *                 if direction == SEND:             # <<<<<<<<<<<<<<
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
+ *                 else:
+*/
+          __pyx_t_2 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
+
+          if (__pyx_t_2) {
+
+
+            /* "ivshmem/channel/streams.pyx":517
+ *             with nogil:
+ *                 if direction == SEND:
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
+ *                 else:
+ *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
+*/
+            __pyx_t_2 = (__pyx_v_pieces.second_size != 0);
+
+            if (__pyx_t_2) {
+
+              __pyx_t_1 = 2;
+            } else {
+
+              __pyx_t_1 = 1;
+            }
+
+            __pyx_v_n = readv(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
+
+
+            /* "ivshmem/channel/streams.pyx":516
+ *         try:
+ *             with nogil:
+ *                 if direction == SEND:             # <<<<<<<<<<<<<<
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
+ *                 else:
+*/
+            goto __pyx_L11;
+          }
+
+          /* "ivshmem/channel/streams.pyx":519
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
+ *                 else:
+ *                     n = writev(fd, vector, 2 if pieces.second_size else 1)             # <<<<<<<<<<<<<<
+ *                 if n < 0:
+ *                     code = errno
+*/
+          /*else*/ {
+            __pyx_t_2 = (__pyx_v_pieces.second_size != 0);
+
+            if (__pyx_t_2) {
+
+              __pyx_t_1 = 2;
+            } else {
+
+              __pyx_t_1 = 1;
+            }
+
+            __pyx_v_n = writev(__pyx_v_fd, __pyx_v_vector, __pyx_t_1);
+
+          }
+          __pyx_L11:;
+
+          /* "ivshmem/channel/streams.pyx":520
+ *                 else:
+ *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
+ *                 if n < 0:             # <<<<<<<<<<<<<<
+ *                     code = errno
+ *         finally:
+*/
+          __pyx_t_2 = (__pyx_v_n < 0);
+
+          if (__pyx_t_2) {
+
+
+            /* "ivshmem/channel/streams.pyx":521
+ *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
+ *                 if n < 0:
+ *                     code = errno             # <<<<<<<<<<<<<<
+ *         finally:
+ *             self.moving[direction] = False
+*/
+            __pyx_v_code = errno;
+
+            /* "ivshmem/channel/streams.pyx":520
+ *                 else:
+ *                     n = writev(fd, vector, 2 if pieces.second_size else 1)
+ *                 if n < 0:             # <<<<<<<<<<<<<<
+ *                     code = errno
+ *         finally:
+*/
+          }
+        }
+
+        /* "ivshmem/channel/streams.pyx":515
+ *         self.moving[direction] = True
+ *         try:
+ *             with nogil:             # <<<<<<<<<<<<<<
+ *                 if direction == SEND:
+ *                     n = readv(fd, vector, 2 if pieces.second_size else 1)
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L10;
+          }
+          __pyx_L10:;
+        }
+    }
+  }
+
+  /* "ivshmem/channel/streams.pyx":523
+ *                     code = errno
+ *         finally:
+ *             self.moving[direction] = False             # <<<<<<<<<<<<<<
+ *             self.end_copy()
+ *         if n < 0:
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      (__pyx_v_self->moving[__pyx_v_direction]) = 0;
+
+      /* "ivshmem/channel/streams.pyx":524
+ *         finally:
+ *             self.moving[direction] = False
+ *             self.end_copy()             # <<<<<<<<<<<<<<
+ *         if n < 0:
+ *             if code == EAGAIN:
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
+
+      goto __pyx_L7;
+    }
+    __pyx_L7:;
+  }
+
+  /* "ivshmem/channel/streams.pyx":525
+ *             self.moving[direction] = False
+ *             self.end_copy()
+ *         if n < 0:             # <<<<<<<<<<<<<<
+ *             if code == EAGAIN:
+ *                 return FD_WAITS
+*/
+  __pyx_t_2 = (__pyx_v_n < 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":526
+ *             self.end_copy()
+ *         if n < 0:
+ *             if code == EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return FD_WAITS
+ *             if code == EINTR:
+*/
+    __pyx_t_2 = (__pyx_v_code == EAGAIN);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/streams.pyx":527
+ *         if n < 0:
+ *             if code == EAGAIN:
+ *                 return FD_WAITS             # <<<<<<<<<<<<<<
+ *             if code == EINTR:
+ *                 PyErr_CheckSignals()
+*/
+      {
+
+        __pyx_r = __pyx_e_7ivshmem_7channel_7streams_FD_WAITS;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":526
+ *             self.end_copy()
+ *         if n < 0:
+ *             if code == EAGAIN:             # <<<<<<<<<<<<<<
+ *                 return FD_WAITS
+ *             if code == EINTR:
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":528
+ *             if code == EAGAIN:
+ *                 return FD_WAITS
+ *             if code == EINTR:             # <<<<<<<<<<<<<<
+ *                 PyErr_CheckSignals()
+ *                 return self.move(direction, fd, most)
+*/
+    __pyx_t_2 = (__pyx_v_code == EINTR);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/streams.pyx":529
+ *                 return FD_WAITS
+ *             if code == EINTR:
+ *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
+ *                 return self.move(direction, fd, most)
+ *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
+*/
+      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 529, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/streams.pyx":530
+ *             if code == EINTR:
+ *                 PyErr_CheckSignals()
+ *                 return self.move(direction, fd, most)             # <<<<<<<<<<<<<<
+ *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
+ *         self.enter()  # another thread can have closed it
+*/
+      __pyx_t_6 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_fd, __pyx_v_most); if (unlikely(__pyx_t_6 == ((int64_t)-100L))) __PYX_ERR(0, 530, __pyx_L1_error)
+      {
+        __pyx_r = __pyx_t_6;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":528
+ *             if code == EAGAIN:
+ *                 return FD_WAITS
+ *             if code == EINTR:             # <<<<<<<<<<<<<<
+ *                 PyErr_CheckSignals()
+ *                 return self.move(direction, fd, most)
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":531
+ *                 PyErr_CheckSignals()
+ *                 return self.move(direction, fd, most)
+ *             raise OSError(code, os.strerror(code), f"descriptor {fd}")             # <<<<<<<<<<<<<<
+ *         self.enter()  # another thread can have closed it
+ *         self.partly = n < found
+*/
+    __pyx_t_7 = NULL;
+    __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_10 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_strerror); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_11 = __Pyx_PyLong_From_int(__pyx_v_code); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_13 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_12))) {
+      __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_12);
+      assert(__pyx_t_10);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
+      __Pyx_INCREF(__pyx_t_10);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
+      __pyx_t_13 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_t_11};
+      __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 531, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_9);
+    }
+    __pyx_t_12 = __Pyx_PyUnicode_From_int(__pyx_v_fd, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_11 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_descriptor, __pyx_t_12); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 531, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+    __pyx_t_13 = 1;
+    {
+      PyObject *__pyx_callargs[4] = {__pyx_t_7, __pyx_t_8, __pyx_t_9, __pyx_t_11};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_13, (4-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 531, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 531, __pyx_L1_error)
+
+    /* "ivshmem/channel/streams.pyx":525
+ *             self.moving[direction] = False
+ *             self.end_copy()
+ *         if n < 0:             # <<<<<<<<<<<<<<
+ *             if code == EAGAIN:
+ *                 return FD_WAITS
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":532
+ *                 return self.move(direction, fd, most)
+ *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
+ *         self.enter()  # another thread can have closed it             # <<<<<<<<<<<<<<
+ *         self.partly = n < found
+ *         if direction == SEND:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 532, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/streams.pyx":533
+ *             raise OSError(code, os.strerror(code), f"descriptor {fd}")
+ *         self.enter()  # another thread can have closed it
+ *         self.partly = n < found             # <<<<<<<<<<<<<<
+ *         if direction == SEND:
+ *             if n:
+*/
+  __pyx_v_self->partly = (__pyx_v_n < __pyx_v_found);
+
+  /* "ivshmem/channel/streams.pyx":534
+ *         self.enter()  # another thread can have closed it
+ *         self.partly = n < found
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             if n:
+ *                 ivshmem_send_end(&self.stream, n)
+*/
+  __pyx_t_2 = (__pyx_v_direction == __pyx_e_7ivshmem_7channel_7streams_SEND);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":535
+ *         self.partly = n < found
+ *         if direction == SEND:
+ *             if n:             # <<<<<<<<<<<<<<
+ *                 ivshmem_send_end(&self.stream, n)
+ *         else:
+*/
+    __pyx_t_2 = (__pyx_v_n != 0);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/streams.pyx":536
+ *         if direction == SEND:
+ *             if n:
+ *                 ivshmem_send_end(&self.stream, n)             # <<<<<<<<<<<<<<
+ *         else:
+ *             ivshmem_receive_end(&self.stream, n)
+*/
+      ivshmem_send_end((&__pyx_v_self->stream), __pyx_v_n);
+
+      /* "ivshmem/channel/streams.pyx":535
+ *         self.partly = n < found
+ *         if direction == SEND:
+ *             if n:             # <<<<<<<<<<<<<<
+ *                 ivshmem_send_end(&self.stream, n)
+ *         else:
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":534
+ *         self.enter()  # another thread can have closed it
+ *         self.partly = n < found
+ *         if direction == SEND:             # <<<<<<<<<<<<<<
+ *             if n:
+ *                 ivshmem_send_end(&self.stream, n)
+*/
+    goto __pyx_L16;
+  }
+
+  /* "ivshmem/channel/streams.pyx":538
+ *                 ivshmem_send_end(&self.stream, n)
+ *         else:
+ *             ivshmem_receive_end(&self.stream, n)             # <<<<<<<<<<<<<<
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+*/
+  /*else*/ {
+    ivshmem_receive_end((&__pyx_v_self->stream), __pyx_v_n);
+  }
+  __pyx_L16:;
+
+  /* "ivshmem/channel/streams.pyx":539
+ *         else:
+ *             ivshmem_receive_end(&self.stream, n)
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return n
+*/
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":540
+ *             ivshmem_receive_end(&self.stream, n)
+ *         if self.membership.rings.count:
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return n
+ * 
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 540, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/streams.pyx":539
+ *         else:
+ *             ivshmem_receive_end(&self.stream, n)
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return n
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":541
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+ *         return n             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object move_in_time(self, int direction, object fd, object size):
+*/
+  {
+
+    __pyx_r = __pyx_v_n;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":485
+ *     # From and to descriptors.
+ * 
+ *     cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:             # <<<<<<<<<<<<<<
+ *         """Let the kernel copy between a descriptor and the ring, once; how many bytes.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.move", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -100L;
+  __pyx_L0:;
+
+
+
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":543
+ *         return n
+ * 
+ *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
+ *         cdef int64_t n
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_fd, PyObject *__pyx_v_size) {
+  int64_t __pyx_v_n;
+  int __pyx_v_number;
+  uint64_t __pyx_v_most;
+  PyObject *__pyx_v_timeout = NULL;
+  PyObject *__pyx_v_deadline = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[3];
+  Py_ssize_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  uint64_t __pyx_t_11;
+  int64_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("move_in_time", 0);
+
+  /* "ivshmem/channel/streams.pyx":545
+ *     cdef object move_in_time(self, int direction, object fd, object size):
+ *         cdef int64_t n
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()             # <<<<<<<<<<<<<<
+ *         cdef uint64_t most = UINT64_MAX
+ *         if size is not None:
+*/
+  __pyx_t_2 = PyLong_Check(__pyx_v_fd); 
+  if (__pyx_t_2) {
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_v_fd); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L1_error)
+    __pyx_t_1 = __pyx_t_3;
+  } else {
+    __pyx_t_5 = __pyx_v_fd;
+    __Pyx_INCREF(__pyx_t_5);
+    __pyx_t_6 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
+      __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __pyx_t_3 = __Pyx_PyLong_As_int(__pyx_t_4); if (unlikely((__pyx_t_3 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 545, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_1 = __pyx_t_3;
+  }
+
+  __pyx_v_number = __pyx_t_1;
+
+  /* "ivshmem/channel/streams.pyx":546
+ *         cdef int64_t n
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
+ *         cdef uint64_t most = UINT64_MAX             # <<<<<<<<<<<<<<
+ *         if size is not None:
+ *             if size < 0:
+*/
+  __pyx_v_most = UINT64_MAX;
+
+  /* "ivshmem/channel/streams.pyx":547
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
+ *         cdef uint64_t most = UINT64_MAX
+ *         if size is not None:             # <<<<<<<<<<<<<<
+ *             if size < 0:
+ *                 raise ValueError(f"cannot move {size} bytes")
+*/
+  __pyx_t_2 = (__pyx_v_size != Py_None);
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/streams.pyx":548
+ *         cdef uint64_t most = UINT64_MAX
+ *         if size is not None:
+ *             if size < 0:             # <<<<<<<<<<<<<<
+ *                 raise ValueError(f"cannot move {size} bytes")
+ *             most = size
+*/
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 548, __pyx_L1_error)
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/channel/streams.pyx":549
+ *         if size is not None:
+ *             if size < 0:
+ *                 raise ValueError(f"cannot move {size} bytes")             # <<<<<<<<<<<<<<
+ *             most = size
+ *             if most == 0:
+*/
+      __pyx_t_5 = NULL;
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 549, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_cannot_move;
+      __pyx_t_8[1] = __pyx_t_7;
+      __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
+      __pyx_t_9 = 18;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]);
+      #endif
+      __pyx_t_1 = 0;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
+      #endif
+      __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 3, __pyx_t_9, __pyx_t_1);
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 549, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_6 = 1;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_10};
+        __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __PYX_ERR(0, 549, __pyx_L1_error)
+
+      /* "ivshmem/channel/streams.pyx":548
+ *         cdef uint64_t most = UINT64_MAX
+ *         if size is not None:
+ *             if size < 0:             # <<<<<<<<<<<<<<
+ *                 raise ValueError(f"cannot move {size} bytes")
+ *             most = size
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":550
+ *             if size < 0:
+ *                 raise ValueError(f"cannot move {size} bytes")
+ *             most = size             # <<<<<<<<<<<<<<
+ *             if most == 0:
+ *                 raise ValueError("0 bytes: it would look like the end")
+*/
+    __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_v_size); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L1_error)
+    __pyx_v_most = __pyx_t_11;
+
+    /* "ivshmem/channel/streams.pyx":551
+ *                 raise ValueError(f"cannot move {size} bytes")
+ *             most = size
+ *             if most == 0:             # <<<<<<<<<<<<<<
+ *                 raise ValueError("0 bytes: it would look like the end")
+ *         timeout = self.timeout
+*/
+    __pyx_t_2 = (__pyx_v_most == 0);
+
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/channel/streams.pyx":552
+ *             most = size
+ *             if most == 0:
+ *                 raise ValueError("0 bytes: it would look like the end")             # <<<<<<<<<<<<<<
+ *         timeout = self.timeout
+ *         deadline = deadline_of(timeout)
+*/
+      __pyx_t_10 = NULL;
+      __pyx_t_6 = 1;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_0_bytes_it_would_look_like_the_e};
+        __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 552, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __PYX_ERR(0, 552, __pyx_L1_error)
+
+      /* "ivshmem/channel/streams.pyx":551
+ *                 raise ValueError(f"cannot move {size} bytes")
+ *             most = size
+ *             if most == 0:             # <<<<<<<<<<<<<<
+ *                 raise ValueError("0 bytes: it would look like the end")
+ *         timeout = self.timeout
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":547
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
+ *         cdef uint64_t most = UINT64_MAX
+ *         if size is not None:             # <<<<<<<<<<<<<<
+ *             if size < 0:
+ *                 raise ValueError(f"cannot move {size} bytes")
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":553
+ *             if most == 0:
+ *                 raise ValueError("0 bytes: it would look like the end")
+ *         timeout = self.timeout             # <<<<<<<<<<<<<<
+ *         deadline = deadline_of(timeout)
+ *         while True:
+*/
+  __pyx_t_4 = __pyx_v_self->timeout;
+  __Pyx_INCREF(__pyx_t_4);
+  __pyx_v_timeout = __pyx_t_4;
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":554
+ *                 raise ValueError("0 bytes: it would look like the end")
+ *         timeout = self.timeout
+ *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *         while True:
+ *             n = self.move(direction, number, most)
+*/
+  __pyx_t_10 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 554, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_10);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_10);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_6 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_10, __pyx_v_timeout};
+    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 554, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  __pyx_v_deadline = __pyx_t_4;
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":555
+ *         timeout = self.timeout
+ *         deadline = deadline_of(timeout)
+ *         while True:             # <<<<<<<<<<<<<<
+ *             n = self.move(direction, number, most)
+ *             if n >= 0:
+*/
+  while (1) {
+
+    /* "ivshmem/channel/streams.pyx":556
+ *         deadline = deadline_of(timeout)
+ *         while True:
+ *             n = self.move(direction, number, most)             # <<<<<<<<<<<<<<
+ *             if n >= 0:
+ *                 return n
+*/
+    __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_v_direction, __pyx_v_number, __pyx_v_most); if (unlikely(__pyx_t_12 == ((int64_t)-100L))) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_v_n = __pyx_t_12;
+
+    /* "ivshmem/channel/streams.pyx":557
+ *         while True:
+ *             n = self.move(direction, number, most)
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             if n == FD_WAITS:
+*/
+    __pyx_t_2 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/streams.pyx":558
+ *             n = self.move(direction, number, most)
+ *             if n >= 0:
+ *                 return n             # <<<<<<<<<<<<<<
+ *             if n == FD_WAITS:
+ *                 return None
+*/
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 558, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = __pyx_t_4;
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      __pyx_t_4 = 0;
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":557
+ *         while True:
+ *             n = self.move(direction, number, most)
+ *             if n >= 0:             # <<<<<<<<<<<<<<
+ *                 return n
+ *             if n == FD_WAITS:
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":559
+ *             if n >= 0:
+ *                 return n
+ *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
+ *                 return None
+ *             if n == IVSHMEM_CLOSED:
+*/
+    __pyx_t_2 = (__pyx_v_n == __pyx_e_7ivshmem_7channel_7streams_FD_WAITS);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/streams.pyx":560
+ *                 return n
+ *             if n == FD_WAITS:
+ *                 return None             # <<<<<<<<<<<<<<
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(direction)
+*/
+      {
+        PyObject *__pyx_temp;
+        {
+          __pyx_temp = __pyx_r;
+          __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+        }
+        __Pyx_XDECREF(__pyx_temp);
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/streams.pyx":559
+ *             if n >= 0:
+ *                 return n
+ *             if n == FD_WAITS:             # <<<<<<<<<<<<<<
+ *                 return None
+ *             if n == IVSHMEM_CLOSED:
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":561
+ *             if n == FD_WAITS:
+ *                 return None
+ *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *                 raise self.broken(direction)
+ *             self.await_half(direction, timeout, deadline)
+*/
+    __pyx_t_2 = (__pyx_v_n == IVSHMEM_CLOSED);
+
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/channel/streams.pyx":562
+ *                 return None
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(direction)             # <<<<<<<<<<<<<<
+ *             self.await_half(direction, timeout, deadline)
+ * 
+*/
+      __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_broken(__pyx_v_self, __pyx_v_direction); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 562, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __PYX_ERR(0, 562, __pyx_L1_error)
+
+      /* "ivshmem/channel/streams.pyx":561
+ *             if n == FD_WAITS:
+ *                 return None
+ *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *                 raise self.broken(direction)
+ *             self.await_half(direction, timeout, deadline)
+*/
+    }
+
+    /* "ivshmem/channel/streams.pyx":563
+ *             if n == IVSHMEM_CLOSED:
+ *                 raise self.broken(direction)
+ *             self.await_half(direction, timeout, deadline)             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_v_direction, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 563, __pyx_L1_error)
+
+  }
+
+  /* "ivshmem/channel/streams.pyx":543
+ *         return n
+ * 
+ *     cdef object move_in_time(self, int direction, object fd, object size):             # <<<<<<<<<<<<<<
+ *         cdef int64_t n
+ *         cdef int number = fd if isinstance(fd, int) else fd.fileno()
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.move_in_time", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  __Pyx_XDECREF(__pyx_v_timeout);
+  __Pyx_XDECREF(__pyx_v_deadline);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":565
+ *             self.await_half(direction, timeout, deadline)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def read_from(self, fd, size=None):
+ *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_26read_from(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_25read_from, "Send what one read(2) of a descriptor brings; the kernel copies it into the ring.\n\n        Args:\n            fd: the number of a descriptor, or an object with fileno(). It had better not block: a\n                call that waits for it in the kernel keeps the memory in use until it returns.\n            size: bytes at most, 1 or more; None: as many as there is room for.\n\n        Returns:\n            How many bytes were sent, at least one. 0: the end of the file; the other end hears of\n            it only by `shutdown`. None: the descriptor has nothing now (EAGAIN).\n\n        Raises:\n            OSError: of read(2); its `filename` names the descriptor. Nothing was sent.\n            BrokenPipeError: the other end receives no more, or this one was shut down.\n            TimeoutError, BlockingIOError: the ring had no room, as of `send`.\n            RuntimeError: another thread sends at this moment.\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from = {"read_from", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_25read_from};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_26read_from(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_fd = 0;
+  PyObject *__pyx_v_size = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("read_from (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 565, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 565, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 565, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "read_from", 0) < (0)) __PYX_ERR(0, 565, __pyx_L3_error)
+
+      /* "ivshmem/channel/streams.pyx":566
+ * 
+ *     @cython.critical_section
+ *     def read_from(self, fd, size=None):             # <<<<<<<<<<<<<<
+ *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+ * 
+*/
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, i); __PYX_ERR(0, 565, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 565, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 565, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_fd = values[0];
+    __pyx_v_size = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("read_from", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 565, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.read_from", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
+
+  /* "ivshmem/channel/streams.pyx":565
+ *             self.await_half(direction, timeout, deadline)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def read_from(self, fd, size=None):
+ *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+*/
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25read_from(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_fd, PyObject *__pyx_v_size) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("read_from", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":585
+ *             ChannelCorrupt, ClosedError: as of all calls.
+ *         """
+ *         return self.move_in_time(SEND, fd, size)             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 585, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":565
+ *             self.await_half(direction, timeout, deadline)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def read_from(self, fd, size=None):
+ *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.read_from", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":587
+ *         return self.move_in_time(SEND, fd, size)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def write_to(self, fd, size=None):
+ *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_28write_to(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_27write_to, "Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.\n\n        Args:\n            fd, size: as of `read_from`.\n\n        Returns:\n            How many bytes were received, at least one. 0: the other end sends no more. None: the\n            descriptor takes nothing now (EAGAIN).\n\n        Raises:\n            OSError: of write(2), BrokenPipeError for one; its `filename` names the descriptor.\n                Nothing was received.\n            ConnectionResetError: without `filename`: the other end\047s process is gone, or it called\n                `abort`.\n            TimeoutError, BlockingIOError: nothing came, as of `recv`.\n            RuntimeError: another thread receives at this moment.\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to = {"write_to", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_27write_to};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_28write_to(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_fd = 0;
+  PyObject *__pyx_v_size = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("write_to (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 587, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "write_to", 0) < (0)) __PYX_ERR(0, 587, __pyx_L3_error)
+
+      /* "ivshmem/channel/streams.pyx":588
+ * 
+ *     @cython.critical_section
+ *     def write_to(self, fd, size=None):             # <<<<<<<<<<<<<<
+ *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+ * 
+*/
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, i); __PYX_ERR(0, 587, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 587, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 587, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_fd = values[0];
+    __pyx_v_size = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("write_to", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 587, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.write_to", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
+
+  /* "ivshmem/channel/streams.pyx":587
+ *         return self.move_in_time(SEND, fd, size)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def write_to(self, fd, size=None):
+ *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+*/
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27write_to(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_fd, PyObject *__pyx_v_size) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("write_to", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":607
+ *             ChannelCorrupt, ClosedError: as of all calls.
+ *         """
+ *         return self.move_in_time(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
+ * 
+ *     def _fill(self, int fd, uint64_t size):
+*/
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 607, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":587
+ *         return self.move_in_time(SEND, fd, size)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def write_to(self, fd, size=None):
+ *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.write_to", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":609
+ *         return self.move_in_time(RECEIVE, fd, size)
+ * 
+ *     def _fill(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `read_from`, for a loop: without waiting, and without an exception for what is usual.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_30_fill(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_29_fill, "As `read_from`, for a loop: without waiting, and without an exception for what is usual.\n\n        Returns:\n            How many bytes, or RING_WAITS, DESCRIPTOR_WAITS or BROKEN; and whether these are fewer\n            than there was room for: the descriptor of a stream has no more then.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_fill = {"_fill", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_30_fill, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_29_fill};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_30_fill(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  int __pyx_v_fd;
+  uint64_t __pyx_v_size;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_fill (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_fill", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_fill", 1, 2, 2, i); __PYX_ERR(0, 609, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+    }
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 609, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 609, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_fill", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._fill", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_29_fill(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29_fill(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_size) {
+  int64_t __pyx_v_n;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int64_t __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_fill", 0);
+
+  /* "ivshmem/channel/streams.pyx":617
+ *         """
+ *         cdef int64_t n
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             n = self.move(SEND, fd, size)
+ *             return n, self.partly
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":618
+ *         cdef int64_t n
+ *         with cython.critical_section(self):
+ *             n = self.move(SEND, fd, size)             # <<<<<<<<<<<<<<
+ *             return n, self.partly
+ * 
+*/
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_fd, __pyx_v_size); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 618, __pyx_L4_error)
+        __pyx_v_n = __pyx_t_2;
+
+        /* "ivshmem/channel/streams.pyx":619
+ *         with cython.critical_section(self):
+ *             n = self.move(SEND, fd, size)
+ *             return n, self.partly             # <<<<<<<<<<<<<<
+ * 
+ *     def _drain(self, int fd, uint64_t size):
+*/
+        __pyx_t_3 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 619, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_v_self->partly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 619, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __Pyx_GIVEREF(__pyx_t_3);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 619, __pyx_L4_error);
+        __Pyx_GIVEREF(__pyx_t_4);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 619, __pyx_L4_error);
+        __pyx_t_3 = 0;
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_5;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":617
+ *         """
+ *         cdef int64_t n
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             n = self.move(SEND, fd, size)
+ *             return n, self.partly
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_6 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_6;
+          __pyx_t_6 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/streams.pyx":609
+ *         return self.move_in_time(RECEIVE, fd, size)
+ * 
+ *     def _fill(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `read_from`, for a loop: without waiting, and without an exception for what is usual.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._fill", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":621
+ *             return n, self.partly
+ * 
+ *     def _drain(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `write_to`, in the same way."""
+ *         cdef int64_t n
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_32_drain(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_31_drain, "As `write_to`, in the same way.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_32_drain = {"_drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_32_drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_31_drain};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_32_drain(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  int __pyx_v_fd;
+  uint64_t __pyx_v_size;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_drain (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_size,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 621, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 621, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 621, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drain", 0) < (0)) __PYX_ERR(0, 621, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drain", 1, 2, 2, i); __PYX_ERR(0, 621, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 2)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 621, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 621, __pyx_L3_error)
+    }
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 621, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 621, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("_drain", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 621, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_31_drain(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_fd, __pyx_v_size);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_31_drain(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_fd, uint64_t __pyx_v_size) {
+  int64_t __pyx_v_n;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int64_t __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_drain", 0);
+
+  /* "ivshmem/channel/streams.pyx":624
+ *         """As `write_to`, in the same way."""
+ *         cdef int64_t n
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             n = self.move(RECEIVE, fd, size)
+ *             return n, self.partly
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":625
+ *         cdef int64_t n
+ *         with cython.critical_section(self):
+ *             n = self.move(RECEIVE, fd, size)             # <<<<<<<<<<<<<<
+ *             return n, self.partly
+ * 
+*/
+        __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_move(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_fd, __pyx_v_size); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 625, __pyx_L4_error)
+        __pyx_v_n = __pyx_t_2;
+
+        /* "ivshmem/channel/streams.pyx":626
+ *         with cython.critical_section(self):
+ *             n = self.move(RECEIVE, fd, size)
+ *             return n, self.partly             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __pyx_t_3 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 626, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_v_self->partly); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 626, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
+        __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 626, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __Pyx_GIVEREF(__pyx_t_3);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 626, __pyx_L4_error);
+        __Pyx_GIVEREF(__pyx_t_4);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 626, __pyx_L4_error);
+        __pyx_t_3 = 0;
+        __pyx_t_4 = 0;
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_5;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":624
+ *         """As `write_to`, in the same way."""
+ *         cdef int64_t n
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             n = self.move(RECEIVE, fd, size)
+ *             return n, self.partly
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_6 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_6;
+          __pyx_t_6 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/channel/streams.pyx":621
+ *             return n, self.partly
+ * 
+ *     def _drain(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `write_to`, in the same way."""
+ *         cdef int64_t n
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._drain", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":628
+ *             return n, self.partly
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _silence(self):
+ *         """Return for how many seconds the other end's process has shown no sign of life."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_34_silence(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_33_silence, "Return for how many seconds the other end\047s process has shown no sign of life.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_34_silence = {"_silence", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_34_silence, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_33_silence};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_34_silence(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("_silence (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("_silence", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_silence", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_33_silence(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_33_silence(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("_silence", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/streams.pyx":631
+ *     def _silence(self):
+ *         """Return for how many seconds the other end's process has shown no sign of life."""
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         return ivshmem_stream_silence(&self.stream) / 1e9
+ * 
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/streams.pyx":632
+ *         """Return for how many seconds the other end's process has shown no sign of life."""
+ *         self.enter()
+ *         return ivshmem_stream_silence(&self.stream) / 1e9             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __pyx_t_3 = PyFloat_FromDouble((((double)ivshmem_stream_silence((&__pyx_v_self->stream))) / 1e9)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 632, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_3;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":628
+ *             return n, self.partly
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _silence(self):
+ *         """Return for how many seconds the other end's process has shown no sign of life."""
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_4 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._silence", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":634
+ *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
@@ -13056,16 +15785,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_24shutdown(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_36shutdown(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_23shutdown, "As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.\n\n        What was sent can still be received.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown = {"shutdown", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_23shutdown};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_24shutdown(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_35shutdown, "As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.\n\n        What was sent can still be received.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_36shutdown = {"shutdown", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_36shutdown, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_35shutdown};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_36shutdown(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13095,32 +15824,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 446, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 634, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 446, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 634, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 446, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 634, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 446, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 634, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 447, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 635, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 446, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 634, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13131,7 +15860,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_how);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_35shutdown(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_how);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13142,7 +15871,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_how) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_35shutdown(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_how) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13167,7 +15896,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":452
+        /* "ivshmem/channel/streams.pyx":640
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13184,7 +15913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/streams.pyx":453
+          /* "ivshmem/channel/streams.pyx":641
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -13192,7 +15921,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
           __pyx_t_5 = NULL;
-          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 453, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 641, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
           __pyx_t_7[1] = __pyx_t_6;
@@ -13203,7 +15932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
           #endif
           __pyx_t_9 = 0;
           __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 453, __pyx_L4_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 641, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_10);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __pyx_t_11 = 1;
@@ -13212,14 +15941,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 453, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 641, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 453, __pyx_L4_error)
+          __PYX_ERR(0, 641, __pyx_L4_error)
 
-          /* "ivshmem/channel/streams.pyx":452
+          /* "ivshmem/channel/streams.pyx":640
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13228,17 +15957,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         }
 
-        /* "ivshmem/channel/streams.pyx":454
+        /* "ivshmem/channel/streams.pyx":642
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 642, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":455
+        /* "ivshmem/channel/streams.pyx":643
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -13247,19 +15976,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
         ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-        /* "ivshmem/channel/streams.pyx":456
+        /* "ivshmem/channel/streams.pyx":644
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L4_error)
+        __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 644, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/channel/streams.pyx":446
- *             PyBuffer_Release(&view)
+      /* "ivshmem/channel/streams.pyx":634
+ *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
@@ -13296,7 +16025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":458
+/* "ivshmem/channel/streams.pyx":646
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13305,16 +16034,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_26makefile(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_38makefile(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_25makefile, "Return a file over the connection, as of a socket. To close it leaves this end open.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile = {"makefile", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_25makefile};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_26makefile(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_37makefile, "Return a file over the connection, as of a socket. To close it leaves this end open.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_38makefile = {"makefile", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_38makefile, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_37makefile};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_38makefile(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13348,22 +16077,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 646, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 646, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 646, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 646, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -13373,11 +16102,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 646, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 646, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13396,7 +16125,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 646, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13407,7 +16136,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_mode, __pyx_v_buffering, __pyx_v_encoding, __pyx_v_errors, __pyx_v_newline);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_37makefile(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v_mode, __pyx_v_buffering, __pyx_v_encoding, __pyx_v_errors, __pyx_v_newline);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13417,7 +16146,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_mode, PyObject *__pyx_v_buffering, PyObject *__pyx_v_encoding, PyObject *__pyx_v_errors, PyObject *__pyx_v_newline) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_37makefile(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_mode, PyObject *__pyx_v_buffering, PyObject *__pyx_v_encoding, PyObject *__pyx_v_errors, PyObject *__pyx_v_newline) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -13430,15 +16159,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":460
+  /* "ivshmem/channel/streams.pyx":648
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 648, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 460, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 648, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13458,7 +16187,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 460, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 648, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13472,7 +16201,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":458
+  /* "ivshmem/channel/streams.pyx":646
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13501,16 +16230,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13536,14 +16265,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -13583,16 +16312,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -13658,7 +16387,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -13668,7 +16397,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -13902,6 +16631,195 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_StreamListener = {
   #endif
 };
 #endif
+static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream __pyx_vtable_7ivshmem_7channel_7streams_Stream;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
+  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o);
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
+  p->timeout = Py_None; Py_INCREF(Py_None);
+  return o;
+}
+
+static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Stream(PyTypeObject *t, PyObject *a, PyObject *k) {
+  PyObject *o;
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
+  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
+  if (unlikely(!base_tp_new)) {
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
+    o = NULL;
+  } else
+  #endif
+  o = base_tp_new(t, a, k);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(o, a, k);
+}
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  Py_CLEAR(p->timeout);
+  #if CYTHON_USE_TYPE_SPECS
+  PyObject *tp = (PyObject*)Py_TYPE(o);
+  #endif
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
+  #endif
+  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream);
+  #if CYTHON_USE_TYPE_SPECS
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+    Py_DECREF(tp);
+  }
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  e = 0;
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
+    if (traverse) { e = traverse(o, v, a); }
+  } else
+  #endif
+  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream); }
+  if (e) return e;
+  {
+    e = __Pyx_call_type_traverse(o, 0, v, a);
+    if (e) return e;
+  }
+  if (p->timeout) {
+    e = (*v)(p->timeout, a); if (e) return e;
+  }
+  return 0;
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_7streams_Stream[] = {
+  {"abort", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_abort},
+  {"settimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_2settimeout},
+  {"gettimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_4gettimeout},
+  {"setblocking", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_6setblocking},
+  {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_8send},
+  {"sendall", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_10sendall},
+  {"recv", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv},
+  {"recv_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_into},
+  {"recv_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_16recv_async},
+  {"_recv_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_18_recv_now},
+  {"sendall_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_20sendall_async},
+  {"_send_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_23_send_now},
+  {"read_from", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_25read_from},
+  {"write_to", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_27write_to},
+  {"_fill", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_30_fill, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_29_fill},
+  {"_drain", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_32_drain, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_31_drain},
+  {"_silence", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_34_silence, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_33_silence},
+  {"shutdown", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_36shutdown, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_35shutdown},
+  {"makefile", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_38makefile, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_37makefile},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_39__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_41__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_7streams_Stream_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream},
+  {Py_tp_doc, (void *)PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    ")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7streams_Stream},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7streams_Stream},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_7streams_Stream_spec = {
+  "ivshmem.channel.streams.Stream",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_7streams_Stream_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_Stream = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.streams.""Stream", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    "), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream, /*tp_traverse*/
+  0, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_7streams_Stream, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_7streams_Stream, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half __pyx_vtable_7ivshmem_7channel_7streams_Half;
 
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Half(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
@@ -14037,189 +16955,6 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_Half = {
   0, /*tp_init*/
   0, /*tp_alloc*/
   __pyx_tp_new_7ivshmem_7channel_7streams_Half, /*tp_new*/
-  0, /*tp_free*/
-  0, /*tp_is_gc*/
-  0, /*tp_bases*/
-  0, /*tp_mro*/
-  0, /*tp_cache*/
-  0, /*tp_subclasses*/
-  0, /*tp_weaklist*/
-  0, /*tp_del*/
-  0, /*tp_version_tag*/
-  #if CYTHON_USE_TP_FINALIZE
-  0, /*tp_finalize*/
-  #else
-  NULL, /*tp_finalize*/
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  0, /*tp_vectorcall*/
-  #else
-  NULL, /*tp_vectorcall*/
-  #endif
-  #endif
-  #if __PYX_NEED_TP_PRINT_SLOT == 1
-  0, /*tp_print*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030C0000
-  0, /*tp_watched*/
-  #endif
-  #if PY_VERSION_HEX >= 0x030d00A4
-  0, /*tp_versions_used*/
-  #endif
-  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
-  0, /*tp_pypy_flags*/
-  #endif
-};
-#endif
-static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream __pyx_vtable_7ivshmem_7channel_7streams_Stream;
-
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
-  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o);
-  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Dependent*)__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
-  p->timeout = Py_None; Py_INCREF(Py_None);
-  return o;
-}
-
-static PyObject *__pyx_tp_new_7ivshmem_7channel_7streams_Stream(PyTypeObject *t, PyObject *a, PyObject *k) {
-  PyObject *o;
-  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_new, newfunc);
-  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
-  if (unlikely(!base_tp_new)) {
-    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd);
-    o = NULL;
-  } else
-  #endif
-  o = base_tp_new(t, a, k);
-  if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(o, a, k);
-}
-
-static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream(PyObject *o) {
-  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
-  #if CYTHON_USE_TP_FINALIZE
-  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
-    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream) {
-      if (PyObject_CallFinalizerFromDealloc(o)) return;
-    }
-  }
-  #endif
-  PyObject_GC_UnTrack(o);
-  Py_CLEAR(p->timeout);
-  #if CYTHON_USE_TYPE_SPECS
-  PyObject *tp = (PyObject*)Py_TYPE(o);
-  #endif
-  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) PyObject_GC_Track(o);
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_dealloc, destructor)(o); else
-  #endif
-  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream);
-  #if CYTHON_USE_TYPE_SPECS
-  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
-    Py_DECREF(tp);
-  }
-  #endif
-}
-
-static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream(PyObject *o, visitproc v, void *a) {
-  int e;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  e = 0;
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd)) {
-    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, tp_traverse, traverseproc);
-    if (traverse) { e = traverse(o, v, a); }
-  } else
-  #endif
-  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream); }
-  if (e) return e;
-  {
-    e = __Pyx_call_type_traverse(o, 0, v, a);
-    if (e) return e;
-  }
-  if (p->timeout) {
-    e = (*v)(p->timeout, a); if (e) return e;
-  }
-  return 0;
-}
-
-static PyMethodDef __pyx_methods_7ivshmem_7channel_7streams_Stream[] = {
-  {"settimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_settimeout},
-  {"gettimeout", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_2gettimeout},
-  {"setblocking", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_4setblocking},
-  {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_6send},
-  {"sendall", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_8sendall},
-  {"recv", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_10recv},
-  {"recv_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_12recv_into},
-  {"recv_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_14recv_async},
-  {"_recv_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now},
-  {"sendall_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_18sendall_async},
-  {"_send_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now},
-  {"shutdown", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_23shutdown},
-  {"makefile", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_25makefile},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_27__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_29__setstate_cython__},
-  {0, 0, 0, 0}
-};
-#if CYTHON_USE_TYPE_SPECS
-static PyType_Slot __pyx_type_7ivshmem_7channel_7streams_Stream_slots[] = {
-  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream},
-  {Py_tp_doc, (void *)PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    ")},
-  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7streams_Stream},
-  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7streams_Stream},
-  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream},
-  {0, 0},
-};
-static PyType_Spec __pyx_type_7ivshmem_7channel_7streams_Stream_spec = {
-  "ivshmem.channel.streams.Stream",
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
-  0,
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC,
-  __pyx_type_7ivshmem_7channel_7streams_Stream_slots,
-};
-#else
-
-static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_Stream = {
-  PyVarObject_HEAD_INIT(0, 0)
-  "ivshmem.channel.streams.""Stream", /*tp_name*/
-  sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), /*tp_basicsize*/
-  0, /*tp_itemsize*/
-  __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream, /*tp_dealloc*/
-  0, /*tp_vectorcall_offset*/
-  0, /*tp_getattr*/
-  0, /*tp_setattr*/
-  0, /*tp_as_async*/
-  0, /*tp_repr*/
-  0, /*tp_as_number*/
-  0, /*tp_as_sequence*/
-  0, /*tp_as_mapping*/
-  0, /*tp_hash*/
-  0, /*tp_call*/
-  0, /*tp_str*/
-  0, /*tp_getattro*/
-  0, /*tp_setattro*/
-  0, /*tp_as_buffer*/
-  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
-  PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    "), /*tp_doc*/
-  __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream, /*tp_traverse*/
-  0, /*tp_clear*/
-  0, /*tp_richcompare*/
-  0, /*tp_weaklistoffset*/
-  0, /*tp_iter*/
-  0, /*tp_iternext*/
-  __pyx_methods_7ivshmem_7channel_7streams_Stream, /*tp_methods*/
-  0, /*tp_members*/
-  0, /*tp_getset*/
-  0, /*tp_base*/
-  0, /*tp_dict*/
-  0, /*tp_descr_get*/
-  0, /*tp_descr_set*/
-  #if !CYTHON_USE_TYPE_SPECS
-  0, /*tp_dictoffset*/
-  #endif
-  0, /*tp_init*/
-  0, /*tp_alloc*/
-  __pyx_tp_new_7ivshmem_7channel_7streams_Stream, /*tp_new*/
   0, /*tp_free*/
   0, /*tp_is_gc*/
   0, /*tp_bases*/
@@ -14492,8 +17227,8 @@ static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamListener(__pyx_mstatetype *__pyx_mstate); /*proto*/
-static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -14521,11 +17256,39 @@ static int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_export_code", 0);
   /*--- Function export code ---*/
+  {
+    __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_struct_ivshmem_stream_look_b);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_export_name = __pyx_export_signature + 30;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_7streams_look_both, (void (*)(void)) NULL};
+    void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
+    const char *__pyx_export_current_signature = __pyx_export_signature;
+    while (*__pyx_export_pointer) {
+      if (__Pyx_ExportFunction(__pyx_t_1, __pyx_export_name, *__pyx_export_pointer, __pyx_export_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_export_pointer;
+      __pyx_export_name = strchr(__pyx_export_name, '\0') + 1;
+      __pyx_export_signature = strchr(__pyx_export_signature, '\0') + 1;
+      if (*__pyx_export_signature != '\0') __pyx_export_current_signature = __pyx_export_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamListener(__pyx_mstatetype *__pyx_mstate) {
@@ -14545,11 +17308,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_StreamListener_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 39, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = &__pyx_type_7ivshmem_7channel_7streams_StreamListener;
   #endif
@@ -14557,7 +17320,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -14567,66 +17330,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
-  __Pyx_RefNannyFinishContext();
-  return 0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_RefNannyFinishContext();
-  return -1;
-}
-
-static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstatetype *__pyx_mstate) {
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  CYTHON_UNUSED_VAR(__pyx_mstate);
-  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half", 0);
-  /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_Half ---*/
-  __pyx_vtabptr_7ivshmem_7channel_7streams_Half = &__pyx_vtable_7ivshmem_7channel_7streams_Half;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_enter;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_attempt;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
-  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
-  #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 181, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 181, __pyx_L1_error)
-  #else
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
-  #endif
-  #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
-  #endif
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
-  #endif
-  #if !CYTHON_COMPILING_IN_LIMITED_API
-  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro == PyObject_GenericGetAttr)) {
-    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
-  }
-  #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
-  #if CYTHON_USE_TYPE_SLOTS
-  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
-  #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14653,17 +17362,21 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_give_up;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.take_over = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *))__pyx_f_7ivshmem_7channel_7streams_6Stream_take_over;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.begin = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.half = (struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_half;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.half = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_half;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.await_half = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_await_half;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.push = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_push;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.broken = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_broken;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.check_alone = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_check_alone;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.move = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, int, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_move;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.move_in_time = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_move_in_time;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 227, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -14671,7 +17384,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -14681,12 +17394,66 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 227, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_Half ---*/
+  __pyx_vtabptr_7ivshmem_7channel_7streams_Half = &__pyx_vtable_7ivshmem_7channel_7streams_Half;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_enter;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_attempt;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 195, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__pyx_base.__weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14704,14 +17471,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 463, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -14749,20 +17516,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #endif
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
-  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
-  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
-  #elif CYTHON_COMPILING_IN_LIMITED_API
-  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
-  #else
-  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
-  #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(3, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(3, 30, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -14772,7 +17526,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -14781,8 +17535,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -14791,8 +17545,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -14801,8 +17555,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -14811,8 +17565,21 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -15300,7 +18067,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   /*--- Global type/function init code ---*/
   (void)__Pyx_modinit_Global_init_code(__pyx_mstate);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
   __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -15315,8 +18082,8 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamListener(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -15325,70 +18092,35 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/streams.pyx":23
+  /* "ivshmem/channel/streams.pyx":25
  * from .sleeping_tasks cimport until_no_wait, until_something
  * 
+ * import os             # <<<<<<<<<<<<<<
+ * from time import monotonic
+ * 
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":26
+ * 
+ * import os
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
  * from ..errors import ChannelError
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_time, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":25
- * from time import monotonic
- * 
- * from ..errors import ChannelError             # <<<<<<<<<<<<<<
- * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import all_of
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/streams.pyx":26
- * 
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
- * from ..text import all_of
- * from . import stream_files
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
@@ -15397,45 +18129,21 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":27
- * from ..errors import ChannelError
- * from ..system.time_limits import deadline_of, seconds_of
- * from ..text import all_of             # <<<<<<<<<<<<<<
- * from . import stream_files
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
   /* "ivshmem/channel/streams.pyx":28
+ * from time import monotonic
+ * 
+ * from ..errors import ChannelError             # <<<<<<<<<<<<<<
  * from ..system.time_limits import deadline_of, seconds_of
  * from ..text import all_of
- * from . import stream_files             # <<<<<<<<<<<<<<
- * 
- * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
     __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
@@ -15445,33 +18153,141 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":29
+ * 
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
+ * from ..text import all_of
+ * from . import stream_files
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":30
+ * from ..errors import ChannelError
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import all_of             # <<<<<<<<<<<<<<
+ * from . import stream_files
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_all_of};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":31
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import all_of
+ * from . import stream_files             # <<<<<<<<<<<<<<
+ * 
+ * # What `_fill` and `_drain` return for ends of every day.
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__3, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 31, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":34
+ * 
+ * # What `_fill` and `_drain` return for ends of every day.
+ * RING_WAITS = IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ * DESCRIPTOR_WAITS = FD_WAITS
+ * BROKEN = IVSHMEM_CLOSED
+*/
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_AGAIN); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_RING_WAITS, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":35
+ * # What `_fill` and `_drain` return for ends of every day.
+ * RING_WAITS = IVSHMEM_AGAIN
+ * DESCRIPTOR_WAITS = FD_WAITS             # <<<<<<<<<<<<<<
+ * BROKEN = IVSHMEM_CLOSED
+ * 
+*/
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_7streams_FD_WAITS); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_DESCRIPTOR_WAITS, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":36
+ * RING_WAITS = IVSHMEM_AGAIN
+ * DESCRIPTOR_WAITS = FD_WAITS
+ * BROKEN = IVSHMEM_CLOSED             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(IVSHMEM_CLOSED); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_BROKEN, __pyx_t_2) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/streams.pyx":77
+  /* "ivshmem/channel/streams.pyx":79
  * 
  *     @cython.critical_section
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def accept(self, timeout=None, *, spin=None):
  *         """Accept the next connection.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15479,23 +18295,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 78, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":107
+  /* "ivshmem/channel/streams.pyx":109
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_something(self, self.accept, timeout, ())
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15525,19 +18341,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":124
+  /* "ivshmem/channel/streams.pyx":126
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 124, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 124, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15567,202 +18383,294 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":280
+ *         return 0
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def abort(self):
+ *         """Close at once, so that the other end sees a reset instead of an end.
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1abort, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_abort, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_abort, __pyx_t_4) < (0)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":293
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
  *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 293, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":274
+  /* "ivshmem/channel/streams.pyx":299
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 299, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":278
+  /* "ivshmem/channel/streams.pyx":303
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":298
+  /* "ivshmem/channel/streams.pyx":323
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 298, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 298, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":337
- *             self.await_half(SEND, timeout, deadline)
+  /* "ivshmem/channel/streams.pyx":375
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 337, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":374
+  /* "ivshmem/channel/streams.pyx":411
  *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 374, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 374, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":396
+  /* "ivshmem/channel/streams.pyx":433
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 396, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 396, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":417
+  /* "ivshmem/channel/streams.pyx":454
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 417, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 417, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 454, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":421
+  /* "ivshmem/channel/streams.pyx":458
  *         return until_no_wait(self.half(RECEIVE), self._recv_now, timeout, (size,))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _recv_now(self, size):
  *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 421, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 421, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":426
+  /* "ivshmem/channel/streams.pyx":463
  *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_21sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 463, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 463, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":436
+  /* "ivshmem/channel/streams.pyx":473
  *             view = view[sent:]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _send_now(self, data):
  *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 473, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 436, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 473, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":446
- *             PyBuffer_Release(&view)
+  /* "ivshmem/channel/streams.pyx":565
+ *             self.await_half(direction, timeout, deadline)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def read_from(self, fd, size=None):
+ *         """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26read_from, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_read_from, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 565, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_read_from, __pyx_t_4) < (0)) __PYX_ERR(0, 565, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":587
+ *         return self.move_in_time(SEND, fd, size)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def write_to(self, fd, size=None):
+ *         """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28write_to, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_write_to, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_write_to, __pyx_t_4) < (0)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":609
+ *         return self.move_in_time(RECEIVE, fd, size)
+ * 
+ *     def _fill(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `read_from`, for a loop: without waiting, and without an exception for what is usual.
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30_fill, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__fill, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_fill, __pyx_t_4) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":621
+ *             return n, self.partly
+ * 
+ *     def _drain(self, int fd, uint64_t size):             # <<<<<<<<<<<<<<
+ *         """As `write_to`, in the same way."""
+ *         cdef int64_t n
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_32_drain, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__drain, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_drain, __pyx_t_4) < (0)) __PYX_ERR(0, 621, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":628
+ *             return n, self.partly
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _silence(self):
+ *         """Return for how many seconds the other end's process has shown no sign of life."""
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_34_silence, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__silence, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 628, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_silence, __pyx_t_4) < (0)) __PYX_ERR(0, 628, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":634
+ *         return ivshmem_stream_silence(&self.stream) / 1e9
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def shutdown(self, int how):
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 446, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_36shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 446, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":458
+  /* "ivshmem/channel/streams.pyx":646
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_38makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15770,7 +18678,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 646, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15778,7 +18686,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_40__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15792,7 +18700,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.stream cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_42__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15867,7 +18775,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":76
+  /* "ivshmem/channel/streams.pyx":78
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15876,12 +18784,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 76, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 78, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":396
+  /* "ivshmem/channel/streams.pyx":433
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15890,12 +18798,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 396, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":458
+  /* "ivshmem/channel/streams.pyx":646
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -15904,7 +18812,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 458, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 646, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -15945,41 +18853,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{6},{24},{40},{36},{2},{15},{1},{2},{28},{31},{15},{20},{19},{23},{32},{1},{179},{28},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{5},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{172},{9},{176},{164},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{22},{28},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{6},{24},{40},{36},{2},{15},{1},{35},{2},{28},{31},{17},{15},{20},{19},{23},{32},{1},{4},{179},{28},{8},{12},{15},{8},{14},{11},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{6},{12},{16},{4},{22},{24},{10},{6},{24},{26},{13},{12},{16},{16},{15},{12},{17},{15},{16},{11},{17},{16},{11},{14},{20},{18},{17},{15},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{6},{5},{13},{9},{9},{8},{5},{6},{12},{6},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{4},{8},{11},{4},{8},{6},{2},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{1},{4},{6},{7},{4},{2},{4},{3},{1},{9},{8},{4},{10},{9},{4},{10},{4},{4},{7},{13},{5},{4},{11},{10},{10},{8},{4},{4},{6},{12},{8},{18},{4},{5},{4},{7},{5},{6},{4},{8}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{132},{172},{39},{9},{176},{164},{22},{22},{108},{43},{13},{9},{29},{17},{33},{52},{69},{97},{18},{19},{33},{81},{36},{22},{28},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1716 bytes) */
-static const char cstring[] = "x\332\255VKs\033\307\021&\312\260LJ\214LJ\n\344PV<\260%\353iXP`\211\241\023\273(J\212\345\207L\212\264%\371\2655\330\235\005FZ\314\200;\263\000!\0471\2178\356q\217s\334#\2168\362\310#\2168\352\047\360\047\244{w\361\240)U\245RA\025\026\323=\323\335_\177\335\323\013R\355h\246H\372\344BKBI5p]\346\023\351\022\320\220@\261O\211\3553\252\031\341\232\264\271\256\223\206\364\031\261\245\020\314\326\\\nEd\223\211W\237\362\270\322L0_\021uY\373\214\021\327\247\265\006\023\372Ji\205\254\220\033D\372\351A\305\300\241\243\256\243\342\241\024l\205l~\361\335\226\365\350\356\365t\361\370\021\356d\272\307\217V\22202\360\034\322\246\\\257\020!I\323\2276S*\213\251P\247\353\\\324 @\2139\230\314\n\321uF@\013\3711\001*EjI\254\303j\237\331\214\267\200\021p\212\340>\177(!/]\247\232\254ut]\n4t\230\307\253\314\207\214\275\016Q\332\347\266\006s8$\310\372\275\365\217*\313\025B\023_\317\200%H?\250\332\036U\n\274\002\263\325\200{\032\000\351N\223\251\022y\340\222\216\014\210`\000\023j\320\204s\323\006\000L\000A:\201y\211\n\310\213\"\361\026\230C~\227\210\303},E\213\241\365}\352)V\242\344\013\352\271\010\264A\035\006\025\006\302\024\331\204\032PP8\026\370`v\342j\224.\261\001\273`\336Te\021\252\303\025\255z\214\t|\326\354\272l\203\323TrxK\325\033\254Q\312,K#\231\371\276\364\325HR\035\250G\243\244y\203Y\036o\000\216\321\216f;:[\177\234\371\370X%\020U\251\331\331\001\372\035\346\322\300\323\304\262|\346\0046\263,\342\004I\232B\212\217\200\365\026\247\036\354\332\\pmY\212yn\t\372\240\nDf\331U\223Vm1_\247\344R\262\236\326PV\2612\304\205\266jr\373\271\007L&\346)\200\377\305\0343\224\201&w\326\322\\\356!\rX\006\374\226\306)\330\211\003\313\312\264PX\005\365\234\350\323\"\245\317\243Vc\375k\354J``\267\240\276\355\221\014\325r\246\344\032\323\031\320L\321\240\317\231\313=\226\211h>\265\264\250\352\010{Z\201s\"\223\321\365\324\222z\336a\351\2201\000\256z\322~\016LM4\207\241\250z\240\035\331\026\251\370u6<\016K\257\243dj\3775\324\214OP\333fM\375Je\212\330\262\326;;\360\275\013\267\332z\010]\372\210\271\226""\225\335<hBX\343\330\301\205\033\340q\313\252\215b\302\247A\271H~\245\023x\211F\320F\362\013]me\307p\331\322x\217pc;\240\336\350\320\250\325\217$:V\260\035\024 \315\261c5\025\376H\372\226\005\363\035\321re\331\322\007\276\271`\343>\0317H\312\3004\017XB\351&K.KcS\225\276#\322\047\224\323\246Jg\367W\331\036\372\206\374\265OmV\245\366s\333\2238\335\035\226\r\226\311|q\250\206\341D\0354\031\375B<\007f2\023`\001\256\323Q\342z\264V\2334.\014!.\034\266\303a\256\250\337\017\241l\200x\314\325\243\267\317\250\303\341\030\214lU\347M\250\014kH(\247\024\334nH\245\221G\221\274\007\005k#\016\001U\207\367\206\337\224M\037\231\232\334\205\361%\360\245ld\357-@\215\303\003\231\314Z\377\320\r\000AO\265?,\263\3016\271\001\243\326W\374\005S0\326\2634\222\247\205\340\325\3219\212\363S\327}\331F]\346\247E\275\200%\017\325\342\254\275\336\3716\035TW/\203\257\300\306Q\212\235\007\343\313\272\235Qg\335\316\270\263*\210\337\032\215/x}]\275N&\036^\267\27623\023\010\315=\350!\013\257E&)\t\240\360\005\014\\\221\377G\364\377\302E\371\306\244\306\3267\343%Z\007@mM$\177\004\364a\364\370\367\305\312<\354\346\206\371\343\335k\341\306n\356\340\344\314\233KQ!\3321\333q\356e~!\314\205\357DK\346oq\273G\361\320\245\360\\\264\032}o\312\251\260\024\225\243/\r\354\234\030\234(\232ES4\267\342\305a\376\255\335\240\273\326\335\036\316\236\034\234\274`V\315\017\361v/7\245~\273\333\n\237D\217\315\203x\003\316t\275\2508\234/\2044\354\230\234)@\344c1=86\363\346\354.\272\350\272\341\275h\021\216@\304\017Cp\203\232U\010\331-\357\256\016\317_\213\313\007K3s\177\006P\313q9^}\t\026\317\242\\\2648\234=\035~\032\321\010|\314\r\347\027\302c!\035\316\237\n/E\347\000\321\026\300\234?\035~\226`\256\230_{\305\336\255>\250\336\356\006\341Z\270=\\(\204n\264:\\8\013\353i\245\023]\214\266M\016m\227\243\277\2325\363\357\336\323~uon\377\314\376\006\036\324\341\047\020\273\020\265\314f\234K\314\001\343\315\277\034\024f\346\316E\305h\331\224\315\375\270\230 :\035V\302\235\250m\354\370,\220\223\330\336\0147\243Y\2237\253\030\352\031""\220q\312\224\007\027\326\366\312{w\367s\251E\000\364?\001\370\205\270\325\333\352\237\337{6X\337x9\377.h7\"\272\013\331\237\350.\207\267\001\2456+\361F\314{>\246u*\274\n\047~\300\242\016g\347\273_!\254\227\311b\047z\021/\242\200\361\201P\340}n\001\226\313P\331\373\246\010\212\331\024\372-\240\352C4\237\233\000\371%\256$0\n}\265W\234Bq0?37\337\255t\375\360t\370\217\250<\212\017m\003\251A\330\373!P\360\036\022i\316\230\247\261\323\373\240\267\331\317\367\327\372\333)\272V\264\001NNbU\241A\226~\027\035\253\000\rs6\374\025j\2278\277\030\372\320\244\025\003%z\047\312G\367\314\342\360\314\373\346\202a\361\315\370\373^\245\027\364\357\364\335\275\007\373\033\220\335\037\316\217Q.L\247z\301\240\252p4\331\264\250o@\032i7d\341\217r\320\331?1\330\334\032l}7fb\220\1777\372vp\355\357\375\237\367K\203\047O\221\344\177F\237$M\336\212\177\354\037\337\273\274_\034\344?0e\334\371\rz\265\005\225\375S\357J\277<\310\337\354\025Q\373/\360\264e\376h\250y\321;\323\373ioi\277<8~\243\227\373\017Kk\366\000";
-    PyObject *data = __Pyx_DecompressString(cstring, 1716, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1957 bytes) */
+static const char cstring[] = "x\332\255V\315S\033G\026G\265\212\027l\202\301\366\312\t\216w[\t\306\237Q,\207\330\204lv\013c\234\260I0\002\022\333\331\217\251\326L\017\214\031M\213\351\036\t9\373\341\243\216s\234c\037\347\250\243\216\0349\352\250#\177\002\177\302\276\3273#\211\020W\245\266\226*F\335o\372\275\367{\277\367\321C\250$r\327\021\244\306k\314\223\244\332\222L\244O\307\223\234PR\rl\233\371\204\333\004$$\020\354\013b\372\214JF\034I\232\216\334\005]\237\021\223{\0363\245\303=Ax\235y\277|\312u\204d\036\363\005\021\267\244\317\030\261}\272\203\236o\227\356\047n\227\264\002\017\\\213\270\234\357\201\306\036\003\210\2140\317Z\"K\344>\341~bK0\360i\211{(X\347\036[\"[_\177\277ml>\271\227,\236o\342\233T\366|s\211P\217\203!\037\254\0012\213\214xjRG.\021\217\223\272\317M&D\212S\240\014\350\361v\300c\203YH\300\222\006\223\030\002H\004\270\333\321\316O\213}f2\247\001,\202QD\373gD\270\316%\306\002\234\257\264\344.\367P\331b\256Se>0\345\266\210\220\276cJ\r\221zdcu\343\343\205\305\005\300\215\366^\001\273@[P5]*\004X\206\214T\003\307\225\000J\266\352L\224\310\232MZ< \036\003\250\220\273:\234\033U\000p\036\260&5\324\233\324\203\330(&\314\000u\210\361&\261\034\037S\330`\250\375\224\272\202\225(\371\232\2726\002\255Q\213A\212\2004A\266 w\024\004\226\0016\230\251Mi\212H\272N\303\047&\304\3411w\244:\020\266\305\204\351;u\t\351\261\034A\253.c\036>w\314]\336\004_\311\316r\032b\267\306j\245\324H)\3333\337\347\276\310v\242\005\251\252\225\244Sc\206\353\324\000^\366F\262\003\231\256?Im|\"4rQ\252\267\016 3\026\263i\340Jb\030>\263\002\223\031\006\261\002\035\275\307\275\217!\031\r\207\272\360\326t<G\032\206`\256]\202\022\251\002\277i\240U]\371\r\346\313\204sJ6\222\324\362*&\214\330\020c\3351\367\\ X\253\047\000\376\027u\214\220\007\222<~\274\371\354\233\325\365\225$\242U$\343\311\352\326\312\346\332\306\366\263M\343\371\362\332\366\026\346\014\377K\203\300Lm\3260R)T\201\200\344\017\345\233k\353_%\272In\223\347Y\375\201\374\214\205\354\215\345S\307\3136\266\343\272\331\032j\242\001\365\322\314\366\220f\353\324\336q""\231g\262tK\253\334\227\351z\207\3114\370TP\243{\014Lgg\261\235\r\333\347\265\301\336l\214,\r*Z\2369*\300\321\226\356\021\305\310\222\016\360\246\273S\312\020t\325\345\346\036dc(9\rM\354\006\322\342\315\214\201\246\357\000G\231\267o\323\361wz\3676\226G\336\277\205\355\301\tj\232\254.\177Q\230\004`\030\033\255\003\370\177\002\363\305X\207\306\330d\266a\2443\000\352\036\3268\004qa\007x\3340v2\237\360W\203\234\352_n\005\256\226x\264\246\177\241\221\014\223\326\235l\235\252\340\262!\261\215\361\305~@\335L!\353\2643A\017\004\354\0007\020\362\300\211\030\201r\206\n\303\200k\003\221\353\312\323%g8\3020\271\017Yq<6(\274A\305e\245\246k,ai\224+\314:\267\365\322\341\245\201\035\221\334\204\311\023*\300\244B\246cE\230.:\002\357\322\247&\253Rs\317t9^P\026KG\337p\002ZT\302(\245\026\252d\277\340\317\202\013\002@q\013L\047\023\316\266\260\306=n\273tgg\330\0030#\035\317b\007PX5\361\363\031\231\3167\227\3312\273k\263f\201cp\321\210]\247\016Yd5\016\251\347\236c\326\270\220\036\022\355\351\373\327cM\004\344A\211p\001\023\335\257\363\272?h\260\354ZCJ\207\2555\350)\237\363Zz-CD8\357\220\362\264\223N5\224\226\303C\216\264\024,\323\201<\354\252\254\235\204\363\232\t\270\245\322\370\364\023S\r\2275\2545]g\356\001\234\377p\327\363&\312R{\r\352\006L?D\303a\315\254=7Z\317\222\201{\347\026\330\013L\274\022\260\204a\014\033\217R\216\215G)\311\306\002\2027\262\001\014\267\363\235{dh\341m\353\333cc\201\047\035\027*\320\300^Kw\002\276\274\3647\006\020H\376\037\336\177\205\211\362\375a1\030\337\r\226\250\035\000\325;\236\376\326\221\247\321\343W\235\221Z\030\305\232YOo68\211\037nF\025>\206\336\344\372\371\363\355\273a\345M\356dj\354\235\331\250\020\035\250\3758w\234\237\016s\341{\321\254\372c\334\354P<t3\274\026-G?\250r\262\231\215\312\321_\024\274\271\320\273PT3\252\250\036\3063\375\374o\337\004\355\225\366~\177|\25275\247\226\325\217\361~\0477\"\276\330n\204/\242\347j-\256\300\231\266\033\025\373\223\205\220\206-\225S\005\360|.\246\047\347\306\336\031\177\203&\332v\270\032\315\300\021\3608\037""\202\031\224,\203\313v\371\315r\377\372\335\270|2;6\361{\000\265\030\227\343\345c\320x\025\345\242\231\376\370\345\360\213\210F`c\242?9\035\236\013i\177\362Rx3\272\006\210\266\001\346\344\345\360O\032\363\202\372\251S\354<\354\202\350b;\010W\302\375\376t!\264\243\345\376\364UX\217\n\255\350F\264\257r\250\273\030}\256V\324\277;/\273\325\303\211\243+G\025<(\303\317\300w!j\250\2558\247\325\001#)\236\314\217ML\303\313/!\300\367\343\271\230\202\264\370\341\250\264\240d\214\361<\370\364\24406q-*F\213\252\254\236\306E\215\376r\270\020\036DMe\306W\201H\355\347A\270\025\215\253\274ZFX\257\300\302%U\356\315\255\034\226\017\237\034\345\022\215\000R\365\002B-\304\215\316v\367\372\341\253\336F\345x\362\003\220V\"@p<~\241\275\030>\202\210\244Z\212+\261\323\361\221\202K\341\0358\361#\026@\177|\262\375\r\206p\254\027\007\321\353x\0067\350\037\300B\216&\336m?\r\001\343\305\336\305\033\252\242(D\361y\347q\207&/1\270E(\221\247\252\250\005S\363\252\202\251\310\353\214\336\006\342\367\021\351\247@+\036\030O\002\177\010I\231G\347\023\3030\376\021/\350 \n]qX\034\211\341drlb\262\275\320\366\303\313\341WQ9C\017\005\n\304\000h\r\356\017\2302uE\275\214\255\316G\235\255n\276\273\322\335ObkD\02502\205\365\003\2458\3733\357\230o(\315\253\341OP%\332\370\215\320\207v@\334\323\357E\371hU\315\364\257|\250\346\024\213\037\304?t\026:A\367q\327>\\;\252@\264\357^\037\240\234F\242\276\215r)\244D2dgN%\207N\3633\257\263;\302O\341,?I\305\375\006\"OJ5E|\226\266\326\321\205\336\326vo\373\373\001y\275\374\007\321\263\336\335/\273\177?*\365^\274\304\254\3763\372L\227b#\376k\367\374\341\255\243b/\377\221*\343\233\377@#5\240\224\336\357\334\356\226{\371\007\235\"J\377\005\226\266\325\357 \355\257;W:\177;\234=*\367\316\337\357\344\376\013\231\356\254\273";
+    PyObject *data = __Pyx_DecompressString(cstring, 1957, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2225 bytes) */
-static const char cstring[] = "\277 bytes\000\003 \377into a b\377uffer of\375 \017\000 use; \377create i\377t with m\377ore conn\377ections \357open\020\023lis\377teners s\377(tree fr\377agment).\377: : 0 orvI\003seN\000ds,\r\001\377None: SH\277UT_RD,\003\003W\271R\047\001\r\004WR:\210\002o\377uld wait\377: no pro_cess n\003s\020\001\337thing\255\000ve\375d\311\001: the \275o\002\000r en\020\000s\363 gg\002\t\013rece\343iv\225 R\000\350\001?No\376\373\000that Cy\377thon is \177deliber\225 \377ly stric\371t\263 \"\000n PEP\277-484 a`\000r\363ej\243 \374\000ubcl\347ass\353 \327 bui\377ltin typ\377es. If y\237ou ne\244\000\201@p\346%\000 s\047\007\262\000n s\373et\271\002\047anno\313ta\365!_<\000\335\000\047 \253di\260\000t\260\000 \277@F\377alse.a H\367alf\245\001made\\\345@\273@s S\201@a\016\000[d_A\000ecF\002 \350\0047 chX\000el\317H\201a\377disablee}n\002\001gchow\373\000\376\010\003divshme\353m.3\004.\010\005err\267ors\026\005sy\201`m\377.time_li\367mit\021\006text\332=\004/w\004/s\236\002s.\367pyx\321@defa\377ult __re\377duce__ d{ue\343\001non-\363 \357vial\033\000cin\377it__self\245.\205`b\355@\327\004b\246\204\002vwert\327#a P\276C\333ob\226A f\377`piGckl\247`:\002{\003 \0140~\336\001out BC\304#QE\203!\203A\207A.\272\006c\277b\323__\017\004\326@s\315@e_@\020\005\237C\245C$\017\017\006!\024.\247 \353cv\335@w:\005sen\235d\005\010get\242\004\\\004m\177akefilek\004\357recv\000\010_as\007ync\005\t\244\207\001\227\004W\001\000\010\347all\000\0130\nset\377blocking\3746\006|\014shutdo\013wn\242\204\003L\266\207\004\000\013\373\025&\005\370\346 \2744\031\006accep\361tH\014\017\003\351\003__Py\375x\001\000Dict_N\377extRef__\216\363\205\004e__\t\000\363\207\001\005\001f\207unc\r\001\324 \301C\033\000m\367ain!\001modu]l*\002nam2\002pT\000\314 \004\007\001vt\330\205\001L\001qu\303al\035\005\343\204\005\241n\375\204\006ex\036\200\001set_Q\005\275f\232\000~\301n__test\264\000\377is_corou/tine\237f_\231e\221#\334\374\t\316@_of\375Bio\345.2\006s\236\213\003\244\213\003ing\357cast\267\207\004scl\374X\001""\375\000traceb\277ackclo\332\212\001d\371e\254\213\004\260\213\007datad\307ead/\001\000\005m\000do\377neencodi\373ng\305\207\003flagg\376\257\204\007howinde?xitems\365\207\r\272\207\004\317left\366\213\005\332\204\005me\377mbership\376\227@emonoto\177nicmost\235A\335n\211\215\002new\277\001ne\377xtoverpo\203pr\217\205\001\223\205\001\206\205\003\005\002\251\215\001r\007oom\261\214\004\243 \370\207\001\347\205\001\353\205\001\347all\000\004\271\205\003sen]t\364\204\010set\322\210\004s\204\206\006\376\363\204\005sizespi)n\201\211\004\254\212\002_\233\206\001s\266\211\017\274\211\001\237throw\330\211\001\367\207\004v\357alue\000\002svi\337ewPyO\342\210\003*(\237struc\307\211\001\201\204\001oobj_7\271\212\004_7\364\212\004\177_4ends_\267\210\005?nd *, 8\007\000\t\376\014\t)\000\000unti\237l_no_\212\216\001\007\004s\367ome\374\215\002int l:A\236\200 10\332G_M\346F~\304\001unsign\204\217\002\351t\260\013\273\220\001_\367\214\004\200\001\330\377\004\n\210+\220Q\200\001\377\360\016\000\005\032\230\026\230\377x\240q\250\001\340\004\020\377\220\001\220\030\230\032\240<\357\250w\260a!\001\047\220\033\277\230A\230V\2401\007\003\032\337\2301\230J\240\027\000\013\320\377\013!\240\021\240!\2406\377\250\021\330\004\007\200u\210\377C\210q\330\010\016\320\016\377$\240A\240Z\250q\260\375\001\014\010\017\210v\220X\230\337W\240I\250Q!\000\210l\377\230!\330\014\026\220a\220\337y\240\001\240\026w\000\006\250\177a\360\006\000\005\010\200?\001?\210f\220E\230\021 \000\241\000\353&\220\250\000\016\017\000A\330\004\377\013\2101\200A\330\035+\177\2501\360\032\000\t\036\222\000\3778\2501\250A\340\010\016\377\210j\230\001\230\021\330\010\277\023\220;\230a\230\204\000\t\377\330\014\020\220\006\220a\330\277\014\022\220\047\230\033\217\000T\336\244\000\014\023\220>\257\0024\240\377{\260!\2606\270\021\330\377\014\017\210u\220C\220q\377\330\020\026\220f\230A\330\363\020\027\t\000\t\td\230%\230\357q\240\001\3309\0008\2309\377\240C\240~\260Y\270b\277\300\t\310\024\310Q:\001t\373\2205y\000\026\230v\240S""\363\250\001:\002\241\00023\360\026\377\000\t\033\230!\2308\240\1771\240F\250!\330\010\217\000\377\023\2204\220x\230w\240\347c\250\027\232 w\000t\2202\177\220S\230\010\240\004\240v\000\367\026\220j\212 \022\2401\320\177$C\3001\300D\310o\002\3674\220u\374 X\240T\250\377\026\250v\260T\270\035\300\177j\320PQ\340\014\034\222@\357Q\230a\200\373\000\013\2108\373\2207\243\000t\240:\250Q\357\250i\260r\323\001\022\220*\372\264@Z\321A\330\010\014\210K\363\220q\047\001\005\001x\230z\250=\0214\001\017\210t\220\316 \365 \353\t\020\010\0008\327@F\240!\257\200A\360\010\265\0036\334@&\270\321\000\263\005\205\001^\2504\202\002\026\357\270s\300!{\010\360\014\000\377\t\014\2104\210r\220\023/\220G\2301\363!*\261c\330\000\326}\000F\220\200 \037\305!\240\024\377\240Y\250d\260#\260S\277\270\004\270C\270q\230\003vK\230Qv\000\016\322A\236`\032\266 \356r\t\026\220d\255a\027\220{\374\355`X\002%\220r\230\032\240\3734\240\265@\030\230\004\230E\377\240\021\330\024\"\240$\240\377e\2502\250V\2604\260\377u\270B\270f\300I\310\355Q\323`\r\035\244%\360\020\000\206\340\010$\240\274 \240E\341\t\225!5\203\230\003\304\000\210cx\004\273A\366\013y\377\310\013\320ST\320TU\376\207F\320\004\034\230O\320+\377=\270]\310.\320XY\177\340\010\017\210|\2305\340\204\002\377v\250[\270\n\300(\310\277!\320\004#\2401\026\001\177\373\230a\264`T\250\031\260)\177\2701\320\0042\260!,\001\377}\230A\230T\240\025\240\377a\240z\260\024\260\\\300\377\032\3101\320\n0\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2225, 3270);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2550 bytes) */
+static const char cstring[] = "\377 at this\377 moment \337bytes\000\003 i\377nto a bu\377ffer of \376\017\000 use; c\377reate it\337 with9\000re\377 connect\377ions ope\375n\020\023listen\377ers s(tr\177ee fragv\001\327).0w\003:R\002ou\377ld look \357like\240\000e e\377nd: : 0 \333orl\003seq\000ds\375,\r\001None: \377SHUT_RD,\346\003\003WR\047\001\r\004WR:\277 anoth\310\000t\355h\275\000d _\010wai\377t: no pr\277ocess \242\003s\354\020\001\234 ng\235 ved\242\375\001:\210\002C\003\220\000 \271 g\364x\002X\000 \r\007rece\363iv\311 R\000morem?\236\001No\263 th\361 \277Cython9\001d\277eliber\315 l\377y strict\376\236\002an PEP-\367484\265\000d re\371j\333 \264 ubcla\363ss\243@\217@buil\377tin type\377s. If yoOu ne\250\000\271@p%\000\363 s\047\007\372\000n se\276\356Ae \047an\214 a\372\255A_<\000ing\047 \253di\264\000t\264\000 \367@F\377alse.a H\367alf\342\001made\\\235`\363@s S\271@a\016\000\233d_\320 ecF\002\236\" \334\005\004\370\004 chd\000el\374\223h\305adescri\373pt\307@disab\357leen\002\001gch\363ow\317 \010\003divs_hmem.>\004.\010\005\277errors\026\005s\375y\320`m.time\277_limit\021\006t\327ext=\004/\202\004/s\276\265\002s.pyx\354@d\377efault _\377_reduce_\257_ du\354`o\211`n\275-\212@vial\033\000c\377init__se\227lf.\240`b\210`\356\004b\336\365\204\002vert\356#a \355P\325Cob\255A fo\177r pickl\336 \344:\002{\003 \0140\336\001out\377 BBROKEN\365C\325#E\211!DESC\377RIPTOR_WOAITS\260A\264A.\320\006\315c\354b__\017\004\203`st\357ate_\020\005RIN\001G6\003\326C\334C.\017\017\0061\016*\005\337drain7\005fi{llC\005recv\255`\275wS\005send\003\ni\337lences\004abwort\177\004get\366\004\036\220\004makeX\000$\005\313\206\001\037_from\257\004f\001\000\010?_async\005\t\327\210\001\010\333\004\202\001\000\010a\247\006\233\001\013\0000\n\377setblock\347ing6\006\214\014shu\357tdow\372\005wri\026\343 to\254\205\003L\370\210\004\000\013\3165\360&\005\303@\3274\031\006acce\343ptH\014\017\003\370\003__P\373yx\001\000Dict_\377NextRef_\035_\375\206\004e__\t\000\201\211\001\005\001\017func\r\001\363 \236c\033\000\371m""\321@!\001modul\256*\002nam2\002pT\000c\207api?\001\010\001,\004\023\001vyt\327\206\001X\001qual)\005\330\342\205\005\212\204\016\374\205\006ex\214\001se\303t_]\005\246\204\006\246\000\252\204\016__Otest\300\000\365b_\357a\377_is_coro\277utine_\361e_\006\352e_s\345c\337b\265#\240)\362A\273of\260bio.?\006s\374\204\215\003\212\215\003ingcas\335t\331\210\004scle\001in\377_traceba\337ckclo\235\214\001de\374\222\215\004\226\215\007datade\363ad/\001\000\005_ofd\377oneencod\267ing\334\210\003fd\340\204\001n\277oflagg\372\204\007h\177owindex\326`\363ms\224\211\r\331\210\004left\374\344\215\005\245\205\005member\357ship\303@emo\377notonicm\257ostn\312An\370\216\002n\373ew\310\001nexto\377soverpop\001r\330\205\006\317\214\005\310\206\001\313\206\002\326\205\002\325\206\002\253\217\001\017room\220\216\004\317\000\253\211\001\341\206\001x\303\205\004\304\205\n\023\002sent\310\205\010\227set\212\212\004s\350\206\006\307\205\005s\177izespin\271\212\004\014\373\213\002\347Aes\316\212\001\214\213\002\367\212\016\374\212\001\237throw\230\213\001\267\211\004v\357alue\000\002svi\273ew\227\206\005PyO\252\212\003*?(struc\217\213\001\326\204\001\337obj_7\201\214\004_7\376\307\214\004_4ends_~\371\211\005nd *, 8\007\374\000\t\014\t)\000\000unt?il_no_\355\217\001\007\004\357some\337\217\002int\331 :A\236\200 10\203g_M\374\217f\304\001unsign\022\347\220\002t\260\013\322\222\001_\312\216\004\240\t\227%\356\323\214\004*)\000\265\222\001_bo\377th\200\001\330\004\n\210\377+\220Q\200\001\360\016\000\377\005\032\230\026\230x\240q\377\250\001\340\004\020\220\001\220\377\030\230\032\240<\250w\260\375a!\001\047\220\033\230A\230\367V\2401\007\003\032\2301\230\373J\240\027\000\013\320\013!\240\377\021\240!\2406\250\021\330\377\004\007\200u\210C\210q\377\330\010\016\320\016$\240A\277\240Z\250q\260\001\014\010\017\377\210v\220X\230W\240I\373\250Q!\000\210l\230!\330\377\014\026\220a\220y\240\001\373\240\026w\000\006\250a\360\006\357\000\005\010\200?\001\210f\220gE\230\021 \000\241\000&\220\250\000\375""\016\017\000A\330\004\013\2101\377\200A\330\035+\2501\360\357\032\000\t\036\222\0008\2501\377\250A\340\010\016\210j\230\377\001\230\021\330\010\023\220;\367\230a\230\204\000\t\330\014\020\377\220\006\220a\330\014\022\220\327\047\230\033\217\000T\244\000\014\023\373\220>\257\0024\240{\260!\377\2606\270\021\330\014\017\210\377u\220C\220q\330\020\026\177\220f\230A\330\020\027\t\000\376\t\td\230%\230q\240\001\375\3309\0008\2309\240C\240\377~\260Y\270b\300\t\310w\024\310Q:\001t\2205y\000\177\026\230v\240S\250\001:\002\376\241\000 !\360&\000\t\020\357\210t\220=\336\000\031\250$\333\250a\267\000!\"\n\t\026\240\373t\250\314\00123\360\026\000\377\t\033\230!\2308\2401\277\240F\250!\330\010\273\000\023\377\2204\220x\230w\240c\363\250\027\306 \243\000t\2202\220\277S\230\010\240\004\240\242\000\026\373\220j\266 \022\2401\320$\277C\3001\300D\310\233\0024\373\220u\250@X\240T\250\026\377\250v\260T\270\035\300j\277\320PQ\340\014\034\276@Q\375\230\177\000\340\010\013\2108\220\3757\317\000t\240:\250Q\250wi\260r\377\001\022\220*\340@\375Z\375A\330\010\014\210K\220\363q\200\322 \005\001x\230z\250\305\021\t\001\017\310\000\372 \241@\t\r\367\210F\220\241\000\017\320\017%\357\240Q\240a\303\0009\260B\321\260\335\000\031\001\357\0018\240`F\240w!\200A\317@\016&\240\243 \367\020\220\004\315B)\2404\240\275q\306!3\220d\230\035\001\010\212\363\0036\306`&\273 \361\005\303\001^\373\2504\300\002\026\270s\300!\376\271\010\360\014\000\t\014\2104\377\210r\220\023\220G\2301B\335A*\233\204\003\226 \273\000\230\002\037\257A\377\240\024\240Y\250d\260#\377\260S\270\004\270C\270q\256\326\003v\230Q\227\000\016\274aQ\247\330\010\032\364 r\t\026\225\001\330\177\014\027\220{\240!\240X\002\337%\220r\230\032\263\002\020\030\377\230\004\230E\240\021\330\024\377\"\240$\240e\2502\250\377V\2604\260u\270B\270\377f\300I\310Q\360\006\000\273\r\035\342%\360\020\000\246 L\047\230\001\330\215\003\212 \020\213c\230#[$\240\255!\020\000\222+&\331B\227\014\023\220\230%\026\216/\206A5\203\230\003\367\000\245\204\003\253\004\254a""\251+y\377\310\013\320ST\320TU\376\370F\320\004\034\230O\320+\377=\270]\310.\320XY\177\340\010\017\210|\2305\375\205\002\377v\250[\270\n\300(\310\277!\320\004#\2401\026\001\177\357\230a\230v\310`\031\260)\177\2701\320\0042\260!,\001\177}\230A\230T\240\025\364@\377z\260\024\260\\\300\032\310?1\320\n0\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2550, 3760);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3270 bytes) */
-static const char bytes[] = " bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowti""metimeoutvaluevaluesviewPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220y\240\001\240\026\240q\250\006\250a\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t""\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
+    #else /* compression: none (3760 bytes) */
+static const char bytes[] = " at this moment bytes bytes into a buffer of  in use; create it with more connections open; create it with more listeners s(tree fragment).0 bytes: it would look like the end: : 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: another thread : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Half is made by its Streamadd_notecannot move cannot receive channel connection of descriptor disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BBROKENChannelErrorDESCRIPTOR_WAITSHalfHalf.__reduce_cython__Half.__setstate_cython__RING_WAITSStreamStream.__reduce_cython__Stream.__setstate_cython__Stream._drainStream._fillStream._recv_nowStream._send_nowStream._silenceStream.abortStream.gettimeoutStream.makefileStream.read_fromStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStream.write_toStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___drain_fill_is_coroutine_recv_now_send_now_silenceabortacceptaccept_asyncall_ofasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectiondatadeadlinedeadline_ofdoneencodingerrorsfdfilenoflagggettimeouthowindexitemsivshmem.c""hannel.streamsleftlistenermakefilemembershipmodemonotonicmostnnamenbytesnewlinenextosoverpoprread_fromreceivesrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsendssentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filesstrerrorsystem.time_limitstextthrowtimetimeoutvaluevaluesviewwrite_toPyObject *(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, PyObject *, PyObject *)\000\000until_no_wait\000until_somethingint (struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channelint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\330\014\026\220a\220y\240\001\240\026\240q\250\006\250a\360\006\000\005\010\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\035+\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\200A\330 !\360&\000\t\020\210t\220=\240\001\240\031\250$\250a\200A\330!\"\360&\000\t\020\210t\220=\240\001\240\026\240t\2501\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204""\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\r\210F\220!\330\010\017\320\017%\240Q\240a\240t\2509\260B\260a\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\006\000\016&\240Q\330\014\020\220\004\220E\230\021\230)\2404\240q\330\014\023\2203\220d\230!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\014\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\r\210L\230\001\330\010\014\210F\220!\200A\360\020\000\t\020\210t\2208\2301\230F\240$\240a\200A\360\020\000\016&\240Q\330\014\020\220\004\220E\230\021\230&\240\004\240A\330\014\023\2203\220d\230!\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004#\2401\340\010\017\210\177\230a\230v\240T\250\031\260)\2701\320\0042\260!\340\010\017\210}\230A\230T""\240\025\240a\240z\260\024\260\\\300\032\3101\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 150; i++) {
+    for (int i = 0; i < 179; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 36) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 42) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -15987,8 +18895,8 @@ static const char bytes[] = " bytes bytes into a buffer of  in use; create it wi
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 150; i < 170; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-150].length;
+    for (int i = 179; i < 206; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-179].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -15998,15 +18906,15 @@ static const char bytes[] = " bytes bytes into a buffer of  in use; create it wi
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 170; i++) {
+    for (Py_ssize_t i = 0; i < 206; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 150;
-      for (Py_ssize_t i=0; i<20; ++i) {
+      PyObject **table = stringtab + 179;
+      for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -16072,7 +18980,7 @@ typedef struct {
     unsigned int num_kwonly_args : 2;
     unsigned int nlocals : 3;
     unsigned int flags : 10;
-    unsigned int first_line : 9;
+    unsigned int first_line : 10;
 } __Pyx_PyCode_New_function_description;
 #ifdef __cplusplus
 } /* anonymous namespace */
@@ -16092,17 +19000,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 426};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 463};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 78};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_A_1_V81A_j_aq_a_AT_4_6_uCq_fA_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 109};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_avT_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -16117,7 +19025,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 124};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 126};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -16132,74 +19040,104 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 274};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 280};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_abort, __pyx_mstate->__pyx_kp_b_iso88591_A_L_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 278};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 293};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 299};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 303};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 298};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 337};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 375};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 374};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 411};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 396};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 433};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 417};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 454};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_AT_az_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 421};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 436};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 473};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 446};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 565};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_read_from, __pyx_mstate->__pyx_kp_b_iso88591_A_t_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 587};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size};
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_write_to, __pyx_mstate->__pyx_kp_b_iso88591_A_t_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 609};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_n};
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_fill, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_E_A_3d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 621};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_n};
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_drain, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_E_4q_3d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 628};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_silence, __pyx_mstate->__pyx_kp_b_iso88591_A_F_Qat9Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 634};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 646};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -18696,6 +21634,13 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
+}
+
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {
     "00010203040506070809"
@@ -21028,6 +23973,44 @@ static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *cons
     return result;
 }
 #endif
+
+/* FunctionExport */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
+    PyObject *cobj;
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    tmp.fp = f;
+    cobj = PyCapsule_New(tmp.p, sig, 0);
+    if (!cobj)
+        goto bad;
+    if (PyDict_SetItemString(api_dict, name, cobj) < 0)
+        goto bad;
+    Py_DECREF(cobj);
+    return 0;
+bad:
+    Py_XDECREF(cobj);
+    return -1;
+}
+
+/* GetApiDict */
+static PyObject *__Pyx_ApiExport_GetApiDict(void) {
+    PyObject *d;
+    if (__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_capi, &d) == -1)
+        return NULL;
+    if (!d) {
+        d = PyDict_New();
+        if (!d)
+            goto bad;
+        if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_pyx_capi, d) < 0)
+            goto bad;
+    }
+    return d;
+bad:
+    Py_XDECREF(d);
+    return NULL;
+}
 
 /* TypeImport */
 #ifndef __PYX_HAVE_RT_ImportType_3_3_1
@@ -23481,6 +26464,133 @@ bad:
         return (target_type) value;\
     }
 
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From___pyx_anon_enum(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
 /* CIntFromPy */
 static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
 static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
@@ -24083,53 +27193,306 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
     }
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
+/* CIntFromPy */
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
+static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint64_t) -1;
 }
+static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
+    const char* type_name = "uint64_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint64_t) -1;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
 #else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint64_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
+    }
+#endif
+    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#endif
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint64_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint64_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint64_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint64_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint64_t");
+        return (uint64_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint64_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint64_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint64_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint64_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint64_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
         }
     }
-    return out;
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+#endif
 }
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
+static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+    uint64_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint64_t) -1;
+    val = __Pyx_PyLong_As_uint64_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
     }
-    return 0;
 }
-#endif
-
-/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
 
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
@@ -24334,6 +27697,85 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(long));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(unsigned int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(unsigned int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

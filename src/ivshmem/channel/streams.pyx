@@ -11,15 +11,18 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uint64_t
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t, UINT64_MAX, uint64_t
 
 from ..native.spin cimport Probe
+from ..native.syscalls cimport EAGAIN, EINTR, errno, iovec, readv, writev
 from .header cimport *
 from .ends cimport ChannelEnd
 from .membership cimport Membership
 from .roles cimport open_channel
 from .sleeping_tasks cimport until_no_wait, until_something
 
+import os
 from time import monotonic
 
 from ..errors import ChannelError
@@ -27,17 +30,16 @@ from ..system.time_limits import deadline_of, seconds_of
 from ..text import all_of
 from . import stream_files
 
-cdef enum:
-    SEND = 0
-    RECEIVE = 1
+# What `_fill` and `_drain` return for ends of every day.
+RING_WAITS = IVSHMEM_AGAIN
+DESCRIPTOR_WAITS = FD_WAITS
+BROKEN = IVSHMEM_CLOSED
 
 
 @cython.no_gc_clear
 @cython.final
 cdef class StreamListener(ChannelEnd):
     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
-
-    cdef ivshmem_listener listener
 
     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
         cdef int code
@@ -154,23 +156,35 @@ cdef struct Probed:
     int direction
 
 
-cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
-    """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+cdef int look_both(ivshmem_stream *stream) noexcept nogil:
+    """Return in which directions a call would not wait: 1 << SEND, 1 << RECEIVE; or an error.
+
+    With them 1 << ENDED: the other end receives no more.
+    """
     cdef ivshmem_other_end other
+    cdef int found = 0
     cdef int code = ivshmem_stream_look(stream, &other)
     if code:
         return code
-    if other.closed:
-        return 0
-    if direction == SEND:
-        if other.receives_no_more or stream.sends_no_more:
-            return 0
-        if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
-            return 0
-        return IVSHMEM_AGAIN
-    if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
-        return 0
-    return IVSHMEM_AGAIN
+    if other.closed or other.receives_no_more:
+        found |= 1 << ENDED
+    if (
+        other.closed or other.receives_no_more or stream.sends_no_more
+        or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes
+    ):
+        found |= 1 << SEND
+    if (
+        other.closed or other.sent != stream.received
+        or other.sends_no_more or stream.receives_no_more
+    ):
+        found |= 1 << RECEIVE
+    return found
+
+
+cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
+    """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+    cdef int found = look_both(stream)
+    return found if found < 0 else 0 if found >> direction & 1 else IVSHMEM_AGAIN
 
 
 cdef int64_t probe_stream(void *what) noexcept nogil:
@@ -218,9 +232,6 @@ cdef class Stream(ChannelEnd):
     One thread may send while another receives. Two that send at once mix their bytes.
     """
 
-    cdef ivshmem_stream stream
-    cdef object timeout
-
     cdef int take_over(self, StreamListener listener) except -1:
         self.channels = listener.channels
         self.membership = listener.membership
@@ -232,7 +243,7 @@ cdef class Stream(ChannelEnd):
         self.stream.channel = &self.channel
         return self.enlist()
 
-    cdef Half half(self, int direction):
+    cdef ChannelEnd half(self, int direction):
         cdef Half half = Half.__new__(Half)
         half.stream = self
         half.membership = self.membership
@@ -260,8 +271,22 @@ cdef class Stream(ChannelEnd):
         return 0
 
     cdef int give_up(self) except -1:
-        ivshmem_stream_close(&self.stream)
+        if self.aborting:
+            ivshmem_stream_abort(&self.stream)
+        else:
+            ivshmem_stream_close(&self.stream)
         return 0
+
+    @cython.critical_section
+    def abort(self):
+        """Close at once, so that the other end sees a reset instead of an end.
+
+        Its calls raise ConnectionResetError after what was sent before. If this end was shut down
+        for sending, the other one sees no reset: it has seen the end. May be called twice, and
+        after `close`.
+        """
+        self.aborting = True
+        self.close()
 
     # As a socket.
 
@@ -281,7 +306,7 @@ cdef class Stream(ChannelEnd):
 
     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
         cdef int code
-        cdef Half half
+        cdef ChannelEnd half
         if timeout is not None and timeout == 0:
             if self.watched:
                 self.arm()
@@ -321,18 +346,31 @@ cdef class Stream(ChannelEnd):
         cdef int64_t n
         while True:
             self.enter()
+            self.check_alone(SEND)
             n = ivshmem_send(&self.stream, data, size)
             if self.membership.rings.count:
                 self.membership.flush()
             if n >= 0:
                 return n
             if n == IVSHMEM_CLOSED:
-                raise BrokenPipeError(
-                    32, f"connection of {self.name!r}: the other end receives no more"
-                )
+                raise self.broken(SEND)
             if n != IVSHMEM_AGAIN:
                 raise self.fail(<int>n)
             self.await_half(SEND, timeout, deadline)
+
+    cdef object broken(self, int direction):
+        """Return the error of a direction in which the other end does nothing more."""
+        if direction == SEND:
+            return BrokenPipeError(
+                32, f"connection of {self.name!r}: the other end receives no more"
+            )
+        return ConnectionResetError(104, f"connection of {self.name!r}: the other end is gone")
+
+    cdef int check_alone(self, int direction) except -1:
+        if self.moving[direction]:
+            verb = "sends" if direction == SEND else "receives"
+            raise RuntimeError(f"connection of {self.name!r}: another thread {verb} at this moment")
+        return 0
 
     @cython.critical_section
     def sendall(self, data):
@@ -358,15 +396,14 @@ cdef class Stream(ChannelEnd):
         deadline = deadline_of(timeout)
         while True:
             self.enter()
+            self.check_alone(RECEIVE)
             n = ivshmem_receive(&self.stream, into, room)
             if self.membership.rings.count:
                 self.membership.flush()
             if n >= 0:
                 return n
             if n == IVSHMEM_CLOSED:
-                raise ConnectionResetError(
-                    104, f"connection of {self.name!r}: the other end is gone"
-                )
+                raise self.broken(RECEIVE)
             if n != IVSHMEM_AGAIN:
                 raise self.fail(<int>n)
             self.await_half(RECEIVE, timeout, deadline)
@@ -442,6 +479,157 @@ cdef class Stream(ChannelEnd):
             return self.push(<const char *>view.buf, view.len, 0, None)
         finally:
             PyBuffer_Release(&view)
+
+    # From and to descriptors.
+
+    cdef int64_t move(self, int direction, int fd, uint64_t most) except -100:
+        """Let the kernel copy between a descriptor and the ring, once; how many bytes.
+
+        0: the end. FD_WAITS, or IVSHMEM_AGAIN: the descriptor, or the ring, would wait.
+        IVSHMEM_CLOSED: the other end does nothing more in this direction. It raises the
+        descriptor's errors, and those of a spoiled ring.
+        """
+        cdef ivshmem_pieces pieces
+        cdef iovec vector[2]
+        cdef int64_t n, found
+        cdef int code = 0
+        self.partly = False
+        self.enter()
+        self.check_alone(direction)
+        if direction == SEND:
+            n = ivshmem_send_begin(&self.stream, most, &pieces)
+        else:
+            n = ivshmem_receive_begin(&self.stream, most, &pieces)
+        if n <= 0:
+            if n == 0 or n == IVSHMEM_AGAIN or n == IVSHMEM_CLOSED:
+                return n
+            raise self.fail(<int>n)
+        vector[0].iov_base = pieces.first
+        vector[0].iov_len = pieces.first_size
+        vector[1].iov_base = pieces.second
+        vector[1].iov_len = pieces.second_size
+        found = n
+        self.begin_copy()
+        self.moving[direction] = True
+        try:
+            with nogil:
+                if direction == SEND:
+                    n = readv(fd, vector, 2 if pieces.second_size else 1)
+                else:
+                    n = writev(fd, vector, 2 if pieces.second_size else 1)
+                if n < 0:
+                    code = errno
+        finally:
+            self.moving[direction] = False
+            self.end_copy()
+        if n < 0:
+            if code == EAGAIN:
+                return FD_WAITS
+            if code == EINTR:
+                PyErr_CheckSignals()
+                return self.move(direction, fd, most)
+            raise OSError(code, os.strerror(code), f"descriptor {fd}")
+        self.enter()  # another thread can have closed it
+        self.partly = n < found
+        if direction == SEND:
+            if n:
+                ivshmem_send_end(&self.stream, n)
+        else:
+            ivshmem_receive_end(&self.stream, n)
+        if self.membership.rings.count:
+            self.membership.flush()
+        return n
+
+    cdef object move_in_time(self, int direction, object fd, object size):
+        cdef int64_t n
+        cdef int number = fd if isinstance(fd, int) else fd.fileno()
+        cdef uint64_t most = UINT64_MAX
+        if size is not None:
+            if size < 0:
+                raise ValueError(f"cannot move {size} bytes")
+            most = size
+            if most == 0:
+                raise ValueError("0 bytes: it would look like the end")
+        timeout = self.timeout
+        deadline = deadline_of(timeout)
+        while True:
+            n = self.move(direction, number, most)
+            if n >= 0:
+                return n
+            if n == FD_WAITS:
+                return None
+            if n == IVSHMEM_CLOSED:
+                raise self.broken(direction)
+            self.await_half(direction, timeout, deadline)
+
+    @cython.critical_section
+    def read_from(self, fd, size=None):
+        """Send what one read(2) of a descriptor brings; the kernel copies it into the ring.
+
+        Args:
+            fd: the number of a descriptor, or an object with fileno(). It had better not block: a
+                call that waits for it in the kernel keeps the memory in use until it returns.
+            size: bytes at most, 1 or more; None: as many as there is room for.
+
+        Returns:
+            How many bytes were sent, at least one. 0: the end of the file; the other end hears of
+            it only by `shutdown`. None: the descriptor has nothing now (EAGAIN).
+
+        Raises:
+            OSError: of read(2); its `filename` names the descriptor. Nothing was sent.
+            BrokenPipeError: the other end receives no more, or this one was shut down.
+            TimeoutError, BlockingIOError: the ring had no room, as of `send`.
+            RuntimeError: another thread sends at this moment.
+            ChannelCorrupt, ClosedError: as of all calls.
+        """
+        return self.move_in_time(SEND, fd, size)
+
+    @cython.critical_section
+    def write_to(self, fd, size=None):
+        """Receive what one write(2) to a descriptor takes; the kernel copies it from the ring.
+
+        Args:
+            fd, size: as of `read_from`.
+
+        Returns:
+            How many bytes were received, at least one. 0: the other end sends no more. None: the
+            descriptor takes nothing now (EAGAIN).
+
+        Raises:
+            OSError: of write(2), BrokenPipeError for one; its `filename` names the descriptor.
+                Nothing was received.
+            ConnectionResetError: without `filename`: the other end's process is gone, or it called
+                `abort`.
+            TimeoutError, BlockingIOError: nothing came, as of `recv`.
+            RuntimeError: another thread receives at this moment.
+            ChannelCorrupt, ClosedError: as of all calls.
+        """
+        return self.move_in_time(RECEIVE, fd, size)
+
+    def _fill(self, int fd, uint64_t size):
+        """As `read_from`, for a loop: without waiting, and without an exception for what is usual.
+
+        Returns:
+            How many bytes, or RING_WAITS, DESCRIPTOR_WAITS or BROKEN; and whether these are fewer
+            than there was room for: the descriptor of a stream has no more then.
+        """
+        cdef int64_t n
+        with cython.critical_section(self):
+            n = self.move(SEND, fd, size)
+            return n, self.partly
+
+    def _drain(self, int fd, uint64_t size):
+        """As `write_to`, in the same way."""
+        cdef int64_t n
+        with cython.critical_section(self):
+            n = self.move(RECEIVE, fd, size)
+            return n, self.partly
+
+    @cython.critical_section
+    def _silence(self):
+        """Return for how many seconds the other end's process has shown no sign of life."""
+        self.enter()
+        return ivshmem_stream_silence(&self.stream) / 1e9
 
     @cython.critical_section
     def shutdown(self, int how):

@@ -23,13 +23,10 @@ from ..errors import (
 )
 from ..memory.sizes import parse_size
 from ..native import areas
-from ..peer.client import connect
-from ..peer.endpoint import Endpoint
 from ..text import counted, plain
-from . import channel_text, signals
-from .arguments import OF_THE_SERVER, positive, seconds, server_of, socket_path
+from . import channel_text, endpoints, signals
+from .arguments import positive, seconds
 
-_TIMEOUT = 10.0  # seconds for a server that is there
 _NAME = "ivshmem channel"  # of this process in the table of places
 _KINDS = ("messages", "queue", "value")  # whose contents this command sends and receives
 
@@ -48,33 +45,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         )
         command.set_defaults(run=run)
         _ARGUMENTS[name](command)
-        _add_region(command)
-
-
-def _add_region(parser: argparse.ArgumentParser) -> None:
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "-S",
-        "--socket",
-        metavar="PATH",
-        type=socket_path,
-        help=f"socket of the server ({OF_THE_SERVER})",
-    )
-    place.add_argument(
-        "--guest", action="store_true", help="in a virtual machine: use its only ivshmem device"
-    )
-    place.add_argument(
-        "-a",
-        "--address",
-        metavar="ADDRESS",
-        help="in a virtual machine: use the device with this PCI address, see `guest list`",
-    )
-    parser.add_argument(
-        "--memory",
-        choices=("vfio", "uio", "resource2", "resource2_wc"),
-        help="in a virtual machine: how to map the device's memory",
-    )
-    parser.set_defaults(access=None)  # as `guest` has it
+        endpoints.add_to(command)
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
@@ -364,7 +335,7 @@ def _rm(options: argparse.Namespace) -> int:
 
 def _freed_at_once(options: argparse.Namespace) -> bool:
     """Free a place without having one: perhaps all are taken."""
-    with _endpoint(options) as endpoint:
+    with endpoints.opened(options) as endpoint:
         area = areas.find_area(endpoint.region)
         if area is None:
             raise NoChannels(NO_AREA)
@@ -391,19 +362,6 @@ def _freed(channels: channel.Channels, number: int) -> bool:
 
 
 @contextlib.contextmanager
-def _endpoint(options: argparse.Namespace, *, readonly: bool = False) -> Iterator[Endpoint]:
-    """The server's client, or the guest's device, that the options name."""
-    if options.guest or options.address is not None:
-        from .guest import opened  # here: it is used in virtual machines only
-
-        with opened(options) as device:
-            yield device
-    else:
-        with connect(server_of(options), timeout=_TIMEOUT, readonly=readonly) as client:
-            yield client
-
-
-@contextlib.contextmanager
 def _joined(options: argparse.Namespace, use: str = "") -> Iterator[channel.Channels]:
     """The channels of the region; this process leaves them also if a signal ends the block.
 
@@ -413,7 +371,7 @@ def _joined(options: argparse.Namespace, use: str = "") -> Iterator[channel.Chan
     readonly = use == "reads"
     with contextlib.ExitStack() as stack:
         while True:
-            endpoint = stack.enter_context(_endpoint(options, readonly=readonly))
+            endpoint = stack.enter_context(endpoints.opened(options, readonly=readonly))
             stack.enter_context(signals.held())
             try:
                 channels = stack.enter_context(channel.open(endpoint, name=_NAME))

@@ -27,6 +27,10 @@ SUBCOMMANDS = {
         "channel",
         "messages, queues and values of a region: list, send, receive, remove",
     ),
+    "forward": (
+        "forward",
+        "connect sockets on the host and in guests, without a network in the guest",
+    ),
     "qemu": ("qemu", "print the QEMU arguments or libvirt XML for a guest"),
     "doctor": (
         "doctor",

@@ -84,6 +84,7 @@ cdef extern from "<sys/uio.h>" nogil:
         void *iov_base
         size_t iov_len
     ssize_t preadv2(int fd, const iovec *iov, int count, long offset, int flags)
+    ssize_t readv(int fd, const iovec *iov, int count)
     ssize_t writev(int fd, const iovec *iov, int count)
     enum: RWF_NOWAIT
 

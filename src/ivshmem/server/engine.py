@@ -39,12 +39,12 @@ from ..peer import inquiry
 from ..protocol.roster import Member, Roster
 from ..qemu.programs import is_qemu
 from ..system import credentials, late_logging
+from ..system.complaints import Complaints
 from ..system.loop import Poller
 from ..system.uncopied import Uncopied
 from ..text import counted
 from . import log_events
 from .access import Verdict
-from .complaints import Complaints
 from .connection import Connection, disconnect, has_left, is_privileged, rung
 from .holds import MessageHold, MessageHolds, or_none
 from .limits import LINGER

@@ -60,15 +60,24 @@ def load(path: str | os.PathLike[str]) -> ServiceConfig:
         ConfigError: the file has errors. The message has all of them, or the first five.
         OSError: it cannot be read.
     """
+    return parse(read_file(path), os.fspath(path))
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a configuration file; those beyond its limit are left out.
+
+    Raises:
+        ConfigError: it is no regular file.
+        OSError: it cannot be read.
+    """
     where = os.fspath(path)
     try:
         with safe_files.reading(where) as file:
-            data = file.read(_MOST_BYTES + 1)
+            return file.read(_MOST_BYTES + 1)
     except WrongKind as error:
         if error.errno == errno.EISDIR:
             raise
         raise ConfigError(f"{where}: {error.strerror}") from None
-    return parse(data, where)
 
 
 def parse(data: bytes, source: str) -> ServiceConfig:
@@ -84,9 +93,14 @@ def parse(data: bytes, source: str) -> ServiceConfig:
     errors: list[str] = []
     config = _read(tables, errors, source)
     if errors:
-        more = f" (and {len(errors) - _MOST_ERRORS} more)" if len(errors) > _MOST_ERRORS else ""
-        raise config.error(f"{'; '.join(errors[:_MOST_ERRORS])}{more}")
+        raise config.error(listed(errors))
     return config
+
+
+def listed(errors: list[str]) -> str:
+    """Return the first errors, and how many more there are, for one line."""
+    more = f" (and {len(errors) - _MOST_ERRORS} more)" if len(errors) > _MOST_ERRORS else ""
+    return f"{'; '.join(errors[:_MOST_ERRORS])}{more}"
 
 
 def read_toml(data: bytes, source: str) -> dict[str, Any]:
@@ -120,9 +134,9 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
 def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceConfig:
     known = ("service", "region")
     errors += [
-        f"{plain(key, NAME)}: unknown{_nearest(key, known)}" for key in tables if key not in known
+        f"{plain(key, NAME)}: unknown{nearest(key, known)}" for key in tables if key not in known
     ]
-    service = _table("service", tables.get("service", {}), SERVICE, errors)
+    service = read_table("service", tables.get("service", {}), SERVICE, errors)
     named = tables.get("region", {})
     if not isinstance(named, dict) or not named:
         errors.append("no region: add a table [region.NAME] with a socket")
@@ -133,7 +147,7 @@ def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceC
             errors.append(f"region.{_shown(name)}: a name has up to 64 letters, digits, - and _")
             continue
         before = len(errors)
-        settings = _table(f"region.{name}", table, REGION, errors)
+        settings = read_table(f"region.{name}", table, REGION, errors)
         if isinstance(table, dict) and "socket" not in table:
             errors.append(f"region.{name}: no socket: add its path")
         if "socket" in settings:
@@ -145,16 +159,17 @@ def _read(tables: Mapping[str, Any], errors: list[str], source: str) -> ServiceC
     return config
 
 
-def _table(
+def read_table(
     where: str, table: object, known: Mapping[str, Setting], errors: list[str]
 ) -> dict[str, Any]:
+    """Return the settings of a table as their checks return them; append what is wrong."""
     if not isinstance(table, dict):
         errors.append(f"{where}: expected a table")
         return {}
     found = {}
     for key, value in table.items():
         if key not in known:
-            errors.append(f"{where}.{plain(key, NAME)}: unknown{_nearest(key, known)}")
+            errors.append(f"{where}.{plain(key, NAME)}: unknown{nearest(key, known)}")
             continue
         try:
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:
@@ -177,6 +192,7 @@ def _shown(value: object) -> str:
     return plain(text, NAME)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Say which known key is meant, or which there are."""
     found = difflib.get_close_matches(key, list(known), 1)
     return f" (is {found[0]} meant?)" if found else f" (known are {', '.join(known)})"

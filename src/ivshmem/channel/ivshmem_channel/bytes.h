@@ -309,42 +309,71 @@ static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
     return 0;
 }
 
-/* Send as much as there is room for; how many bytes. IVSHMEM_AGAIN: there is no room.
- * IVSHMEM_CLOSED: the other end receives no more. */
-static inline int64_t ivshmem_send(struct ivshmem_stream *stream, const void *data, uint64_t size)
+/* How long the other end's process has shown no sign of life, in nanoseconds; 0: there is none. */
+static inline int64_t ivshmem_stream_silence(const struct ivshmem_stream *stream)
 {
-    struct ivshmem_channel *channel = stream->channel;
+    uint64_t owner = ivshmem_get(stream->channel, ivshmem_end_owner_at(
+                                     stream->channel, stream->connection, 1u - stream->end));
+    if (ivshmem_epoch(owner) != stream->epoch || ivshmem_flags(owner) == IVSHMEM_SLOT_FREE)
+        return 0;
+    return ivshmem_silence(stream->member, ivshmem_place_of(owner));
+}
+
+/* A part of a ring: two pieces where it wraps, else the second one is empty. */
+struct ivshmem_pieces {
+    unsigned char *first, *second;
+    uint64_t first_size, second_size;
+};
+
+static inline void ivshmem_stream_pieces(const struct ivshmem_stream *stream, unsigned end,
+                                         uint64_t position, uint64_t size,
+                                         struct ivshmem_pieces *pieces)
+{
+    uint64_t buffer = stream->channel->layout.cell_bytes, at = position & (buffer - 1);
+    unsigned char *memory =
+        stream->channel->area.memory.start + ivshmem_stream_buffer(stream, end);
+    pieces->first = memory + at;
+    pieces->second = memory;
+    pieces->first_size = size < buffer - at ? size : buffer - at;
+    pieces->second_size = size - pieces->first_size;
+}
+
+/* Find the room for at most `most` bytes, to be sent in place; how many bytes there is room for.
+ * IVSHMEM_AGAIN: for none. IVSHMEM_CLOSED: the other end receives no more. */
+static inline int64_t ivshmem_send_begin(struct ivshmem_stream *stream, uint64_t most,
+                                         struct ivshmem_pieces *pieces)
+{
     struct ivshmem_other_end other;
-    uint64_t buffer = channel->layout.cell_bytes, at, first;
-    unsigned char *memory = channel->area.memory.start + ivshmem_stream_buffer(stream, stream->end);
+    uint64_t size;
     int code = ivshmem_stream_look(stream, &other);
     if (code != 0)
         return code;
     if (stream->sends_no_more || other.closed || other.receives_no_more)
         return IVSHMEM_CLOSED;
-    if (size > buffer - ivshmem_ahead(stream->sent, other.received))
-        size = buffer - ivshmem_ahead(stream->sent, other.received);
+    size = stream->channel->layout.cell_bytes - ivshmem_ahead(stream->sent, other.received);
+    size = size < most ? size : most;
     if (size == 0)
         return IVSHMEM_AGAIN;
-    at = stream->sent & (buffer - 1);
-    first = size < buffer - at ? size : buffer - at;
-    IVSHMEM_COPY(memory + at, data, first);
-    IVSHMEM_COPY(memory, (const unsigned char *)data + first, size - first);
-    stream->sent = (stream->sent + size) & IVSHMEM_VALUE_MASK;
-    ivshmem_stream_store(stream);
-    ivshmem_stream_wake(stream);
+    ivshmem_stream_pieces(stream, stream->end, stream->sent, size, pieces);
     return (int64_t)size;
 }
 
-/* Receive what there is, at most `room` bytes; how many. 0: the other end sends no more.
- * IVSHMEM_AGAIN: nothing yet. IVSHMEM_CLOSED: the other end ended without saying so. */
-static inline int64_t ivshmem_receive(struct ivshmem_stream *stream, void *data, uint64_t room)
+/* Send the first `size` bytes of the room that was found. */
+static inline void ivshmem_send_end(struct ivshmem_stream *stream, uint64_t size)
 {
-    struct ivshmem_channel *channel = stream->channel;
+    stream->sent = (stream->sent + size) & IVSHMEM_VALUE_MASK;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_wake(stream);
+}
+
+/* Find what was received, at most `most` bytes, to be used in place; how many. 0: the other end
+ * sends no more. IVSHMEM_AGAIN: nothing yet. IVSHMEM_CLOSED: the other end ended without saying
+ * so. */
+static inline int64_t ivshmem_receive_begin(struct ivshmem_stream *stream, uint64_t most,
+                                            struct ivshmem_pieces *pieces)
+{
     struct ivshmem_other_end other;
-    uint64_t buffer = channel->layout.cell_bytes, at, first, size;
-    const unsigned char *memory =
-        channel->area.memory.start + ivshmem_stream_buffer(stream, 1u - stream->end);
+    uint64_t size;
     int code = ivshmem_stream_look(stream, &other);
     if (code != 0)
         return code;
@@ -353,15 +382,45 @@ static inline int64_t ivshmem_receive(struct ivshmem_stream *stream, void *data,
         return 0;
     if (size == 0)
         return other.sends_no_more ? 0 : other.closed ? IVSHMEM_CLOSED : IVSHMEM_AGAIN;
-    size = size < room ? size : room;
-    at = stream->received & (buffer - 1);
-    first = size < buffer - at ? size : buffer - at;
-    IVSHMEM_COPY(data, memory + at, first);
-    IVSHMEM_COPY((unsigned char *)data + first, memory, size - first);
+    size = size < most ? size : most;
+    ivshmem_stream_pieces(stream, 1u - stream->end, stream->received, size, pieces);
+    return (int64_t)size;
+}
+
+/* Free the first `size` bytes of what was found. */
+static inline void ivshmem_receive_end(struct ivshmem_stream *stream, uint64_t size)
+{
     stream->received = (stream->received + size) & IVSHMEM_VALUE_MASK;
     ivshmem_stream_store(stream);
     ivshmem_stream_wake(stream);
-    return (int64_t)size;
+}
+
+/* Send as much as there is room for; how many bytes. Errors as of ivshmem_send_begin. */
+static inline int64_t ivshmem_send(struct ivshmem_stream *stream, const void *data, uint64_t size)
+{
+    struct ivshmem_pieces pieces;
+    int64_t found = ivshmem_send_begin(stream, size, &pieces);
+    if (found <= 0)
+        return found;
+    IVSHMEM_COPY(pieces.first, data, pieces.first_size);
+    IVSHMEM_COPY(pieces.second, (const unsigned char *)data + pieces.first_size,
+                 pieces.second_size);
+    ivshmem_send_end(stream, (uint64_t)found);
+    return found;
+}
+
+/* Receive what there is, at most `room` bytes; how many. 0 and errors as of
+ * ivshmem_receive_begin. */
+static inline int64_t ivshmem_receive(struct ivshmem_stream *stream, void *data, uint64_t room)
+{
+    struct ivshmem_pieces pieces;
+    int64_t found = ivshmem_receive_begin(stream, room, &pieces);
+    if (found <= 0)
+        return found;
+    IVSHMEM_COPY(data, pieces.first, pieces.first_size);
+    IVSHMEM_COPY((unsigned char *)data + pieces.first_size, pieces.second, pieces.second_size);
+    ivshmem_receive_end(stream, (uint64_t)found);
+    return found;
 }
 
 /* Send no more (half-close), receive no more, or both. */
@@ -381,30 +440,40 @@ static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
     ivshmem_sleep_begin(stream->channel, &stream->sleep);
 }
 
+/* Free one's own end. The other one finds it closed. Unless this end has said that it sends no more,
+ * that is a reset: after what was sent comes IVSHMEM_CLOSED. */
+static inline void ivshmem_stream_abort(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    uint64_t at = ivshmem_end_owner_at(channel, stream->connection, stream->end);
+    uint64_t peer_at = ivshmem_end_owner_at(channel, stream->connection, 1u - stream->end);
+    uint64_t peer = ivshmem_get(channel, peer_at);
+    /* A caller that closed first left its end for the acceptor to free. */
+    if (stream->end == 1 && ivshmem_flags(peer) == IVSHMEM_SLOT_CLOSING &&
+        ivshmem_epoch(peer) == stream->epoch)
+        ivshmem_slot_free(channel, peer_at, peer);
+    ivshmem_slot_free(
+        channel, at, ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN, stream->epoch));
+    ivshmem_stream_wake(stream);
+}
+
 /* Close. What was sent can still be received, also by a listener that accepts later; unless no
  * process listens now. */
 static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
 {
     const struct ivshmem_channel *channel = stream->channel;
-    uint64_t at = ivshmem_end_owner_at(channel, stream->connection, stream->end);
-    uint64_t peer_at = ivshmem_end_owner_at(channel, stream->connection, 1u - stream->end);
+    uint64_t at = ivshmem_end_owner_at(channel, stream->connection, 0);
     struct ivshmem_place place = stream->member->place;
     uint64_t mine = ivshmem_place_word(place, IVSHMEM_SLOT_OPEN, stream->epoch);
-    uint64_t closing, peer;
+    uint64_t closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
     ivshmem_stream_shutdown(stream, 1, 1);
     if (stream->end == 1) {
-        /* A caller that closed first left its end for the acceptor to free. */
-        peer = ivshmem_get(channel, peer_at);
-        if (ivshmem_flags(peer) == IVSHMEM_SLOT_CLOSING && ivshmem_epoch(peer) == stream->epoch)
-            ivshmem_slot_free(channel, peer_at, peer);
-        ivshmem_slot_free(channel, at, mine);
-        ivshmem_stream_wake(stream);
+        ivshmem_stream_abort(stream);
         return;
     }
-    closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
     if (!ivshmem_exchange(&channel->area.memory, channel->at + at, mine, closing))
         return;
-    if (ivshmem_epoch(ivshmem_get(channel, peer_at)) == stream->epoch || /* it was accepted */
+    if (ivshmem_epoch(ivshmem_get(channel, at + 8u)) == stream->epoch || /* it was accepted */
         !ivshmem_is_listened_to(stream->member, channel))
         ivshmem_slot_free(channel, at, closing);
     ivshmem_stream_wake(stream);

@@ -237,17 +237,23 @@ static inline void ivshmem_leave_area(struct ivshmem_member *member)
     ivshmem_place_free(&member->area, member->place.index, member->number);
 }
 
-/* Whether a place's beat stood still for the lease, as this process saw it at its own beats. A
- * process that was stopped starts to observe again: it has not seen whether the others beat. */
-static inline int ivshmem_is_silent(const struct ivshmem_member *member,
-                                    struct ivshmem_place place)
+/* How long a place's beat has stood still, in nanoseconds, as this process saw it at its own beats.
+ * A process that was stopped starts to observe again: it has not seen whether the others beat. */
+static inline int64_t ivshmem_silence(const struct ivshmem_member *member,
+                                      struct ivshmem_place place)
 {
     const struct ivshmem_pulse *pulse;
     if (place.index >= member->area.places)
-        return 1;
+        return INT64_MAX;
     pulse = &member->pulses[place.index];
-    return ivshmem_epoch(pulse->beat) == place.epoch &&
-           member->looked - pulse->since > member->lease;
+    return ivshmem_epoch(pulse->beat) == place.epoch ? member->looked - pulse->since : 0;
+}
+
+/* Whether that is longer than the lease. */
+static inline int ivshmem_is_silent(const struct ivshmem_member *member,
+                                    struct ivshmem_place place)
+{
+    return ivshmem_silence(member, place) > member->lease;
 }
 
 /* One beat: show that this process is at work, look at the others, free those that are gone.

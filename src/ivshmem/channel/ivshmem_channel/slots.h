@@ -265,13 +265,21 @@ static inline int ivshmem_reader_slot(const struct ivshmem_channel *channel,
     return code;
 }
 
-/* Say that one sleeps. The caller looks once more afterwards whether there is something. */
-static inline void ivshmem_sleep_begin(const struct ivshmem_channel *channel,
-                                       struct ivshmem_sleep *sleep)
+/* Say that one sleeps. A full fence comes next (one is enough for several that say it), and then
+ * the caller looks once more whether there is something. */
+static inline void ivshmem_sleep_say(const struct ivshmem_channel *channel,
+                                     struct ivshmem_sleep *sleep)
 {
     sleep->count++;
     ivshmem_announce(&channel->area.memory, channel->at + sleep->at,
                      ivshmem_word(sleep->count, IVSHMEM_SLEEPING, sleep->epoch));
+}
+
+/* The same, with the fence. */
+static inline void ivshmem_sleep_begin(const struct ivshmem_channel *channel,
+                                       struct ivshmem_sleep *sleep)
+{
+    ivshmem_sleep_say(channel, sleep);
     ivshmem_full_fence(&channel->area.memory);
 }
 

@@ -1,0 +1,230 @@
+"""`ivshmem forward`: sockets on one side of a region joined with sockets on the other."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+
+from .. import channel
+from ..channel.geometry import check_name
+from ..errors import ChannelError
+from ..forward import addresses, config_file
+from ..forward.config import (
+    BUFFER,
+    CONNECTIONS,
+    SILENCE,
+    ForwardConfig,
+    check_buffer,
+    check_connections,
+    problems,
+)
+from ..forward.forwarder import Forwarder
+from ..memory.sizes import format_size, parse_size
+from ..system.systemd import Notifier
+from ..text import counted
+from . import daemon, endpoints, signals
+from .arguments import mode, seconds
+from .log_writer import LogWriter
+from .run import Parser
+
+_NAME = "ivshmem forward"  # of this process in the table of places
+_OF_ONE = ("connect", "listen", "stdio", "mode", "connections", "buffer")
+
+
+def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "forward",
+        usage="ivshmem forward [OPTIONS] NAME (--connect ADDRESS | --listen ADDRESS | --stdio)"
+        " [NAME ...]",
+        description="Connect sockets on one side of a region with sockets on the other, without a"
+        " network. One side listens, and the other one connects for each connection that comes.",
+        epilog=f"ADDRESS is {addresses.FORMS}. Examples: in a guest `ivshmem forward --guest ssh"
+        " --connect tcp:127.0.0.1:22`, and on its host `ivshmem forward ssh --listen"
+        " tcp:127.0.0.1:2222`; or `ssh -o ProxyCommand='ivshmem forward ssh --stdio' root@guest`.",
+    )
+    _add_all(parser)
+    parser.add_argument("words", metavar="NAME", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_run)
+
+
+def _add_all(parser: argparse.ArgumentParser) -> None:
+    one = parser.add_argument_group("each forward, after its NAME (which is that of its channel)")
+    one.add_argument(
+        "--connect",
+        metavar="ADDRESS",
+        type=_address,
+        help="connect there for each connection that comes through the channel. A name is looked"
+        " up once, at the start",
+    )
+    one.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        type=_address,
+        help="accept connections there, and connect each through the channel",
+    )
+    one.add_argument(
+        "--stdio",
+        action="store_true",
+        default=None,
+        help="connect standard input and output through the channel, once",
+    )
+    one.add_argument(
+        "--mode", type=mode, help="permissions of the listening Unix socket, such as 0660"
+    )
+    one.add_argument(
+        "--connections",
+        metavar="N",
+        type=_connections,
+        help=f"at once, if this command makes the channel (default: {CONNECTIONS})",
+    )
+    one.add_argument(
+        "--buffer",
+        metavar="SIZE",
+        type=_buffer,
+        help="that each connection holds in each direction, if this command makes the channel"
+        f" (default: {format_size(BUFFER)})",
+    )
+    endpoints.add_to(parser)
+    parser.add_argument("--config", metavar="FILE", help="the forwards, in TOML")
+    parser.add_argument(
+        "--silence",
+        metavar="SECONDS",
+        type=seconds,
+        help="reset connections whose other side has shown no sign of life for so long (default:"
+        f" {SILENCE:g}); a virtual machine that is paused shows none",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=None, help="log each connection"
+    )
+
+
+def _address(text: str) -> addresses.Address:
+    try:
+        return addresses.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _connections(text: str) -> int:
+    try:
+        return check_connections(int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to 4096") from None
+
+
+def _buffer(text: str) -> int:
+    try:
+        return check_buffer(parse_size(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+# -- several forwards on one line -----------------------------------------------------------------
+
+
+def _groups(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Divide the words at each name: (name, its options)."""
+    found: list[tuple[str, list[str]]] = []
+    takes_value = False
+    for word in words:
+        if takes_value or (word[:1] == "-" and word != "-" and found):
+            found[-1][1].append(word)
+            action = parser._option_string_actions.get(word)
+            takes_value = not takes_value and action is not None and action.nargs != 0
+        else:
+            found.append((word, []))
+    return found
+
+
+def _configs(options: argparse.Namespace) -> tuple[list[ForwardConfig], list[str]]:
+    """The forwards of the command line or the file, and the names that --stdio belongs to.
+
+    Options of the whole command, which may stand after a name too, are put into `options`.
+    """
+    parser = Parser(prog="ivshmem forward", add_help=False)
+    _add_all(parser)
+    words = [word for word in options.words if word != "--"]
+    given = {key: getattr(options, key) for key in _OF_ONE}
+    configs: list[ForwardConfig] = []
+    stdio: list[str] = []
+    for name, rest in _groups(parser, words):
+        one = vars(parser.parse_args(rest))
+        for key in _OF_ONE:
+            if one[key] is None:
+                one[key] = given[key]  # it stood before the first name
+        given = dict.fromkeys(_OF_ONE)
+        for key in set(one) - set(_OF_ONE):
+            if one[key]:
+                setattr(options, key, one[key])
+        check_name(name)
+        if any(name == other.name for other in configs):
+            raise ValueError(f"forward {name}: it is there twice: give each forward its own name")
+        settings = {key: one[key] for key in _OF_ONE if key != "stdio"}
+        configs.append(ForwardConfig(name, **settings))
+        if one["stdio"]:
+            stdio.append(name)
+            wrong = [f"--{key}" for key in _OF_ONE if one[key] and key != "stdio"]
+            if wrong:
+                raise ValueError(f"forward {name}: --stdio excludes {' and '.join(wrong)}")
+        elif found := problems(configs[-1]):
+            raise ValueError(f"forward {name}: {found[0]}: give --connect, --listen or --stdio")
+    if any(value for value in given.values()):
+        raise ValueError("give the NAME of the forward that the options belong to")
+    if stdio and len(configs) > 1:
+        raise ValueError("--stdio is for one forward alone")
+    if options.config is not None:
+        if configs:
+            raise ValueError("--config excludes forwards on the command line")
+        configs = config_file.load(options.config)
+    if not configs:
+        raise ValueError("give the NAME of a forward with --connect, --listen or --stdio")
+    return configs, stdio
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    configs, stdio = _configs(options)
+    daemon.raise_fd_limit()
+    level = logging.DEBUG if options.verbose else logging.WARNING if stdio else logging.INFO
+    with (
+        signals.held(for_good=not stdio),
+        LogWriter(sys.stderr, level),
+        endpoints.opened(options) as endpoint,
+        channel.open(endpoint, name=_NAME) as channels,
+        Forwarder(
+            channels,
+            () if stdio else configs,
+            silence=SILENCE if options.silence is None else options.silence,
+        ) as forwarder,
+    ):
+        relay = forwarder.connect_stdio(stdio[0]) if stdio else None
+        with _told(forwarder, len(configs)), signals.calling(forwarder.stop):
+            forwarder.run()
+        if relay is not None and (not relay.over or relay.failed):
+            why = relay.failed or "it was interrupted"
+            raise ChannelError(f"forward {stdio[0]}: the connection ended early: {why}")
+    return 0
+
+
+@contextlib.contextmanager
+def _told(forwarder: Forwarder, number: int) -> Iterator[None]:
+    """Tell the service manager that the forwards have begun, that they live, and that they end."""
+    notifier = Notifier.from_environment()
+
+    def live() -> None:
+        notifier.watchdog()
+        forwarder.turns.after((notifier.watchdog_seconds or 0) / 2, live)
+
+    try:
+        if notifier.watchdog_seconds:
+            live()
+        notifier.ready(counted(number, "forward"))
+        yield
+        notifier.stopping()
+    finally:
+        notifier.close()

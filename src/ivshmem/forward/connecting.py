@@ -1,0 +1,186 @@
+"""Internal: the side that connects: each connection that comes through the channel gets a socket.
+
+Knows: the one address, and connects that take time. Does not know: what a connection carries.
+
+Who connects through the channel says nothing of where to: only the address of the settings is ever
+connected to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable
+
+from ..channel import Bytes
+from ..channel.stream_poll import MAY_RECEIVE
+from ..channel.streams import Stream
+from ..errors import reason_of
+from ..system import late_logging
+from ..system.complaints import Complaints
+from ..system.uncopied import Uncopied
+from .addresses import SocketPlace, places
+from .config import ForwardConfig
+from .listening import BATCH, PAUSE, SHORT, Join
+from .plugs import quick
+from .turns import Turns
+
+_log = late_logging.log_of("ivshmem.forward")
+
+_FULL_PAUSE = 0.02  # seconds until a Unix socket whose queue is full is tried again
+
+
+class Connecting(Uncopied):
+    """A listener of the channel, and the address that it leads to.
+
+    Args:
+        open_channel: finds or makes the channel.
+        join: makes a relay of a connection of the channel and a socket, and owns both.
+
+    Raises:
+        OSError: the address has a name that cannot be looked up.
+        ChannelError: all slots of listeners are taken.
+    """
+
+    def __init__(
+        self, turns: Turns, open_channel: Callable[[], Bytes], config: ForwardConfig, join: Join
+    ) -> None:
+        assert config.connect is not None
+        self.where = config.connect.text
+        self.places = places(config.connect)
+        self._turns = turns
+        self._name = config.name
+        self._join = join
+        self._complaints = Complaints()
+        self._spare: socket.socket | None = None  # for who comes next
+        self._paused = False
+        self._dials: set[_Dial] = set()
+        self.channel = open_channel()  # last: it stays when something else fails
+        self._listener = self.channel.listen()
+        try:
+            self._sleeper = turns.poll.add(self._listener, self)
+        except BaseException:
+            self._listener.close()
+            raise
+        turns.due(self)
+
+    def awaken(self, directions: int) -> None:
+        """Do nothing: a turn follows."""
+
+    def turn(self) -> bool:
+        """Accept some; whether more may be there."""
+        if self._paused or self._listener.closed:
+            return False
+        for _ in range(BATCH):
+            # The socket first: without one, those who come wait in the channel.
+            try:
+                if self._spare is None:
+                    self._spare = _socket(self.places[0])
+            except OSError as error:
+                if error.errno not in SHORT:
+                    raise
+                self.complain(f"no socket: {reason_of(error)}; those who wait are kept")
+                self._paused = True
+                self._turns.after(PAUSE, self._resume)
+                return False
+            stream = self._listener.accept(0)
+            if stream is None:
+                return self._sleeper.sleep(MAY_RECEIVE) != 0
+            sock, self._spare = self._spare, None
+            self._dials.add(_Dial(self, stream, sock))
+        return True
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._turns.due(self)
+
+    def complain(self, text: str) -> None:
+        """Log what goes wrong with a connection, each kind at most once a minute."""
+        if self._complaints.is_due(text):
+            _log.warning("%s: %s", self._name, text)
+
+    def close(self) -> None:
+        """Accept no more; may be called twice."""
+        self._sleeper.close()
+        self._listener.close()
+        for dial in list(self._dials):
+            dial.give_up()
+        if self._spare is not None:
+            self._spare.close()
+
+
+class _Dial:
+    """A connect(2) that is under way, for a stream. It owns both ends until they are joined."""
+
+    def __init__(self, home: Connecting, stream: Stream, sock: socket.socket) -> None:
+        self._home = home
+        self._stream = stream
+        self._sock = sock
+        self._left = list(home.places)
+        self._over = False
+        self._turns = home._turns
+        self._connect()
+
+    def _connect(self) -> None:
+        """Try the first of the places that are left."""
+        if self._over:
+            return
+        code = self._sock.connect_ex(self._left[0].address)
+        if code == 0:
+            self._succeed()
+        elif code == errno.EINPROGRESS:
+            self._turns.poller.watch_events(
+                self._sock.fileno(), lambda _: self._decided(), select.EPOLLOUT
+            )
+        elif code == errno.EAGAIN and self._sock.family == socket.AF_UNIX:
+            self._turns.after(_FULL_PAUSE, self._connect)
+        else:
+            self._failed(code)
+
+    def _decided(self) -> None:
+        self._turns.poller.unwatch(self._sock.fileno())
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._failed(code)
+        else:
+            self._succeed()
+
+    def _failed(self, code: int) -> None:
+        """Try the next place, or end the connection as the target would: by a reset."""
+        del self._left[0]
+        if self._left:
+            self._sock.close()
+            try:
+                self._sock = _socket(self._left[0])
+            except OSError as error:
+                code = error.errno or errno.EIO
+            else:
+                self._connect()
+                return
+        reason = os.strerror(code)
+        self._home.complain(
+            f"{self._home.where} cannot be connected to: {reason[:1].lower()}{reason[1:]}"
+        )
+        self.give_up()
+
+    def _succeed(self) -> None:
+        self._over = True
+        self._home._dials.discard(self)
+        quick(self._sock)
+        self._home._join(self._home.channel, self._stream, self._sock, "the other side")
+
+    def give_up(self) -> None:
+        """Reset the connection; may be called twice."""
+        if not self._over:
+            self._over = True
+            self._home._dials.discard(self)
+            if self._sock.fileno() >= 0:
+                self._turns.poller.unwatch(self._sock.fileno())
+            self._sock.close()
+            self._stream.abort()
+
+
+def _socket(place: SocketPlace) -> socket.socket:
+    return socket.socket(place.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

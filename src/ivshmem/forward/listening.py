@@ -1,0 +1,201 @@
+"""Internal: the side that listens: accepts sockets, and connects each through the channel.
+
+Knows: full queues, and what is short. Does not know: what a connection carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+from collections.abc import Callable
+
+from ..channel import Bytes
+from ..channel.streams import Stream
+from ..errors import ChannelError, reason_of
+from ..system import late_logging
+from ..system.complaints import Complaints
+from ..system.listener import Listener
+from ..system.uncopied import Uncopied
+from . import addresses
+from .config import ForwardConfig
+from .plugs import quick, reset
+from .turns import Turns
+
+_log = late_logging.log_of("ivshmem.forward")
+
+# What passes when something else ends: those who wait stay in the queue of the socket.
+SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+PAUSE = 0.1  # seconds until it is tried again
+BATCH = 16  # that are accepted in a turn
+
+Join = Callable[[Bytes, Stream, socket.socket, str], object]
+
+
+class Listening(Uncopied):
+    """Listening sockets at an address.
+
+    Args:
+        open_channel: finds or makes the channel.
+        join: makes a relay of a connection of the channel and a socket, and owns both.
+
+    Raises:
+        OSError: the address cannot be listened at, with the address.
+    """
+
+    def __init__(
+        self, turns: Turns, open_channel: Callable[[], Bytes], config: ForwardConfig, join: Join
+    ) -> None:
+        self._turns = turns
+        self._name = config.name
+        self._join = join
+        self._complaints = Complaints()
+        self._paused = False
+        self._held: tuple[socket.socket, str] | None = None  # accepted, and no connection is free
+        self._undo = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            self.sockets = _listen(config, undo)
+            self._channel = open_channel()  # last: it stays when something else fails
+            for sock in self.sockets:
+                turns.poller.watch(sock.fileno(), lambda: turns.due(self))
+                undo.callback(turns.poller.unwatch, sock.fileno())
+            self._undo = undo.pop_all()
+
+    @property
+    def where(self) -> str:
+        """The addresses, with the port that the kernel chose."""
+        return " and ".join(addresses.shown(sock.getsockname()) for sock in self.sockets)
+
+    def awaken(self, directions: int) -> None:
+        """Do nothing: it has no end of a channel."""
+
+    def turn(self) -> bool:
+        """Accept some; the rest is readable again."""
+        if self._paused:
+            return False
+        if self._held is not None and not self._connect(*self._held):
+            return False
+        for sock in self.sockets:
+            for _ in range(BATCH):
+                try:
+                    accepted, peer = sock.accept()
+                except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                    break
+                except OSError as error:
+                    if error.errno not in SHORT:
+                        raise
+                    self._complain(
+                        "short", f"cannot accept: {reason_of(error)}; those who wait are kept"
+                    )
+                    self._pause()
+                    return False
+                accepted.setblocking(False)
+                quick(accepted)
+                if not self._connect(accepted, addresses.shown(peer) if peer else "a process"):
+                    return False
+        return False
+
+    def _connect(self, sock: socket.socket, who: str) -> bool:
+        """Connect a socket through the channel; False: there is no room, and it is held."""
+        self._held = None
+        try:
+            stream = self._channel.connect()
+        except ConnectionRefusedError:
+            reset(sock)
+            self._complain(
+                "refused",
+                f"{who} is refused: no process connects at the other side (start `ivshmem forward"
+                f" {self._name} --connect ADDRESS` there)",
+            )
+            return True
+        except ChannelError as error:
+            if type(error) is not ChannelError:
+                reset(sock)
+                raise
+            self._held = sock, who
+            self._complain("full", f"{who} waits: {error}")
+            self._pause()
+            return False
+        except BaseException:
+            reset(sock)
+            raise
+        self._join(self._channel, stream, sock, who)
+        return True
+
+    def _complain(self, kind: str, text: str) -> None:
+        if self._complaints.is_due(kind):
+            _log.warning("%s: %s", self._name, text)
+
+    def _pause(self) -> None:
+        """Accept nobody for a while: a socket that is readable would make the loop spin."""
+        self._paused = True
+        for sock in self.sockets:
+            self._turns.poller.watch_for(sock.fileno(), 0)
+        self._turns.after(PAUSE, self.resume)
+
+    def resume(self) -> None:
+        """Accept again, if it paused."""
+        if self._paused and self.sockets:
+            self._paused = False
+            for sock in self.sockets:
+                self._turns.poller.watch_for(sock.fileno(), select.EPOLLIN)
+            self._turns.due(self)
+
+    def close(self) -> None:
+        """Listen no more; may be called twice."""
+        self.sockets = []
+        if self._held is not None:
+            reset(self._held[0])
+            self._held = None
+        self._undo.close()
+
+
+def _listen(config: ForwardConfig, undo: contextlib.ExitStack) -> list[socket.socket]:
+    """Return listening sockets that do not block; `undo` closes them."""
+    address = config.listen
+    assert address is not None
+    if address.path and address.path[0] != "@":
+        listener = undo.enter_context(Listener(address.path, mode=config.mode))
+        listener.listen()
+        return [listener.socket]
+    found: list[socket.socket] = []
+    errors: list[OSError] = []
+    for family, place in addresses.places(address, listen=True):
+        try:
+            found.append(undo.enter_context(_bound(family, place)))
+        except OSError as error:
+            errors.append(error)
+        if found and not address.port:
+            break  # the kernel chose a port: another address would get another one
+    # A host without IPv6 has a name with an IPv6 address, too.
+    lacking = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    for failed in errors:
+        if not found or failed.errno not in lacking:
+            raise OSError(failed.errno, _hint(failed), address.text)
+    return found
+
+
+def _bound(family: int, place: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(place)  # type: ignore[arg-type]
+        sock.listen(socket.SOMAXCONN)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _hint(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another process listens here: stop it, or choose another address"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have the address: choose one of its own"
+    if error.errno == errno.EACCES:
+        return "only root may listen at a port below 1024: choose a higher one"
+    return error.strerror or str(error)

@@ -1,0 +1,62 @@
+"""Internal: the channel of a forward: found, or made by the side that comes first.
+
+Knows: how large it is. Does not know: what passes through it.
+"""
+
+from __future__ import annotations
+
+from ..channel import Bytes, Channels
+from ..errors import ChannelError, ChannelExists, ChannelTypeError, NoSuchChannel
+from ..memory.sizes import format_size
+from .config import BUFFER, CONNECTIONS, ForwardConfig
+
+_LISTENERS = 8  # a guest that was started anew listens while its former place is still taken
+
+
+def opened(channels: Channels, config: ForwardConfig) -> Bytes:
+    """Return the channel of a forward; make it if there is none.
+
+    Raises:
+        ChannelTypeError: there is one of that name, of another kind or of other sizes than those
+            that were asked for.
+        ChannelError: there is no room for it; the message says how much it needs.
+    """
+    while True:
+        try:
+            found = channels.open(config.name, "bytes")
+        except NoSuchChannel:
+            try:
+                return _made(channels, config)
+            except ChannelExists:
+                continue  # the other side was quicker
+        assert isinstance(found, Bytes)
+        for what, wanted, there in (
+            ("connections", config.connections, found.connections),
+            ("buffer", config.buffer, found.slots),
+        ):
+            if wanted not in (None, there):
+                raise ChannelTypeError(
+                    f"forward {config.name}: {what} {wanted}: the channel is there with {there};"
+                    f" omit --{what}, or remove the channel: `ivshmem channel rm {config.name}`"
+                )
+        return found
+
+
+def _made(channels: Channels, config: ForwardConfig) -> Bytes:
+    connections = config.connections or CONNECTIONS
+    buffer = config.buffer or BUFFER
+    try:
+        return channels.create_bytes(
+            config.name, buffer=buffer, connections=connections, listeners=_LISTENERS
+        )
+    except ChannelExists:
+        raise
+    except ChannelError as error:
+        if type(error) is not ChannelError:
+            raise
+        raise ChannelError(
+            f"forward {config.name}: {connections} connections with {format_size(buffer)} in each"
+            f" direction need {format_size(2 * connections * buffer)}: take fewer with"
+            " --connections or --buffer, or make the region with more by `ivshmem serve --channels"
+            f" SIZE` ({error})"
+        ) from None

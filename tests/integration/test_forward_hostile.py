@@ -1,0 +1,83 @@
+"""`ivshmem forward` and a peer that stores what it likes into a connection's words."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.forwards import Pair, exchanged, received
+
+import ivshmem
+from ivshmem import Server, channel
+from ivshmem.channel import Stream
+
+SENT = 12_345  # bytes, by which its words are found
+
+
+@pytest.fixture
+def pair(directory: Path) -> Iterator[Pair]:
+    path = str(directory / "s")
+    with Server(path, "8M", channels="4M").start():
+        pair = Pair(directory, path, "p", "--connections", 8, "--buffer", "16K")
+        try:
+            yield pair
+        finally:
+            pair.close()
+
+
+class Attacker:
+    """A peer with a connection to the side that connects; it knows where its own words are."""
+
+    def __init__(self, client: ivshmem.Client, stream: Stream) -> None:
+        self.stream = stream
+        stream.sendall(bytes(SENT))
+        self.words = memoryview(client.region).cast("B").cast("Q")
+        # How much it has sent; behind that is how much the other side has received.
+        self.at = min(at for at, word in enumerate(self.words) if word >> 24 == SENT)
+
+    def store(self, offset: int, value: int) -> None:
+        self.words[self.at + offset] = value
+
+    def close(self) -> None:
+        self.words.release()
+
+
+@pytest.fixture
+def attacker(pair: Pair) -> Iterator[Attacker]:
+    with ivshmem.connect(pair.path, timeout=10) as client, channel.open(client) as channels:
+        found = channels.open("p")
+        assert isinstance(found, channel.Bytes)
+        with found.connect() as stream:
+            attacker = Attacker(client, stream)
+            yield attacker
+            attacker.close()
+
+
+def test_an_impossible_word_ends_its_connection_alone(pair: Pair, attacker: Attacker) -> None:
+    with pair.accept() as own, pair.joined() as (near, far):
+        assert len(received(own, SENT)) == SENT
+        attacker.store(0, attacker.words[attacker.at] + (1 << 54))  # seen at the next beat
+        pair.far.says("reset .*the (head|tail) at .* is impossible")
+        assert exchanged(near, far, 100_000, 1)
+
+
+def test_any_words_reach_the_target_alone(pair: Pair, attacker: Attacker) -> None:
+    """Whatever it stores, others are served, and the loop neither ends nor hangs."""
+    chance = random.Random(1)  # noqa: S311 - no secret
+    with pair.accept() as own, pair.joined() as (near, far):
+        own.settimeout(0.01)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            # Its own three lines, and those of the side that accepted it.
+            word = attacker.words[attacker.at + chance.randrange(-8, 16)]
+            wild = word ^ chance.choice(
+                (1 << 20, 1 << 24, 1 << 36, 1 << 63, chance.getrandbits(64))
+            )
+            attacker.store(chance.randrange(-8, 16), wild)
+        assert exchanged(near, far, 100_000, 2)
+        with pair.joined() as (near, far):
+            assert exchanged(near, far, 100_000, 3)
+    assert pair.far.process.poll() is None
