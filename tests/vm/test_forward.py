@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.forwards import Forward
+from support.waiting import until
 
 import ivshmem
 
@@ -97,6 +99,14 @@ def ssh(keys: Path, path: Path, *words: str) -> list[str]:
     return ["ssh", "-F", "none", "-q", "-i", f"{keys}/key", *options, "root@guest", *words]
 
 
+def measured(port: int, *words: str) -> dict[str, Any] | None:
+    """What iperf3 says in JSON; None: its server is not done with the last measurement."""
+    command = ["iperf3", "-c", "127.0.0.1", "-p", str(port), "-t", "1", "-J", *words]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return None if "busy" in found.get("error", "") else found
+
+
 def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> None:
     """A session by ssh through standard input and output, and a measurement by a port."""
     ivshmem.Directory.create(pair_host.region, channels="768K").close()
@@ -111,11 +121,7 @@ def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> No
         near = Forward(keys, "near", str(pair.server.path), "iperf3", "--listen", "tcp:127.0.0.1:0")
         try:
             for reverse in ([], ["-R"]):
-                words = ["iperf3", "-c", "127.0.0.1", "-p", str(near.port()), "-t", "1", "-J"]
-                measured = subprocess.run(
-                    words + reverse, capture_output=True, check=False, timeout=TIMEOUT
-                )
-                found = json.loads(measured.stdout)
+                found = until(lambda words=reverse: measured(near.port(), *words), "iperf3's turn")
                 assert "error" not in found, found
                 assert found["end"]["sum_received"]["bytes"] > 100_000, found["end"]
         finally:
