@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ def test_ssh_and_iperf3(pair: Pair, pair_host: ivshmem.Client, keys: Path) -> No
         assert done.stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
         near = Forward(keys, "near", str(pair.server.path), "iperf3", "--listen", "tcp:127.0.0.1:0")
         try:
-            for reverse in ([], ["-R"]):
-                found = until(lambda words=reverse: measured(near.port(), *words), "iperf3's turn")
+            for words in ((), ("-R",)):
+                found = until(partial(measured, near.port(), *words), "iperf3's turn")
                 assert "error" not in found, found
                 assert found["end"]["sum_received"]["bytes"] > 100_000, found["end"]
         finally:
