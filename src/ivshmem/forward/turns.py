@@ -24,7 +24,7 @@ from ..system.uncopied import Uncopied
 EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 
 
-class Waiting(Protocol):
+class TakesTurns(Protocol):
     """What has turns."""
 
     def turn(self) -> bool:
@@ -38,7 +38,7 @@ class Turns(Uncopied):
     """The loop. What has something to do is queued once, and has its turn with all others.
 
     Attributes:
-        poller: for descriptors. poll: for ends of channels, whose owners are `Waiting`.
+        poller: for descriptors. poll: for ends of channels, whose owners are `TakesTurns`.
     """
 
     def __init__(self, channels: Channels) -> None:
@@ -48,14 +48,14 @@ class Turns(Uncopied):
         except BaseException:
             self.poller.close()
             raise
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[TakesTurns] = deque()
         self._queued: set[int] = set()  # ids of those in the queue
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
         self._number = itertools.count()
         self._stopping = False
         self.poller.watch_events(self.poll.fileno(), self._rung, select.EPOLLIN | select.EPOLLET)
 
-    def due(self, waiting: Waiting) -> None:
+    def due(self, waiting: TakesTurns) -> None:
         """Give it a turn."""
         if id(waiting) not in self._queued:
             self._queued.add(id(waiting))
