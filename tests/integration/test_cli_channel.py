@@ -7,13 +7,12 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import commands
+from support.channel_commands import run, started
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -30,23 +29,6 @@ def channels(socket_path: str) -> Iterator[Channels]:
         with ivshmem.connect(socket_path, timeout=PATIENCE) as client:
             with channel.open(client, name="a test") as channels:
                 yield channels
-
-
-def run(path: str, *words: str, status: int = 0, input: str = "") -> str:  # noqa: A002
-    """Standard output of a command; its one line of errors, if it is to fail."""
-    done = commands.run("channel", words[0], "-S", path, *words[1:], input=input)
-    assert done.returncode == status, done.stderr
-    if not status:
-        assert done.stderr == ""
-        return done.stdout
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    return line.removeprefix("ivshmem: ")
-
-
-def started(path: str, *words: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ivshmem", "channel", words[0], "-S", path, *words[1:]]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE)
 
 
 # -- what there is --------------------------------------------------------------------------------

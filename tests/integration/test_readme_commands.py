@@ -35,6 +35,7 @@ from ivshmem.cli import main
 NOT_RUN = {
     r"ivshmem (guest |doctor 0000:)": "needs a device: tests/vm/test_guest_cli.py, test_doctor.py",
     r"ivshmem forward --guest|ssh ": "needs a device: tests/vm/test_forward.py",
+    r"ivshmem channel call ": "needs a program that replies: test_cli_channel_watch.py",
     r"ivshmem migrate ": "needs two QEMUs: tests/vm/test_migrate.py",
     r"ivshmem serve .*--hugepages": "needs huge pages in reserve: tests/vm/test_regions.py",
     r"numactl ": "needs a machine with two nodes",

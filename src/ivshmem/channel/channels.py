@@ -400,6 +400,7 @@ class Channels(Uncopied):
                 tuple(ReaderInfo(*reader) for reader in facts["reading"]),
                 facts["connections"],
                 facts["unfinished"],
+                facts["published"],
             )
             for facts in records.listing(self._member)
         ]

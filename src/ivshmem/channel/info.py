@@ -62,6 +62,8 @@ class ChannelInfo:
         writers, readers: those that are there; of bytes: readers are listeners.
         connections: of bytes.
         unfinished: messages of a queue that no reader is done with, or calls without a reply.
+        published: messages or requests of all writers, also of those that ended, since the channel
+            was made (each slot counts modulo 2**40); of bytes: 0.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ChannelInfo:
     readers: tuple[ReaderInfo, ...]
     connections: int
     unfinished: int
+    published: int
 
 
 @dataclass(frozen=True)

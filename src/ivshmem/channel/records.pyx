@@ -174,7 +174,7 @@ cdef dict usage(Membership membership, ivshmem_record *record):
     cdef ivshmem_place place
     ivshmem_channel_open(&channel, &membership.member.area, record)
     ends = {
-        "writing": [], "reading": [], "connections": 0, "unfinished": 0,
+        "writing": [], "reading": [], "connections": 0, "unfinished": 0, "published": 0,
         "bytes": channel.layout.size,
     }
     if g.kind == IVSHMEM_BYTES:
@@ -189,10 +189,11 @@ cdef dict usage(Membership membership, ivshmem_record *record):
     else:
         for i in range(g.writers):
             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
+            head = ivshmem_value(ivshmem_head(&channel, i))
+            ends["published"] += head  # also of a writer that has ended
             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
                 continue
             place = ivshmem_place_of(owner)
-            head = ivshmem_value(ivshmem_head(&channel, i))
             ends["writing"].append((
                 i, place.index, state_of(membership, owner), head,
             ))

@@ -13,6 +13,7 @@ from ..channel import ChannelInfo, Channels, PlaceInfo, records
 from ..memory.sizes import format_size, roughly
 from ..text import NAME, counted, plain
 from . import terminal
+from .channel_counting import lost, per_second, waiting
 from .tables import table
 
 _HEAD = (
@@ -21,6 +22,7 @@ _HEAD = (
 )
 _RIGHT = range(3, len(_HEAD))
 _EXPENDABLE = (9, 4, 3, 2, 8)  # SIZE, SLOTS, LIMIT, TYPE, LOST
+_RATES = ("NAME", "KIND", "RATE", "LOST/S", "WAITING", "WRITERS", "READERS")
 _PLACES = ("PLACE", "STATE", "ID", "VECTOR", "PID", "NAME")
 
 
@@ -46,14 +48,20 @@ def _row(info: ChannelInfo) -> Sequence[str]:
     )
 
 
-def waiting(info: ChannelInfo) -> int:
-    """Return how many messages the slowest reader has yet to take, or a queue has."""
-    return max([info.unfinished, *(reader.waiting for reader in info.readers)])
-
-
-def lost(info: ChannelInfo) -> int:
-    """Return how many messages were overwritten before the readers that are there took them."""
-    return sum(reader.lost for reader in info.readers)
+def rate_table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of rates, as wide as the terminal."""
+    rows: list[Sequence[str]] = [_RATES]
+    rows += [
+        (
+            plain(each["name"], NAME),
+            each["kind"],
+            "-" if each["rate"] is None else per_second(each["rate"]),
+            "-" if each["lost_rate"] is None else per_second(each["lost_rate"]),
+            *(str(each[what]) for what in ("waiting", "writers", "readers")),
+        )
+        for each in found
+    ]
+    return table(rows, right=range(2, 7), columns=terminal.columns(), expendable=(5, 6), squeezed=0)
 
 
 def area_facts(channels: Channels) -> dict[str, int]:

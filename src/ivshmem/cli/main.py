@@ -25,7 +25,7 @@ SUBCOMMANDS = {
     ),
     "channel": (
         "channel",
-        "messages, queues and values of a region: list, send, receive, remove",
+        "messages, queues, values and calls of a region: list, send, follow, measure, remove",
     ),
     "forward": (
         "forward",

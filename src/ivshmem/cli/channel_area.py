@@ -1,0 +1,146 @@
+"""`ivshmem channel ls`, `info` and `rm`: what a region's area for channels has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from .. import channel
+from ..channel.membership import NO_AREA
+from ..errors import ChannelError, NoChannels
+from ..native import areas
+from ..text import plain
+from . import channel_text, endpoints
+from .channel_region import Command, joined, observe, others
+
+
+def _add_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="of a channel (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_rm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="of the channel to remove")
+    parser.add_argument(
+        "--place",
+        metavar="N",
+        type=int,
+        help="free the place of a process that will never run again, instead of removing a channel"
+        " (see `channel info`)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="also if a process uses it. If that process still stores into the memory, it can"
+        " spoil other messages",
+    )
+
+
+def _ls(options: argparse.Namespace) -> int:
+    with joined(options, "reads") as channels:
+        found = channels.list()
+    if options.json:
+        print(json.dumps({"channels": [asdict(info) for info in found]}))
+    elif found:
+        print(*channel_text.listing(found), sep="\n")
+    else:
+        print("ivshmem: no channels yet: a program, or `put --create`, makes one", file=sys.stderr)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    with joined(options, "observes") as channels:
+        if options.name is not None:
+            channels.open(options.name)  # or it says which there are
+        places = others(channels)
+        if places and not channels.readonly:
+            observe()
+            places = others(channels)
+        found = [
+            info for info in channels.list() if options.name is None or info.name == options.name
+        ]
+        area = channel_text.area_facts(channels)
+    if options.json:
+        shown = {
+            "area": area,
+            "places": [asdict(place) for place in places],
+            "channels": [asdict(info) for info in found],
+        }
+        print(json.dumps(shown))
+    else:
+        print(*channel_text.described(area, places, found), sep="\n")
+    return 0
+
+
+def _rm(options: argparse.Namespace) -> int:
+    if (options.name is None) == (options.place is None):
+        raise ValueError("give the NAME of a channel, or --place N")
+    if options.name is not None:
+        with joined(options) as channels:
+            channels.remove(options.name, force=options.force)
+        print(plain(f"channel {options.name} was removed"))
+        return 0
+    if options.place < 0:
+        raise ValueError(f"place {options.place}: places have numbers from 0 on")
+    if options.force:
+        freed = _freed_at_once(options)
+    else:
+        with joined(options) as channels:
+            freed = _freed(channels, options.place)
+    if not freed:
+        raise ChannelError(f"place {options.place} is free: no process has it")
+    print(f"place {options.place} was freed")
+    return 0
+
+
+def _freed_at_once(options: argparse.Namespace) -> bool:
+    """Free a place without having one: perhaps all are taken."""
+    with endpoints.opened(options) as endpoint:
+        area = areas.find_area(endpoint.region)
+        if area is None:
+            raise NoChannels(NO_AREA)
+        return areas.free_place(endpoint.region, area.offset, options.place)
+
+
+def _freed(channels: channel.Channels, number: int) -> bool:
+    """Free a place whose process shows no sign of life."""
+    if all(place.place != number for place in others(channels)):
+        return False
+    observe()
+    for place in others(channels):
+        if place.place == number and place.state != "silent":
+            raise ChannelError(
+                f"place {number} is {place.state} (PID {place.process}, {place.name!r}): --force"
+                " frees it nevertheless"
+            )
+    # This process, or another one, may have proven during that time that it is gone.
+    channels.free_place(number)
+    return True
+
+
+COMMANDS = (
+    Command(
+        "ls",
+        _add_ls,
+        _ls,
+        "list the channels",
+        "WAITING: messages that the slowest reader has yet to take; of a queue: that no reader is"
+        " done with; of calls: that have no reply yet. LOST: messages that readers lost because"
+        " they were too slow. Of bytes, WRITERS are connections, and READERS are listeners.",
+    ),
+    Command(
+        "info",
+        _add_info,
+        _info,
+        "show the area, the processes that use channels, and who writes and reads each channel",
+        "The command observes for a second which processes show signs of life. What it shows is"
+        " what these processes say of themselves.",
+    ),
+    Command("rm", _add_rm, _rm, "remove a channel, or free the place of a process that is gone"),
+)
