@@ -13,7 +13,7 @@ from ..errors import ChannelError, NoChannels
 from ..native import areas
 from ..text import plain
 from . import channel_text, endpoints
-from .channel_region import Command, joined, observe, others
+from .channel_region import ChannelCommand, joined, observe, others
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def _freed(channels: channel.Channels, number: int) -> bool:
 
 
 COMMANDS = (
-    Command(
+    ChannelCommand(
         "ls",
         _add_ls,
         _ls,
@@ -134,7 +134,7 @@ COMMANDS = (
         " done with; of calls: that have no reply yet. LOST: messages that readers lost because"
         " they were too slow. Of bytes, WRITERS are connections, and READERS are listeners.",
     ),
-    Command(
+    ChannelCommand(
         "info",
         _add_info,
         _info,
@@ -142,5 +142,7 @@ COMMANDS = (
         "The command observes for a second which processes show signs of life. What it shows is"
         " what these processes say of themselves.",
     ),
-    Command("rm", _add_rm, _rm, "remove a channel, or free the place of a process that is gone"),
+    ChannelCommand(
+        "rm", _add_rm, _rm, "remove a channel, or free the place of a process that is gone"
+    ),
 )

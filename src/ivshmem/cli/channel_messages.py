@@ -18,7 +18,7 @@ from ..memory.sizes import parse_size
 from ..text import counted, plain
 from .arguments import positive, seconds
 from .channel_payload import Form, Output, add_form, json_line
-from .channel_region import KINDS, Command, add_readonly, joined, opened
+from .channel_region import KINDS, ChannelCommand, add_readonly, joined, opened
 from .run import fail
 
 # Exit statuses of `call`, beside 1 for all else that fails.
@@ -338,7 +338,7 @@ def _call(options: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command(
+    ChannelCommand(
         "put",
         _add_put,
         _put,
@@ -346,7 +346,7 @@ COMMANDS = (
         "Examples: `ivshmem channel put log hello`;"
         " `ivshmem channel put log hello --create messages --limit 4K`",
     ),
-    Command(
+    ChannelCommand(
         "cat",
         _add_cat,
         _cat,
@@ -354,7 +354,7 @@ COMMANDS = (
         "On a terminal each message is a line, with its control characters written out. Otherwise"
         " the bytes are written as they are. Exit status 1: fewer than N messages came in time.",
     ),
-    Command(
+    ChannelCommand(
         "tail",
         _add_tail,
         _tail,
@@ -363,7 +363,7 @@ COMMANDS = (
         " terminal each message is a line, with its control characters written out. Otherwise text"
         " is written as it is.",
     ),
-    Command(
+    ChannelCommand(
         "call",
         _add_call,
         _call,

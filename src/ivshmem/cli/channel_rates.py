@@ -24,7 +24,7 @@ from . import channel_text, screen
 from .arguments import positive
 from .channel_counting import Arrivals, Positions, Rates, bandwidth_line, rate_line
 from .channel_payload import json_line
-from .channel_region import Command, add_readonly, joined
+from .channel_region import ChannelCommand, add_readonly, joined
 from .top import interval
 
 _LOOK = 0.1  # seconds after which a thread looks whether it is to end
@@ -194,7 +194,7 @@ def _show_screen(channels: channel.Channels, rates: Rates, options: argparse.Nam
 
 
 COMMANDS = (
-    Command(
+    ChannelCommand(
         "hz",
         _add_watched,
         _hz,
@@ -203,7 +203,7 @@ COMMANDS = (
         " of calls it takes nothing, and counts what was put and what was done. The intervals are"
         " those at which messages arrive here.",
     ),
-    Command(
+    ChannelCommand(
         "bw",
         _add_watched,
         _bw,
@@ -211,7 +211,7 @@ COMMANDS = (
         "No writer is slowed: messages that this command does not see in time count with the mean"
         " size of the others.",
     ),
-    Command(
+    ChannelCommand(
         "top",
         _add_top,
         _top,

@@ -23,7 +23,7 @@ _NAME = "ivshmem channel"  # of this process in the table of places
 KINDS = ("messages", "queue", "value")  # whose contents commands send and receive
 
 
-class Command(NamedTuple):
+class ChannelCommand(NamedTuple):
     """One command: its name, what adds its options, what runs it, and its help."""
 
     name: str
