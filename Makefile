@@ -79,6 +79,8 @@ test-newest-qemu: $(VENV)/tested
 WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
     $(addprefix integration/test_,aio async_endpoint channel_transport server_client threads)
 WITH_PYTHON_NIGHTLY := unit/test_* integration/test_cli integration/test_region
+# What is the same with each Python, or needs more than the extra `test-run` has.
+OF_ONE_PYTHON := $(patsubst %,tests/unit/test_%.py,bench_figures bench_result config_schema plain_words public_names)
 
 test-pythons:
 	pythons=$$($(PYTHON) tests/support/pythons.py $(CACHE)/pythons) && for python in $$pythons; do \
@@ -88,7 +90,8 @@ test-pythons:
 test-python:
 	CFLAGS=-O0 $(MAKE) VENV=.venv-$(notdir $(PYTHON)) .venv-$(notdir $(PYTHON))/runs-tests
 	.venv-$(notdir $(PYTHON))/bin/python -m pytest $(AT_ONCE) -m 'not nightly and not serial' \
-	    $(or $(ARGS),$(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY)))))
+	    $(or $(ARGS),$(filter-out $(OF_ONE_PYTHON),\
+	    $(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY))))))
 
 nightly:
 	rm -rf build/fresh  # of a run that was not in CI

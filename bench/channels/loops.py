@@ -2,7 +2,7 @@
 
 Knows: what both ends do in their loops. Does not know: what becomes of the durations.
 
-    python -m bench.channels.loops ping|echo LOOP bare THERE HERE
+    python -m bench.channels.loops ping|echo LOOP bare|task THERE HERE
     python -m bench.channels.loops ping|echo LOOP channel DIRECTORY
 
 is one end, as src/ivshmem/bench/worker.py says of ends. THERE and HERE are inherited eventfds.
@@ -23,6 +23,8 @@ from itertools import pairwise, repeat
 from time import perf_counter_ns as now
 
 from ivshmem.bench.roundtrip import End
+from ivshmem.native.descriptors import Signaller
+from ivshmem.peer.waiting_tasks import Waiter
 
 from ..ways import ROOT, Way
 from .exchange import ANSWER
@@ -49,22 +51,30 @@ class InLoop(Way):
 class Bare(InLoop):
     """The floor: a callback reads an eventfd, and writes to another; no task, no future."""
 
+    label, kind = "bare eventfd", "bare"
     settings = "loop.add_reader, os.eventfd_read, os.eventfd_write"
 
     def __init__(self, loop: str) -> None:
-        super().__init__("bare eventfd", loop)
+        super().__init__(self.label, loop)
 
     @contextlib.contextmanager
     def ends(self) -> Iterator[tuple[End, End]]:
         a, b = fds = os.eventfd(0), os.eventfd(0)
         try:
             yield (
-                End(self.command("ping", "bare", str(a), str(b)), fds, ROOT),
-                End(self.command("echo", "bare", str(b), str(a)), fds, ROOT),
+                End(self.command("ping", self.kind, str(a), str(b)), fds, ROOT),
+                End(self.command("echo", self.kind, str(b), str(a)), fds, ROOT),
             )
         finally:
             for fd in fds:
                 os.close(fd)
+
+
+class Gently(Bare):
+    """The least that a channel could cost: a task that is resumed by the callback, no message."""
+
+    label, kind = "a task, a ring that never waits", "task"
+    settings = "loop.add_reader, os.eventfd_read, completion of an AIO read"
 
 
 class Awaited(InLoop):
@@ -114,6 +124,33 @@ def _bare(role: str, there: int, here: int) -> Turns:
     return turns
 
 
+def _task(role: str, there: int, here: int) -> Turns:
+    async def turns(count: int) -> list[int]:
+        loop = asyncio.get_running_loop()
+        read, ring, rung = os.eventfd_read, Signaller().signal, (there,)
+        waiter = Waiter(loop)
+        times: list[int] = []
+
+        def answered() -> None:
+            read(here)
+            waiter.resume(None)
+
+        loop.add_reader(here, answered)
+        if role == "ping":
+            times.append(now())
+            ring(rung)
+        for _ in repeat(None, count):
+            waiter = Waiter(loop)
+            await waiter
+            times.append(now())
+            if role != "ping" or len(times) <= count:
+                ring(rung)
+        loop.remove_reader(here)
+        return times
+
+    return turns
+
+
 @contextlib.contextmanager
 def _channel(role: str, directory: str) -> Iterator[Turns]:
     with Blocking().link(role, directory) as link:
@@ -152,6 +189,8 @@ def main(role: str, name: str, kind: str, *words: str) -> None:
     with contextlib.ExitStack() as stack:
         if kind == "bare":
             turns = _bare(role, *map(int, words))
+        elif kind == "task":
+            turns = _task(role, *map(int, words))
         else:
             turns = stack.enter_context(_channel(role, *words))
         loop = _new_loop(name)

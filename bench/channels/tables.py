@@ -141,7 +141,11 @@ def event_loops() -> list[Table]:
                 row
                 for loop in loops.present()
                 for floor in [loops.Bare(loop)]
-                for row in (Row(floor), Row(loops.Awaited(loop), floor.name, 1.3))
+                for row in (
+                    Row(floor),
+                    Row(loops.Gently(loop), floor.name),
+                    Row(loops.Awaited(loop), floor.name, 1.3),
+                )
             ],
             latency=True,
         )

@@ -538,7 +538,7 @@ cdef class Membership:
         """Say to which place a word belongs, by the owner word of its slot."""
         cdef ivshmem_place place = ivshmem_place_of(owner)
         if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
-            return "which is no place's own"
+            return "which belongs to no place"
         for index, epoch, _, _, _, process, name in self.places():
             if index == place.index and epoch == place.epoch:
                 return f"which belongs to place {index} (process {process}, {plain(name)!r})"

@@ -9162,7 +9162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_6__next__(
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
 
@@ -9174,7 +9174,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send, "Begin, or go on when the task runs again.");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send, "Begin, or continue when the task runs again.");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send = {"send", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send};
 static PyObject *__pyx_pw_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -9267,7 +9267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
 
   /* "ivshmem/channel/sleeping_tasks.pyx":295
  *     def send(self, value):
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()             # <<<<<<<<<<<<<<
  *         if self.state == OVER:
  *             raise StopIteration(found)
@@ -9278,7 +9278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
   __pyx_t_1 = 0;
 
   /* "ivshmem/channel/sleeping_tasks.pyx":296
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
  *             raise StopIteration(found)
@@ -9310,7 +9310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
     __PYX_ERR(0, 297, __pyx_L1_error)
 
     /* "ivshmem/channel/sleeping_tasks.pyx":296
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()
  *         if self.state == OVER:             # <<<<<<<<<<<<<<
  *             raise StopIteration(found)
@@ -9340,7 +9340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_14sleeping_tasks_7Waiting_8send(stru
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
 
@@ -13144,7 +13144,7 @@ __Pyx_RefNannySetupContext("PyInit_sleeping_tasks", 0);
  *         return self.send(None)
  * 
  *     def send(self, value):             # <<<<<<<<<<<<<<
- *         """Begin, or go on when the task runs again."""
+ *         """Begin, or continue when the task runs again."""
  *         found = self.step()
 */
   __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_14sleeping_tasks_7Waiting_9send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Waiting_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_sleeping_tasks, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 293, __pyx_L1_error)

@@ -291,7 +291,7 @@ cdef class Waiting:
         return self.send(None)
 
     def send(self, value):
-        """Begin, or go on when the task runs again."""
+        """Begin, or continue when the task runs again."""
         found = self.step()
         if self.state == OVER:
             raise StopIteration(found)
