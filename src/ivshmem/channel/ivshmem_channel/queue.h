@@ -99,6 +99,8 @@ static inline int ivshmem_queue_claim(struct ivshmem_reader *reader, unsigned wr
         return IVSHMEM_AGAIN;
     code = ivshmem_entry_read(channel, ivshmem_entry_at(channel, writer, position), writer,
                               position, reader->sources[writer].epoch, &taken->message);
+    if (code == IVSHMEM_OVERTAKEN && ivshmem_get(channel, taken->claim_at) != taken->claim)
+        return IVSHMEM_AGAIN; /* this process was taken for silent, and another reader has it */
     if (code == IVSHMEM_OVERTAKEN) /* no writer overtakes a claim: a word is spoiled */
         code = ivshmem_corrupt(channel, "stamp", ivshmem_entry_at(channel, writer, position),
                                taken->message.stamp, ivshmem_writer_owner(channel, writer));
@@ -204,7 +206,7 @@ static inline int ivshmem_queue_return(struct ivshmem_reader *reader,
             channel, taken->claim_at, taken->claim,
             ivshmem_claim_word(taken->message.position, 0, IVSHMEM_CLAIM_AGAIN, 0)))
         return IVSHMEM_OVERTAKEN;
-    ivshmem_wake_readers(reader->member, channel, 1, &reader->rung);
+    ivshmem_wake_readers(reader->member, channel, 1, &reader->rung_readers);
     return 0;
 }
 
@@ -260,7 +262,7 @@ static inline void ivshmem_queue_pass_on(struct ivshmem_reader *reader)
 {
     ivshmem_full_fence(&reader->channel->area.memory);
     if (ivshmem_queue_has_more(reader))
-        ivshmem_wake_readers(reader->member, reader->channel, 1, &reader->rung);
+        ivshmem_wake_readers(reader->member, reader->channel, 1, &reader->rung_readers);
 }
 
 #endif

@@ -33,7 +33,8 @@ struct ivshmem_reader {
     uint32_t batch; /* messages after which the tail is stored */
     struct ivshmem_source sources[IVSHMEM_MOST_WRITERS];
     struct ivshmem_sleep sleep;
-    struct ivshmem_rung rung;
+    struct ivshmem_rung rung;         /* writers */
+    struct ivshmem_rung rung_readers; /* of a queue: the others */
 };
 
 #define IVSHMEM_NO_SLOT (~0u)
@@ -168,7 +169,7 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
     reader->turn = 0;
     reader->batch = g->slots / 4 > 0 ? g->slots / 4 : 1;
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
-        reader->rung.words[i] = 0;
+        reader->rung.words[i] = reader->rung_readers.words[i] = 0;
     if (memory->readonly) {
         reader->slot = IVSHMEM_NO_SLOT;
         reader->overflow = IVSHMEM_OVERWRITE;
