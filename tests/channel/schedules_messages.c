@@ -1,13 +1,9 @@
 /* Messages under schedules: every message is right, in order, and none is lost or doubled except as
  * the reader's way to overflow says; nobody sleeps for ever; all slots and cells come back. */
-#include "schedulers.h"
+#include "script_parties.h"
 
 enum { LENGTH = 16 };
 
-static struct ivshmem_geometry geometry;
-static struct ivshmem_channel channel;
-static struct ivshmem_area area;
-static unsigned free_units;
 static uint64_t totals[2], finished; /* puts of each writer, and how many writers have ended */
 static unsigned ending;              /* writers, one after the other in a slot or at once */
 static uint64_t discarded;           /* of the reader that drops the newest */
@@ -16,11 +12,6 @@ static int strayed_late; /* a party that was removed has done its last */
 static int is_shared; /* a removed writer lives, whose late stores may spoil payload */
 
 /* -- what parties do ------------------------------------------------------------------------------- */
-
-static void must(int code)
-{
-    CHECK(code == 0, code);
-}
 
 static uint64_t number_of(unsigned writer, unsigned epoch, uint64_t position)
 {
@@ -108,8 +99,7 @@ static void end_writing(struct party *party)
     ivshmem_writer_close(writer);
     ivshmem_leave_area(&party->peer->member);
     finished++;
-    for (unsigned i = 0; i < party_count; i++)
-        parties[i].was_rung = 1;
+    wake_all();
 }
 
 static void write_loans(struct party *party)
@@ -301,14 +291,6 @@ static void join_and_read(struct party *party)
 
 /* -- death, silence, and removal --------------------------------------------------------------------- */
 
-/* Free the place of a party, as a proof or a user does, and ring all. */
-static void free_place(struct party *self, unsigned index)
-{
-    const struct ivshmem_member *member = &parties[index].peer->member;
-    ivshmem_place_free(&self->peer->member.area, member->place.index, member->number);
-    ivshmem_ring_places(&self->peer->member);
-}
-
 /* The first party dies at some step, or has ended before; that is proven. */
 static void bury_first(struct party *party)
 {
@@ -319,8 +301,7 @@ static void bury_first(struct party *party)
     free_place(party, 0);
     if (!had_ended && parties[0].peer->writer.channel != NULL)
         finished++;
-    for (unsigned i = 0; i < party_count; i++)
-        parties[i].was_rung = 1;
+    wake_all();
     ivshmem_leave_area(&party->peer->member);
 }
 
@@ -447,26 +428,6 @@ static void inherit_row(struct party *party)
 
 /* -- what is there at the beginning ------------------------------------------------------------------ */
 
-static struct party *add_party(const char *name, void (*program)(struct party *party))
-{
-    struct party *party = &parties[party_count];
-    party->name = name;
-    party->program = program;
-    party->peer = &peers[party_count];
-    CHECK(join(party->peer) == 0, 0);
-    party->peer->member.peer = party_count;
-    ivshmem_place_store(&party->peer->member);
-    if (party_count++ == 0) {
-        area = party->peer->member.area;
-        free_units = count_free_units(&area);
-        CHECK(create(party->peer, channel_name, &geometry) == 0, 0);
-    }
-    CHECK(open_channel(party->peer, channel_name) == 0, 0);
-    channel = party->peer->channel;
-    the_channel = &channel;
-    return party;
-}
-
 static struct party *add_writer(const char *name, void (*program)(struct party *party))
 {
     struct party *party = add_party(name, program);
@@ -497,9 +458,7 @@ static void begin(unsigned writers, unsigned readers, unsigned overflow, uint64_
     const struct ivshmem_geometry each = {.kind = IVSHMEM_MESSAGES, .overflow = overflow,
                                           .writers = writers, .readers = readers, .slots = 2,
                                           .loans = 1, .views = 1, .limit = LENGTH};
-    const struct ivshmem_memory memory = {region, SIZE, IVSHMEM_WRITE_BACK, 0};
-    geometry = each;
-    must(ivshmem_area_make(&area, &memory, 8192, 1 << 16, PARTIES + 1, 4));
+    begin_area(&each);
     totals[0] = totals[1] = messages;
     ending = writers;
     wanted = 1;
@@ -709,25 +668,6 @@ static void as_two_writers(void)
 }
 
 /* -- what is there at the end ------------------------------------------------------------------------ */
-
-static void all_is_back(void)
-{
-    struct peer *peer = &peers[0];
-    struct ivshmem_area *whole = &peer->member.area;
-    for (unsigned i = 0; i < geometry.writers; i++) {
-        uint64_t owner;
-        ivshmem_writer_reap(&peer->member, &channel, i);
-        owner = ivshmem_get(&channel, channel.layout.writer_owners + 8u * i);
-        CHECK(ivshmem_flags(owner) == IVSHMEM_SLOT_FREE, i);
-    }
-    for (unsigned i = 0; i < geometry.readers; i++)
-        CHECK(!ivshmem_is_owned(&channel,
-                                ivshmem_get(&channel, channel.layout.reader_owners + 8u * i)),
-              i);
-    CHECK(count_free_places(whole) == whole->places, count_free_places(whole));
-    must(ivshmem_remove(&peer->member, &channel, 0));
-    CHECK(count_free_units(whole) == free_units, 0);
-}
 
 static void reset(void)
 {

@@ -49,6 +49,18 @@ SCRIPTS = {
         "a-removed-reader-lives",
         "a-removed-reader-discards",
     ),
+    "schedules_queue": (
+        "in-order",
+        "get",
+        "acknowledge",
+        "fail-first",
+        "return-and-leave",
+        "two-writers",
+        "one-each",
+        "a-reader-dies",
+        "a-getting-reader-dies",
+        "a-reader-is-silent",
+    ),
 }
 ALL = [(program, script) for program, scripts in SCRIPTS.items() for script in scripts]
 
@@ -86,6 +98,17 @@ NEEDED = {
         "wake_writers: full fence": "block",
         "sleep_begin: full fence": "together",
     },
+    "schedules_queue": {
+        "queue_publish: announce 2": "in-order",
+        "queue_claim: another reader has it": "a-reader-is-silent",
+        "queue_take: epoch": "in-order",
+        "queue_done: a message that is done wakes writers": "in-order",
+        "queue_return: a message that is given back wakes a reader": "return-and-leave",
+        "queue_pass_on: who was rung passes it on": "one-each",
+        "queue_sleep: a reader looks again before it sleeps": "in-order",
+        "wake_readers: full fence": "in-order",
+        "sleep_begin: full fence": "in-order",
+    },
 }
 ALONE = "what this party stored before needs no order to it; on write-combining memory it hurries"
 BESIDE = "an exchange stands before it, which is a fence as well"
@@ -109,11 +132,21 @@ UNSEEN = {
     "backlogs_add: epoch 2": "one message more that is told to have been missed",
     "backlog_drop: a former reader's entries are void": LATE,
     "backlog_drop: store barrier": LATE,
+    "queue_publish: announce": "the announcement of the head orders the same stores",
+    "queue_pass_on: full fence": (
+        "only a second writer that rings, in that moment, a reader which then leaves would show it"
+    ),
+    "queue_done: load barrier": "the exchange behind it is a fence as well",
+    "queue_take: epoch 2": "a claim says itself of which message it is",
+    "queue_ready: an unread message is not passed over": (
+        "with one reader the slot before is free first; with several, no order is promised"
+    ),
+    "claimer: epoch": "only the next reader of a slot, at once after a dead one, would show it",
     "wake_one: epoch": "one ring too many",
     "look_at: epoch 2": "a store that is late by the time of two owners, who have both ended",
 }
 # Points of kinds whose scripts come with them.
-KINDS = re.compile("queue_|stream_|caller_waits|accept|value_look|claimer|reply|call_look")
+KINDS = re.compile("stream_|caller_waits|accept|value_look|reply|call_look")
 
 
 class Program(NamedTuple):

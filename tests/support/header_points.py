@@ -145,6 +145,45 @@ LOOKS: Final = (
         "    for (; position != tail;",
         "    for (; HAS && position != tail;",
     ),
+    Look(
+        "another reader has it",
+        "queue.h",
+        "if (code == IVSHMEM_OVERTAKEN && ivshmem_get(channel, taken->claim_at) != taken->claim)",
+        "if (HAS && code == IVSHMEM_OVERTAKEN &&\n"
+        "        ivshmem_get(channel, taken->claim_at) != taken->claim)",
+    ),
+    Look(
+        "who was rung passes it on",
+        "queue.h",
+        "    if (ivshmem_queue_has_more(reader))\n        ivshmem_wake_readers(",
+        "    if (HAS && ivshmem_queue_has_more(reader))\n        ivshmem_wake_readers(",
+    ),
+    Look(
+        "a message that is given back wakes a reader",
+        "queue.h",
+        "        return IVSHMEM_OVERTAKEN;\n    ivshmem_wake_readers(",
+        "        return IVSHMEM_OVERTAKEN;\n    if (HAS) ivshmem_wake_readers(",
+    ),
+    Look(
+        "a message that is done wakes writers",
+        "queue.h",
+        "        return IVSHMEM_OVERTAKEN;\n    ivshmem_wake_writers(",
+        "        return IVSHMEM_OVERTAKEN;\n    if (HAS) ivshmem_wake_writers(",
+    ),
+    Look(
+        "an unread message is not passed over",
+        "queue.h",
+        "        if (ivshmem_flags(claim) == IVSHMEM_CLAIM_OPEN)\n"
+        "            return IVSHMEM_AGAIN;",
+        "        if (HAS && ivshmem_flags(claim) == IVSHMEM_CLAIM_OPEN)\n"
+        "            return IVSHMEM_AGAIN;",
+    ),
+    Look(
+        "a reader looks again before it sleeps",
+        "queue.h",
+        "    return ivshmem_queue_has_more(reader) ? 0 : IVSHMEM_AGAIN;",
+        "    return HAS && ivshmem_queue_has_more(reader) ? 0 : IVSHMEM_AGAIN;",
+    ),
 )
 
 

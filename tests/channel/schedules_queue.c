@@ -1,0 +1,367 @@
+/* A queue under schedules: each message goes to one reader, and is lost only with a reader that died
+ * while it copied it; one that a dead or silent reader had is delivered again, and that is told. */
+#include "script_parties.h"
+
+enum { LENGTH = 16, MOST = 8 };
+
+static unsigned total, ended_writers; /* messages of each writer; writers that have put all */
+static unsigned delivered[2][MOST], done[2][MOST];
+static int one_may_be_lost, is_in_order;
+
+static uint64_t number_of(unsigned writer, unsigned which)
+{
+    return (uint64_t)(writer + 1) << 32 | which;
+}
+
+/* -- what parties do ------------------------------------------------------------------------------- */
+
+/* Whether nothing is left, and nothing will come. */
+static int is_over(void)
+{
+    unsigned missing = 0;
+    for (unsigned i = 0; i < geometry.writers; i++)
+        for (unsigned j = 0; j < total; j++)
+            missing += done[i][j] == 0;
+    for (unsigned i = 0; i < geometry.writers; i++)
+        for (unsigned j = 0; j < geometry.slots; j++) {
+            unsigned state = ivshmem_flags(*word_at(channel.at + ivshmem_claim_at(&channel, i, j)));
+            if (state != IVSHMEM_CLAIM_NONE && state != IVSHMEM_CLAIM_ONCE)
+                return 0;
+        }
+    return ended_writers == geometry.writers && missing <= (unsigned)one_may_be_lost;
+}
+
+static void write_all(struct party *party)
+{
+    struct ivshmem_writer *writer = &party->peer->writer;
+    for (unsigned i = 0; i < total; i++) {
+        uint64_t words[2];
+        words[0] = words[1] = number_of(writer->slot, i);
+        while (1) {
+            int code = ivshmem_queue_put(writer, words, LENGTH, words[0], words[0]);
+            if (code == 0)
+                break;
+            CHECK(code == IVSHMEM_AGAIN, code);
+            ivshmem_queue_writer_sleep(writer);
+            if (ivshmem_queue_ready(writer) == IVSHMEM_AGAIN)
+                wait_for_ring();
+            ivshmem_sleep_end(writer->channel, &writer->sleep);
+        }
+    }
+    CHECK(writer->free_cells == geometry.loans, writer->free_cells);
+    ivshmem_writer_close(writer);
+    ivshmem_leave_area(&party->peer->member);
+    ended_writers++;
+    if (is_over()) /* else only the queue's own rings wake the readers */
+        wake_all();
+}
+
+static void got(struct party *party, const struct ivshmem_taken *taken, const uint64_t *words)
+{
+    unsigned writer = taken->message.writer, which = (unsigned)words[0] & 0xff;
+    CHECK(words[0] == words[1], words[1]);
+    CHECK(taken->message.user == words[0] && taken->message.time == words[0], taken->message.user);
+    CHECK(which < total && words[0] == number_of(writer, which), words[0]);
+    if (is_in_order)
+        CHECK(which >= party->expected[writer], which);
+    party->expected[writer] = which + 1;
+    party->got++;
+}
+
+static void is_done(const struct ivshmem_taken *taken, const uint64_t *words)
+{
+    unsigned *count = &done[taken->message.writer][words[0] & 0xff];
+    CHECK(*count == 0, words[0]);
+    (*count)++;
+}
+
+/* Take one at most once. */
+static int get_one(struct party *party)
+{
+    struct ivshmem_taken taken;
+    uint64_t words[2];
+    int code = ivshmem_queue_read(&party->peer->reader, 1, words, LENGTH, &taken);
+    if (code == 0) {
+        got(party, &taken, words);
+        is_done(&taken, words);
+    }
+    return code;
+}
+
+static int take(struct party *party, struct ivshmem_taken *taken, uint64_t *words)
+{
+    int code = ivshmem_queue_take(&party->peer->reader, IVSHMEM_CLAIM_TAKEN, 1, taken);
+    if (code == 0) {
+        IVSHMEM_COPY(words, region + taken->message.offset, LENGTH);
+        if (!taken->redelivered)
+            CHECK(delivered[taken->message.writer][words[0] & 7]++ == 0, words[0]);
+    }
+    return code;
+}
+
+/* Take one at least once. */
+static int take_one(struct party *party)
+{
+    struct ivshmem_taken taken;
+    uint64_t words[2];
+    int code = take(party, &taken, words);
+    if (code != 0)
+        return code;
+    if (ivshmem_queue_done(&party->peer->reader, &taken) == 0) {
+        got(party, &taken, words);
+        is_done(&taken, words);
+    }
+    return 0;
+}
+
+/* Take one, and give it back the first time. */
+static int fail_one(struct party *party)
+{
+    struct ivshmem_taken taken;
+    uint64_t words[2];
+    int code = take(party, &taken, words);
+    if (code != 0)
+        return code;
+    if (!taken.redelivered) {
+        must(ivshmem_queue_return(&party->peer->reader, &taken));
+    } else {
+        must(ivshmem_queue_done(&party->peer->reader, &taken));
+        got(party, &taken, words);
+        is_done(&taken, words);
+    }
+    return 0;
+}
+
+/* Take one and give it back, which counts. */
+static int return_one(struct party *party)
+{
+    struct ivshmem_taken taken;
+    uint64_t words[2];
+    int code = take(party, &taken, words);
+    if (code != 0)
+        return code;
+    must(ivshmem_queue_return(&party->peer->reader, &taken));
+    party->got++;
+    return 0;
+}
+
+static void end_reading(struct party *party)
+{
+    ivshmem_reader_close(&party->peer->reader);
+    ivshmem_leave_area(&party->peer->member);
+    if (is_over())
+        wake_all();
+}
+
+/* Take until there is nothing any more, or so many. */
+static void read_until(struct party *party, int (*get)(struct party *party), uint64_t most)
+{
+    struct ivshmem_reader *reader = &party->peer->reader;
+    int slept = 0;
+    while (party->got < most) {
+        int code = get(party);
+        CHECK(code == 0 || code == IVSHMEM_AGAIN || code == IVSHMEM_OVERTAKEN, code);
+        if (slept)
+            ivshmem_queue_pass_on(reader);
+        slept = 0;
+        if (code != IVSHMEM_AGAIN)
+            continue;
+        if (is_over())
+            break;
+        if (ivshmem_queue_sleep(reader) == IVSHMEM_AGAIN && !is_over())
+            wait_for_ring();
+        ivshmem_queue_awake(reader);
+        slept = 1;
+    }
+    end_reading(party);
+}
+
+static void get_all(struct party *party)
+{
+    read_until(party, get_one, ~UINT64_C(0));
+}
+
+static void get_once(struct party *party)
+{
+    read_until(party, get_one, 1);
+}
+
+static void return_once(struct party *party)
+{
+    read_until(party, return_one, 1);
+}
+
+static void take_all(struct party *party)
+{
+    read_until(party, take_one, ~UINT64_C(0));
+}
+
+static void fail_all(struct party *party)
+{
+    read_until(party, fail_one, ~UINT64_C(0));
+}
+
+static void bury_first(struct party *party)
+{
+    if (parties[0].verb != IS_OVER)
+        kill_party(0);
+    free_place(party, 0);
+    ivshmem_leave_area(&party->peer->member);
+    wake_all();
+}
+
+/* The other reader takes the first party for silent from now on. */
+static void fall_silent(struct party *party)
+{
+    struct ivshmem_place place = parties[0].peer->member.place;
+    pause_party();
+    for (unsigned i = 1; i < 3; i++) {
+        struct ivshmem_member *member = &parties[i].peer->member;
+        member->pulses[place.index].beat = ivshmem_word(0, 0, place.epoch);
+        member->pulses[place.index].since = 0;
+        member->looked = LEASE + 1;
+    }
+    ivshmem_leave_area(&party->peer->member);
+    wake_all();
+}
+
+/* -- scripts --------------------------------------------------------------------------------------- */
+
+static void begin(unsigned writers, unsigned readers, unsigned messages)
+{
+    const struct ivshmem_geometry each = {.kind = IVSHMEM_QUEUE, .writers = writers,
+                                          .readers = readers, .slots = 2, .loans = 1, .views = 1,
+                                          .limit = LENGTH};
+    begin_area(&each);
+    total = messages;
+}
+
+static void add_reader(const char *name, void (*program)(struct party *party))
+{
+    must(open_reader(add_party(name, program)->peer, IVSHMEM_OVERWRITE));
+}
+
+static void add_writer(const char *name)
+{
+    must(open_writer(add_party(name, write_all)->peer));
+}
+
+static void in_order(void)
+{
+    begin(1, 1, 5);
+    is_in_order = 1;
+    add_reader("r0", get_all);
+    add_writer("w0");
+}
+
+static void get(void)
+{
+    begin(1, 2, 4);
+    add_reader("r0", get_all);
+    add_reader("r1", get_all);
+    add_writer("w0");
+}
+
+static void acknowledge(void)
+{
+    begin(1, 2, 4);
+    add_reader("r0", take_all);
+    add_reader("r1", take_all);
+    add_writer("w0");
+}
+
+static void fail_first(void)
+{
+    begin(1, 2, 3);
+    add_reader("r0", fail_all);
+    add_reader("r1", take_all);
+    add_writer("w0");
+}
+
+static void return_and_leave(void)
+{
+    begin(1, 2, 1);
+    add_reader("r0", return_once);
+    add_reader("r1", take_all);
+    add_writer("w0");
+}
+
+static void two_writers(void)
+{
+    begin(2, 1, 2);
+    add_reader("r0", get_all);
+    add_writer("w0");
+    add_writer("w1");
+}
+
+static void one_each(void)
+{
+    begin(2, 2, 1);
+    add_reader("r0", get_once);
+    add_reader("r1", get_all);
+    add_writer("w0");
+    add_writer("w1");
+}
+
+/* It may have ended with a message, and died before it told the test. */
+static void a_reader_dies(void)
+{
+    begin(1, 2, 3);
+    one_may_be_lost = 1;
+    add_reader("r0", take_all);
+    add_reader("r1", take_all);
+    add_writer("w0");
+    add_party("undertaker", bury_first);
+}
+
+static void a_getting_reader_dies(void)
+{
+    begin(1, 2, 3);
+    one_may_be_lost = 1;
+    add_reader("r0", get_all);
+    add_reader("r1", get_all);
+    add_writer("w0");
+    add_party("undertaker", bury_first);
+}
+
+static void a_reader_is_silent(void)
+{
+    begin(1, 2, 3);
+    add_reader("r0", take_all);
+    add_reader("r1", take_all);
+    add_writer("w0");
+    add_party("clock", fall_silent);
+}
+
+static void reset(void)
+{
+    ended_writers = 0;
+    memset(delivered, 0, sizeof delivered);
+    memset(done, 0, sizeof done);
+}
+
+static void check(void)
+{
+    CHECK(is_over(), 0);
+    for (unsigned i = 0; i < party_count; i++)
+        for (unsigned j = 0; j < geometry.writers && parties[i].is_dead; j++)
+            for (unsigned k = 0; k < geometry.slots; k++)
+                ivshmem_claim_ends(&channel, j, k);
+    all_is_back();
+}
+
+int main(int argc, char **argv)
+{
+    static const struct script scripts[] = {
+        {"in-order", in_order, check},
+        {"get", get, check},
+        {"acknowledge", acknowledge, check},
+        {"fail-first", fail_first, check},
+        {"return-and-leave", return_and_leave, check},
+        {"two-writers", two_writers, check},
+        {"one-each", one_each, check},
+        {"a-reader-dies", a_reader_dies, check},
+        {"a-getting-reader-dies", a_getting_reader_dies, check},
+        {"a-reader-is-silent", a_reader_is_silent, check}};
+    return run_scripts(argc, argv, scripts, sizeof scripts / sizeof *scripts);
+}
