@@ -117,7 +117,7 @@ UNSEEN = {
     "reader_tail: announce": ALONE,
     "reader_beat: announce": ALONE,
     "reader_beat: announce 2": ALONE,
-    "sleep_begin: announce": ALONE,
+    "sleep_say: announce": ALONE,
     "sleep_end: announce": ALONE,
     "backlogs_begin: announce": "the head of an empty backlog announces nothing",
     "reader_join: full fence": BESIDE,
