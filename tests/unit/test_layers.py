@@ -31,6 +31,7 @@ ROOMS: dict[str, str] = {
     "qemu": "text errors system memory",
     "peer": "text errors native _core system protocol memory",
     "channel": "text errors native _core system memory peer",
+    "recording": "text errors native system memory peer channel",
     "server": "text errors native system lasting protocol memory qemu peer",
     "service": "text errors native system lasting protocol memory qemu peer server",
     "config": "errors service",
@@ -43,7 +44,7 @@ ROOMS: dict[str, str] = {
     "migration": "text errors native system memory qemu server service",
     "bench": "text errors system memory peer server",
     "cli": "text errors native _core system lasting protocol memory qemu peer server service guest"
-    " doctor migration bench channel forward",
+    " doctor migration bench channel recording forward",
     "__main__": "cli",
 }
 

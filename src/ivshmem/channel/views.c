@@ -1966,6 +1966,13 @@ static const char* const __pyx_f[] = {
     #endif
 #endif
 
+/* NoFastGil.proto */
+#define __Pyx_PyGILState_Ensure PyGILState_Ensure
+#define __Pyx_PyGILState_Release PyGILState_Release
+#define __Pyx_FastGIL_Remember()
+#define __Pyx_FastGIL_Forget()
+#define __Pyx_FastGilFuncInit()
+
 /* CriticalSectionsDefinition.proto (used by CriticalSections) */
 #if !CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
 #define __Pyx_PyCriticalSection void*
@@ -1997,6 +2004,11 @@ static const char* const __pyx_f[] = {
 
 /* IncludeStructmemberH.proto (used by CythonFunctionShared) */
 #include <structmember.h>
+
+/* ForceInitThreads.proto */
+#ifndef __PYX_FORCE_INIT_THREADS
+  #define __PYX_FORCE_INIT_THREADS 0
+#endif
 
 /* #### Code section: numeric_typedefs ### */
 /* #### Code section: complex_type_declarations ### */
@@ -2979,7 +2991,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/views.pyx":23
+/* "ivshmem/channel/views.pyx":24
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2994,7 +3006,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
 
 
-/* "ivshmem/channel/views.pyx":80
+/* "ivshmem/channel/views.pyx":81
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3515,34 +3527,6 @@ static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
-/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
-
 /* HasAttr.proto (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 #define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
@@ -3704,11 +3688,35 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
 
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
 /* RaiseErrorWithObjectType.proto (used by ValidateBasesTuple) */
 #define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
 #define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
 CYTHON_UNUSED
 static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
 
 /* ValidateBasesTuple.proto (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
@@ -4129,6 +4137,8 @@ static uint64_t (*__pyx_f_7ivshmem_7channel_5roles_microseconds)(void); /*proto*
 
 /* Module declarations from "cpython.buffer" */
 
+/* Module declarations from "cpython.bytes" */
+
 /* Module declarations from "ivshmem.channel.views" */
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -4219,7 +4229,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[93];
+    PyObject *__pyx_string_tab[94];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4264,7 +4274,7 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u__2 __pyx_string_tab[0]
+#define __pyx_kp_u_ __pyx_string_tab[0]
 #define __pyx_kp_u_bytes __pyx_string_tab[1]
 #define __pyx_kp_u_cannot_be_copied_or_pickled_byt __pyx_string_tab[2]
 #define __pyx_kp_u_is_made_by_the_end_of_a_channel __pyx_string_tab[3]
@@ -4275,8 +4285,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__4 __pyx_string_tab[8]
 #define __pyx_kp_u_the_writer_overwrote_message __pyx_string_tab[9]
 #define __pyx_kp_u_ivshmem_channel_View_of __pyx_string_tab[10]
-#define __pyx_kp_u__3 __pyx_string_tab[11]
-#define __pyx_kp_u_ __pyx_string_tab[12]
+#define __pyx_kp_u__2 __pyx_string_tab[11]
+#define __pyx_kp_u__3 __pyx_string_tab[12]
 #define __pyx_kp_u_None __pyx_string_tab[13]
 #define __pyx_kp_u_a __pyx_string_tab[14]
 #define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[15]
@@ -4330,33 +4340,34 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_errors __pyx_string_tab[63]
 #define __pyx_n_u_frombuffer __pyx_string_tab[64]
 #define __pyx_n_u_interface __pyx_string_tab[65]
-#define __pyx_n_u_items __pyx_string_tab[66]
-#define __pyx_n_u_ivshmem_channel_views __pyx_string_tab[67]
-#define __pyx_n_u_kind __pyx_string_tab[68]
-#define __pyx_n_u_memoryview __pyx_string_tab[69]
-#define __pyx_n_u_numpy __pyx_string_tab[70]
-#define __pyx_n_u_options __pyx_string_tab[71]
-#define __pyx_n_u_pop __pyx_string_tab[72]
-#define __pyx_n_u_release __pyx_string_tab[73]
-#define __pyx_n_u_self __pyx_string_tab[74]
-#define __pyx_n_u_setdefault __pyx_string_tab[75]
-#define __pyx_n_u_shape __pyx_string_tab[76]
-#define __pyx_n_u_text __pyx_string_tab[77]
-#define __pyx_n_u_tobytes __pyx_string_tab[78]
-#define __pyx_n_u_typestr __pyx_string_tab[79]
-#define __pyx_n_u_uint8 __pyx_string_tab[80]
-#define __pyx_n_u_values __pyx_string_tab[81]
-#define __pyx_n_u_version __pyx_string_tab[82]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[83]
-#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[84]
-#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[85]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[86]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[87]
-#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[89]
+#define __pyx_n_u_into __pyx_string_tab[66]
+#define __pyx_n_u_items __pyx_string_tab[67]
+#define __pyx_n_u_ivshmem_channel_views __pyx_string_tab[68]
+#define __pyx_n_u_kind __pyx_string_tab[69]
+#define __pyx_n_u_memoryview __pyx_string_tab[70]
+#define __pyx_n_u_numpy __pyx_string_tab[71]
+#define __pyx_n_u_options __pyx_string_tab[72]
+#define __pyx_n_u_pop __pyx_string_tab[73]
+#define __pyx_n_u_release __pyx_string_tab[74]
+#define __pyx_n_u_self __pyx_string_tab[75]
+#define __pyx_n_u_setdefault __pyx_string_tab[76]
+#define __pyx_n_u_shape __pyx_string_tab[77]
+#define __pyx_n_u_start __pyx_string_tab[78]
+#define __pyx_n_u_text __pyx_string_tab[79]
+#define __pyx_n_u_typestr __pyx_string_tab[80]
+#define __pyx_n_u_uint8 __pyx_string_tab[81]
+#define __pyx_n_u_values __pyx_string_tab[82]
+#define __pyx_n_u_version __pyx_string_tab[83]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[84]
+#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[85]
+#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[86]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[89]
 #define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[90]
 #define __pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_A_4t1_N_a __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7 __pyx_string_tab[92]
+#define __pyx_kp_b_iso88591_A_4t1_N_a __pyx_string_tab[93]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_3 __pyx_number_tab[2]
@@ -4403,7 +4414,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<93; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<94; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4456,7 +4467,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<93; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<94; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5204,7 +5215,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/views.pyx":27
+/* "ivshmem/channel/views.pyx":28
  *     """A message where it lies: a buffer that can be read."""
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -5260,7 +5271,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/views.pyx":28
+  /* "ivshmem/channel/views.pyx":29
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")             # <<<<<<<<<<<<<<
@@ -5268,9 +5279,9 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
  *     def __reduce__(self):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 28, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5285,7 +5296,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 28, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5294,14 +5305,14 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 28, __pyx_L1_error)
+  __PYX_ERR(0, 29, __pyx_L1_error)
 
-  /* "ivshmem/channel/views.pyx":27
+  /* "ivshmem/channel/views.pyx":28
  *     """A message where it lies: a buffer that can be read."""
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -5322,7 +5333,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received___init__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":30
+/* "ivshmem/channel/views.pyx":31
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5389,7 +5400,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/views.pyx":31
+  /* "ivshmem/channel/views.pyx":32
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -5398,16 +5409,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/views.pyx":32
+  /* "ivshmem/channel/views.pyx":33
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5422,7 +5433,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5431,14 +5442,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 31, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 31, __pyx_L1_error)
+  __PYX_ERR(0, 32, __pyx_L1_error)
 
-  /* "ivshmem/channel/views.pyx":30
+  /* "ivshmem/channel/views.pyx":31
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5459,7 +5470,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_2__reduce__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":35
+/* "ivshmem/channel/views.pyx":36
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5491,14 +5502,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":37
+  /* "ivshmem/channel/views.pyx":38
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5511,7 +5522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":35
+  /* "ivshmem/channel/views.pyx":36
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5530,7 +5541,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_4size___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":39
+/* "ivshmem/channel/views.pyx":40
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5562,14 +5573,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":41
+  /* "ivshmem/channel/views.pyx":42
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5582,7 +5593,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":39
+  /* "ivshmem/channel/views.pyx":40
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5601,7 +5612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_6writer___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":43
+/* "ivshmem/channel/views.pyx":44
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5633,14 +5644,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":45
+  /* "ivshmem/channel/views.pyx":46
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     cdef int enter(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 46, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -5653,7 +5664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":43
+  /* "ivshmem/channel/views.pyx":44
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -5672,7 +5683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_8Received_8position___get__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":47
+/* "ivshmem/channel/views.pyx":48
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5698,7 +5709,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/views.pyx":48
+  /* "ivshmem/channel/views.pyx":49
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5710,7 +5721,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":49
+    /* "ivshmem/channel/views.pyx":50
  *     cdef int enter(self) except -1:
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")             # <<<<<<<<<<<<<<
@@ -5718,11 +5729,11 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 49, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 49, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_the;
@@ -5737,7 +5748,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 49, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -5758,14 +5769,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 49, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 50, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 49, __pyx_L1_error)
+    __PYX_ERR(0, 50, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":48
+    /* "ivshmem/channel/views.pyx":49
  * 
  *     cdef int enter(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -5774,20 +5785,20 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/views.pyx":50
+  /* "ivshmem/channel/views.pyx":51
  *         if not self.live:
  *             raise ClosedError(f"the {type(self).__name__} was released")
  *         return self.reader.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 50, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 51, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":47
+  /* "ivshmem/channel/views.pyx":48
  *         return self.message.position
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -5810,7 +5821,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_enter(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":52
+/* "ivshmem/channel/views.pyx":53
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -5834,7 +5845,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/views.pyx":53
+  /* "ivshmem/channel/views.pyx":54
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5846,7 +5857,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":54
+    /* "ivshmem/channel/views.pyx":55
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -5855,7 +5866,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/views.pyx":55
+    /* "ivshmem/channel/views.pyx":56
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -5863,9 +5874,9 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 55, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5885,13 +5896,13 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -5900,14 +5911,14 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 54, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 54, __pyx_L1_error)
+    __PYX_ERR(0, 55, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":53
+    /* "ivshmem/channel/views.pyx":54
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -5916,7 +5927,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/views.pyx":58
+  /* "ivshmem/channel/views.pyx":59
  *                 " release them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -5929,7 +5940,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":52
+  /* "ivshmem/channel/views.pyx":53
  *         return self.reader.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -5953,7 +5964,7 @@ static int __pyx_f_7ivshmem_7channel_5views_8Received_check_exports(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":60
+/* "ivshmem/channel/views.pyx":61
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -6000,27 +6011,27 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/views.pyx":62
+  /* "ivshmem/channel/views.pyx":63
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_Received *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":63
+  /* "ivshmem/channel/views.pyx":64
  *         cdef char *start
  *         self.enter()
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":64
+  /* "ivshmem/channel/views.pyx":65
  *         self.enter()
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -6029,7 +6040,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/views.pyx":65
+  /* "ivshmem/channel/views.pyx":66
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6045,17 +6056,17 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":66
+      /* "ivshmem/channel/views.pyx":67
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/views.pyx":65
+      /* "ivshmem/channel/views.pyx":66
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6069,7 +6080,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/views.pyx":67
+    /* "ivshmem/channel/views.pyx":68
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -6079,12 +6090,12 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.Received.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 67, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 68, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":68
+      /* "ivshmem/channel/views.pyx":69
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -6093,7 +6104,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/views.pyx":69
+      /* "ivshmem/channel/views.pyx":70
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -6105,11 +6116,11 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 69, __pyx_L5_except_error)
+      __PYX_ERR(0, 70, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":65
+    /* "ivshmem/channel/views.pyx":66
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -6125,7 +6136,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":70
+  /* "ivshmem/channel/views.pyx":71
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         ivshmem_count(&self.exports, 1)             # <<<<<<<<<<<<<<
@@ -6134,7 +6145,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
 */
   (void)(ivshmem_count((&__pyx_v_self->exports), 1));
 
-  /* "ivshmem/channel/views.pyx":60
+  /* "ivshmem/channel/views.pyx":61
  *         return 0
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -6168,7 +6179,7 @@ static int __pyx_pf_7ivshmem_7channel_5views_8Received_4__getbuffer__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":72
+/* "ivshmem/channel/views.pyx":73
  *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -6192,7 +6203,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_5views_8Received_7__release
 
 static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/views.pyx":73
+  /* "ivshmem/channel/views.pyx":74
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         ivshmem_count(&self.exports, -1)             # <<<<<<<<<<<<<<
@@ -6201,7 +6212,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 */
   (void)(ivshmem_count((&__pyx_v_self->exports), -1));
 
-  /* "ivshmem/channel/views.pyx":74
+  /* "ivshmem/channel/views.pyx":75
  *     def __releasebuffer__(self, Py_buffer *view):
  *         ivshmem_count(&self.exports, -1)
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -6210,7 +6221,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/views.pyx":72
+  /* "ivshmem/channel/views.pyx":73
  *         ivshmem_count(&self.exports, 1)
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -6222,7 +6233,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_8Received_6__releasebuffer__(struc
 
 }
 
-/* "ivshmem/channel/views.pyx":76
+/* "ivshmem/channel/views.pyx":77
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6248,7 +6259,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_5views_8Received_9__len__(PyObject 
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __pyx_obj_7ivshmem_7channel_5views_Received *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/views.pyx":77
+  /* "ivshmem/channel/views.pyx":78
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
@@ -6261,7 +6272,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":76
+  /* "ivshmem/channel/views.pyx":77
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -6275,7 +6286,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_5views_8Received_8__len__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":99
+/* "ivshmem/channel/views.pyx":100
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6307,14 +6318,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":101
+  /* "ivshmem/channel/views.pyx":102
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6327,7 +6338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":99
+  /* "ivshmem/channel/views.pyx":100
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6346,7 +6357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4lost___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":103
+/* "ivshmem/channel/views.pyx":104
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6383,7 +6394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":106
+  /* "ivshmem/channel/views.pyx":107
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -6394,7 +6405,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/views.pyx":107
+    /* "ivshmem/channel/views.pyx":108
  *         cdef uint64_t late, today
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
@@ -6407,14 +6418,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 107, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 108, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 107, __pyx_L1_error)
+    __PYX_ERR(0, 108, __pyx_L1_error)
 
-    /* "ivshmem/channel/views.pyx":106
+    /* "ivshmem/channel/views.pyx":107
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -6423,7 +6434,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":108
+  /* "ivshmem/channel/views.pyx":109
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -6435,7 +6446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":109
+    /* "ivshmem/channel/views.pyx":110
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
  *             return None             # <<<<<<<<<<<<<<
@@ -6452,7 +6463,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":108
+    /* "ivshmem/channel/views.pyx":109
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -6461,7 +6472,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":111
+  /* "ivshmem/channel/views.pyx":112
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()             # <<<<<<<<<<<<<<
@@ -6470,7 +6481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
 
-  /* "ivshmem/channel/views.pyx":112
+  /* "ivshmem/channel/views.pyx":113
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
@@ -6479,7 +6490,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   __pyx_v_late = ((__pyx_v_today - __pyx_v_self->__pyx_base.message.time) & ((((uint64_t)1) << 44) - 1));
 
-  /* "ivshmem/channel/views.pyx":113
+  /* "ivshmem/channel/views.pyx":114
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -6491,14 +6502,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":114
+    /* "ivshmem/channel/views.pyx":115
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
  *         return (today - late) / 1e6
  * 
 */
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -6511,7 +6522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":113
+    /* "ivshmem/channel/views.pyx":114
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -6520,14 +6531,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
 */
   }
 
-  /* "ivshmem/channel/views.pyx":115
+  /* "ivshmem/channel/views.pyx":116
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
  *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 116, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -6540,7 +6551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":103
+  /* "ivshmem/channel/views.pyx":104
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6562,7 +6573,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4time___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":117
+/* "ivshmem/channel/views.pyx":118
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6594,14 +6605,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":120
+  /* "ivshmem/channel/views.pyx":121
  *     def offset(self):
  *         """Where it lies in the region, in bytes."""
  *         return self.message.offset             # <<<<<<<<<<<<<<
  * 
  *     def __bytes__(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 121, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6614,7 +6625,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":117
+  /* "ivshmem/channel/views.pyx":118
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6633,12 +6644,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6offset___get__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":122
+/* "ivshmem/channel/views.pyx":123
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         data = memoryview(self).tobytes()
+ *         cdef bytes data
 */
 
 /* Python wrapper */
@@ -6685,10 +6696,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_v_self) {
-  PyObject *__pyx_v_data = NULL;
+  PyObject *__pyx_v_data = 0;
+  char const *__pyx_v_start;
+  char *__pyx_v_into;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   size_t __pyx_t_4;
@@ -6697,33 +6710,142 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/views.pyx":124
- *     def __bytes__(self):
- *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         data = memoryview(self).tobytes()             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/views.pyx":128
+ *         cdef const char *start
+ *         cdef char *into
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *         into = PyBytes_AS_STRING(data)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/views.pyx":129
+ *         cdef char *into
+ *         self.enter()
+ *         data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
+ *         into = PyBytes_AS_STRING(data)
+ *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
+*/
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_v_data = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/views.pyx":130
+ *         self.enter()
+ *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *         into = PyBytes_AS_STRING(data)             # <<<<<<<<<<<<<<
+ *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
+ *         self.reader.membership.mapping.pin()
+*/
+  __pyx_v_into = PyBytes_AS_STRING(__pyx_v_data);
+
+  /* "ivshmem/channel/views.pyx":131
+ *         data = PyBytes_FromStringAndSize(NULL, self.message.length)
+ *         into = PyBytes_AS_STRING(data)
+ *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy             # <<<<<<<<<<<<<<
+ *         self.reader.membership.mapping.pin()
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+*/
+  (void)(ivshmem_count((&__pyx_v_self->__pyx_base.exports), 1));
+
+  /* "ivshmem/channel/views.pyx":132
+ *         into = PyBytes_AS_STRING(data)
+ *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
+ *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+ *         try:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/views.pyx":133
+ *         ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
+ *         self.reader.membership.mapping.pin()
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
+ *         try:
+ *             with nogil:  # large messages would stop all other threads
+*/
+  __pyx_v_start = (((char const *)__pyx_v_self->__pyx_base.reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->__pyx_base.message.offset);
+
+  /* "ivshmem/channel/views.pyx":134
+ *         self.reader.membership.mapping.pin()
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+ *         try:             # <<<<<<<<<<<<<<
+ *             with nogil:  # large messages would stop all other threads
+ *                 ivshmem_copy_payload(into, start, self.message.length)
+*/
+  /*try:*/ {
+
+    /* "ivshmem/channel/views.pyx":135
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+ *         try:
+ *             with nogil:  # large messages would stop all other threads             # <<<<<<<<<<<<<<
+ *                 ivshmem_copy_payload(into, start, self.message.length)
+ *         finally:
+*/
+    {
+        PyThreadState * _save;
+        _save = PyEval_SaveThread();
+        __Pyx_FastGIL_Remember();
+        /*try:*/ {
+
+          /* "ivshmem/channel/views.pyx":136
+ *         try:
+ *             with nogil:  # large messages would stop all other threads
+ *                 ivshmem_copy_payload(into, start, self.message.length)             # <<<<<<<<<<<<<<
+ *         finally:
+ *             self.reader.membership.mapping.unpin()
+*/
+          ivshmem_copy_payload(__pyx_v_into, __pyx_v_start, __pyx_v_self->__pyx_base.message.length);
+        }
+
+        /* "ivshmem/channel/views.pyx":135
+ *         start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+ *         try:
+ *             with nogil:  # large messages would stop all other threads             # <<<<<<<<<<<<<<
+ *                 ivshmem_copy_payload(into, start, self.message.length)
+ *         finally:
+*/
+        /*finally:*/ {
+          /*normal exit:*/{
+            __Pyx_FastGIL_Forget();
+            PyEval_RestoreThread(_save);
+            goto __pyx_L8;
+          }
+          __pyx_L8:;
+        }
+    }
+  }
+
+  /* "ivshmem/channel/views.pyx":138
+ *                 ivshmem_copy_payload(into, start, self.message.length)
+ *         finally:
+ *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *             ivshmem_count(&self.exports, -1)
+ *         self.check()
+*/
+  /*finally:*/ {
+    /*normal exit:*/{
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.reader->__pyx_base.membership->mapping);
+
+      /* "ivshmem/channel/views.pyx":139
+ *         finally:
+ *             self.reader.membership.mapping.unpin()
+ *             ivshmem_count(&self.exports, -1)             # <<<<<<<<<<<<<<
  *         self.check()
  *         return data
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 124, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __pyx_t_3;
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 124, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
+      (void)(ivshmem_count((&__pyx_v_self->__pyx_base.exports), -1));
+      goto __pyx_L5;
+    }
+    __pyx_L5:;
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 124, __pyx_L1_error)
-  __pyx_v_data = ((PyObject*)__pyx_t_1);
-  __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":125
- *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         data = memoryview(self).tobytes()
+  /* "ivshmem/channel/views.pyx":140
+ *             self.reader.membership.mapping.unpin()
+ *             ivshmem_count(&self.exports, -1)
  *         self.check()             # <<<<<<<<<<<<<<
  *         return data
  * 
@@ -6733,15 +6855,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   __pyx_t_4 = 0;
   {
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 140, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
   }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":126
- *         data = memoryview(self).tobytes()
+  /* "ivshmem/channel/views.pyx":141
+ *             ivshmem_count(&self.exports, -1)
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
  * 
@@ -6758,29 +6880,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View___bytes__(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":122
+  /* "ivshmem/channel/views.pyx":123
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         data = memoryview(self).tobytes()
+ *         cdef bytes data
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.views.View.__bytes__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_data);
+
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":128
+/* "ivshmem/channel/views.pyx":143
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6819,30 +6942,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":131
+  /* "ivshmem/channel/views.pyx":146
  *     def array(self):
  *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         self.enter()
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":133
+  /* "ivshmem/channel/views.pyx":148
  *         import numpy  # an extra, which only this needs
  * 
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":134
+  /* "ivshmem/channel/views.pyx":149
  * 
  *         self.enter()
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -6853,7 +6976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/views.pyx":135
+    /* "ivshmem/channel/views.pyx":150
  *         self.enter()
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -6862,7 +6985,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
 */
     __pyx_t_5 = __pyx_v_self->__pyx_base.reader->type;
     __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_6 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_6 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 150, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7 = 0;
     {
@@ -6870,7 +6993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -6884,7 +7007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":134
+    /* "ivshmem/channel/views.pyx":149
  * 
  *         self.enter()
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -6893,7 +7016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
 */
   }
 
-  /* "ivshmem/channel/views.pyx":136
+  /* "ivshmem/channel/views.pyx":151
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -6907,7 +7030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
     PyObject *__pyx_callargs[3] = {__pyx_t_6, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_7, (3-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6921,7 +7044,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":128
+  /* "ivshmem/channel/views.pyx":143
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6943,7 +7066,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_5array___get__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":138
+/* "ivshmem/channel/views.pyx":153
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6985,17 +7108,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/views.pyx":141
+  /* "ivshmem/channel/views.pyx":156
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 141, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":142
+  /* "ivshmem/channel/views.pyx":157
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
@@ -7004,19 +7127,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_u1;
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 142, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 142, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 157, __pyx_L1_error);
   __pyx_t_3 = 0;
   __pyx_v_kind = __pyx_t_2;
   __pyx_t_2 = 0;
   __pyx_v_shape = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/views.pyx":143
+  /* "ivshmem/channel/views.pyx":158
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -7027,7 +7150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/channel/views.pyx":144
+    /* "ivshmem/channel/views.pyx":159
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
@@ -7036,7 +7159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
     __pyx_t_2 = __pyx_v_self->__pyx_base.reader->type;
     __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.message.length); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_6 = 0;
     {
@@ -7044,7 +7167,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
@@ -7053,7 +7176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       if (unlikely(size != 2)) {
         if (size > 2) __Pyx_RaiseTooManyValuesError(2);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 144, __pyx_L1_error)
+        __PYX_ERR(0, 159, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -7063,22 +7186,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
         __Pyx_INCREF(__pyx_t_2);
       } else {
         __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_2);
       }
       #else
-      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
-      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 144, __pyx_L1_error)
+      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 159, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
@@ -7086,7 +7209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __Pyx_GOTREF(__pyx_t_3);
       index = 1; __pyx_t_2 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_2)) goto __pyx_L4_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_2);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
       __pyx_t_8 = NULL;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       goto __pyx_L5_unpacking_done;
@@ -7094,7 +7217,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_8 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 144, __pyx_L1_error)
+      __PYX_ERR(0, 159, __pyx_L1_error)
       __pyx_L5_unpacking_done:;
     }
     __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_3);
@@ -7102,7 +7225,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
     __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":143
+    /* "ivshmem/channel/views.pyx":158
  *         self.enter()
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -7111,7 +7234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   }
 
-  /* "ivshmem/channel/views.pyx":145
+  /* "ivshmem/channel/views.pyx":160
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -7120,29 +7243,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
 */
   __pyx_v_address = (((size_t)__pyx_v_self->__pyx_base.reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->__pyx_base.message.offset);
 
-  /* "ivshmem/channel/views.pyx":146
+  /* "ivshmem/channel/views.pyx":161
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack__(self, **options):
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 161, __pyx_L1_error);
   __Pyx_INCREF(Py_True);
   __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, Py_True) != (0)) __PYX_ERR(0, 146, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, Py_True) != (0)) __PYX_ERR(0, 161, __pyx_L1_error);
   __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_3) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_3) < (0)) __PYX_ERR(0, 161, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   {
     PyObject *__pyx_temp;
@@ -7155,7 +7278,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":138
+  /* "ivshmem/channel/views.pyx":153
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -7180,7 +7303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_19__array_interface____
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":148
+/* "ivshmem/channel/views.pyx":163
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -7253,21 +7376,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/channel/views.pyx":150
+  /* "ivshmem/channel/views.pyx":165
  *     def __dlpack__(self, **options):
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack_device__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7282,7 +7405,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":148
+  /* "ivshmem/channel/views.pyx":163
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -7303,7 +7426,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_2__dlpack__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":152
+/* "ivshmem/channel/views.pyx":167
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -7359,7 +7482,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/channel/views.pyx":154
+  /* "ivshmem/channel/views.pyx":169
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -7377,7 +7500,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":152
+  /* "ivshmem/channel/views.pyx":167
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -7392,7 +7515,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_4__dlpack_device__(CYTH
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":156
+/* "ivshmem/channel/views.pyx":171
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -7464,7 +7587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/views.pyx":158
+  /* "ivshmem/channel/views.pyx":173
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -7478,7 +7601,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/views.pyx":159
+        /* "ivshmem/channel/views.pyx":174
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7508,7 +7631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           goto __pyx_L7_bool_binop_done;
         }
 
-        /* "ivshmem/channel/views.pyx":160
+        /* "ivshmem/channel/views.pyx":175
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (
  *                 self.reader.membership.usable()  # also without a place: it is only read             # <<<<<<<<<<<<<<
@@ -7522,7 +7645,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 
         __pyx_L7_bool_binop_done:;
 
-        /* "ivshmem/channel/views.pyx":159
+        /* "ivshmem/channel/views.pyx":174
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7532,7 +7655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/views.pyx":162
+          /* "ivshmem/channel/views.pyx":177
  *                 self.reader.membership.usable()  # also without a place: it is only read
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
@@ -7541,7 +7664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
           __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->__pyx_base.reader->__pyx_base.channel), (&__pyx_v_self->__pyx_base.message)) != 0);
 
-          /* "ivshmem/channel/views.pyx":159
+          /* "ivshmem/channel/views.pyx":174
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
  *             if not self.overtaken and self.live and self.reader.open and (             # <<<<<<<<<<<<<<
@@ -7550,7 +7673,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
         }
 
-        /* "ivshmem/channel/views.pyx":163
+        /* "ivshmem/channel/views.pyx":178
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:             # <<<<<<<<<<<<<<
@@ -7559,7 +7682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
 */
         if (unlikely(__pyx_v_self->overtaken)) {
 
-          /* "ivshmem/channel/views.pyx":164
+          /* "ivshmem/channel/views.pyx":179
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:
  *                 raise Overtaken(             # <<<<<<<<<<<<<<
@@ -7567,27 +7690,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"
 */
           __pyx_t_5 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 164, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 179, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
 
-          /* "ivshmem/channel/views.pyx":165
+          /* "ivshmem/channel/views.pyx":180
  *             if self.overtaken:
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"
  *                 )
 */
-          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 165, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 180, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
 
-          /* "ivshmem/channel/views.pyx":166
+          /* "ivshmem/channel/views.pyx":181
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"
  *                     f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *                 )
  * 
 */
-          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 181, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_9[1] = __pyx_t_7;
@@ -7595,7 +7718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           __pyx_t_9[3] = __pyx_t_8;
           __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-          /* "ivshmem/channel/views.pyx":165
+          /* "ivshmem/channel/views.pyx":180
  *             if self.overtaken:
  *                 raise Overtaken(
  *                     f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
@@ -7611,7 +7734,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
           __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 165, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 180, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7633,14 +7756,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 164, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 179, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 164, __pyx_L4_error)
+          __PYX_ERR(0, 179, __pyx_L4_error)
 
-          /* "ivshmem/channel/views.pyx":163
+          /* "ivshmem/channel/views.pyx":178
  *             ):
  *                 self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *             if self.overtaken:             # <<<<<<<<<<<<<<
@@ -7650,7 +7773,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
         }
       }
 
-      /* "ivshmem/channel/views.pyx":158
+      /* "ivshmem/channel/views.pyx":173
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -7671,7 +7794,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":156
+  /* "ivshmem/channel/views.pyx":171
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -7698,7 +7821,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_6check(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":169
+/* "ivshmem/channel/views.pyx":184
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -7771,7 +7894,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/views.pyx":176
+  /* "ivshmem/channel/views.pyx":191
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7783,7 +7906,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":177
+    /* "ivshmem/channel/views.pyx":192
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -7800,7 +7923,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/views.pyx":176
+    /* "ivshmem/channel/views.pyx":191
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -7809,17 +7932,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/views.pyx":178
+  /* "ivshmem/channel/views.pyx":193
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check()
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5views_View *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_5views_Received *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":179
+  /* "ivshmem/channel/views.pyx":194
  *             return
  *         self.check_exports()
  *         try:             # <<<<<<<<<<<<<<
@@ -7828,7 +7951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/views.pyx":180
+    /* "ivshmem/channel/views.pyx":195
  *         self.check_exports()
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -7842,13 +7965,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 180, __pyx_L5_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 195, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":182
+  /* "ivshmem/channel/views.pyx":197
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -7857,7 +7980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
 
       goto __pyx_L6;
     }
@@ -7878,7 +8001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
       __Pyx_XGOTREF(__pyx_t_13);
       __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
       {
-        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 182, __pyx_L8_error)
+        __pyx_t_14 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L8_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_11);
@@ -7906,7 +8029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/views.pyx":169
+  /* "ivshmem/channel/views.pyx":184
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -7928,7 +8051,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_8release(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":184
+/* "ivshmem/channel/views.pyx":199
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -7984,7 +8107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/views.pyx":185
+  /* "ivshmem/channel/views.pyx":200
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8002,7 +8125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":184
+  /* "ivshmem/channel/views.pyx":199
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -8017,7 +8140,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_10__enter__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":187
+/* "ivshmem/channel/views.pyx":202
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8072,33 +8195,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 187, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 202, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 187, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 187, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 202, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 187, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 202, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 187, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 202, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 187, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 202, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8134,7 +8257,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/views.pyx":188
+  /* "ivshmem/channel/views.pyx":203
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8145,7 +8268,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":189
+    /* "ivshmem/channel/views.pyx":204
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -8159,12 +8282,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/views.pyx":188
+    /* "ivshmem/channel/views.pyx":203
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -8174,7 +8297,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/views.pyx":190
+  /* "ivshmem/channel/views.pyx":205
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8186,17 +8309,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/views.pyx":191
+    /* "ivshmem/channel/views.pyx":206
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 206, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/views.pyx":190
+    /* "ivshmem/channel/views.pyx":205
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -8206,7 +8329,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/views.pyx":187
+  /* "ivshmem/channel/views.pyx":202
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -8228,7 +8351,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_12__exit__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":193
+/* "ivshmem/channel/views.pyx":208
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8246,7 +8369,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/views.pyx":194
+  /* "ivshmem/channel/views.pyx":209
  * 
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -8260,7 +8383,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/views.pyx":195
+        /* "ivshmem/channel/views.pyx":210
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):
  *             if self.live:             # <<<<<<<<<<<<<<
@@ -8269,7 +8392,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
         if (__pyx_v_self->__pyx_base.live) {
 
-          /* "ivshmem/channel/views.pyx":196
+          /* "ivshmem/channel/views.pyx":211
  *         with cython.critical_section(self.reader):
  *             if self.live:
  *                 self.live = False             # <<<<<<<<<<<<<<
@@ -8278,7 +8401,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
           __pyx_v_self->__pyx_base.live = 0;
 
-          /* "ivshmem/channel/views.pyx":197
+          /* "ivshmem/channel/views.pyx":212
  *             if self.live:
  *                 self.live = False
  *                 self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -8287,17 +8410,17 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
           __pyx_v_self->__pyx_base.reader->views = (__pyx_v_self->__pyx_base.reader->views - 1);
 
-          /* "ivshmem/channel/views.pyx":198
+          /* "ivshmem/channel/views.pyx":213
  *                 self.live = False
  *                 self.reader.views -= 1
  *                 self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *             return 0
  * 
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->__pyx_base.reader, __pyx_v_self->__pyx_base.message.writer, __pyx_v_self->__pyx_base.message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 213, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/views.pyx":195
+          /* "ivshmem/channel/views.pyx":210
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):
  *             if self.live:             # <<<<<<<<<<<<<<
@@ -8306,7 +8429,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
 */
         }
 
-        /* "ivshmem/channel/views.pyx":199
+        /* "ivshmem/channel/views.pyx":214
  *                 self.reader.views -= 1
  *                 self.reader.let_go(self.message.writer, self.message.position)
  *             return 0             # <<<<<<<<<<<<<<
@@ -8321,7 +8444,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/views.pyx":194
+      /* "ivshmem/channel/views.pyx":209
  * 
  *     cdef int abandon(self) except -1:
  *         with cython.critical_section(self.reader):             # <<<<<<<<<<<<<<
@@ -8343,7 +8466,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/views.pyx":193
+  /* "ivshmem/channel/views.pyx":208
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -8362,7 +8485,7 @@ static int __pyx_f_7ivshmem_7channel_5views_4View_abandon(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":201
+/* "ivshmem/channel/views.pyx":216
  *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8389,17 +8512,17 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/views.pyx":202
+  /* "ivshmem/channel/views.pyx":217
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 202, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5views_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 217, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":201
+  /* "ivshmem/channel/views.pyx":216
  *             return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -8415,7 +8538,7 @@ static void __pyx_pf_7ivshmem_7channel_5views_4View_14__del__(struct __pyx_obj_7
 
 }
 
-/* "ivshmem/channel/views.pyx":204
+/* "ivshmem/channel/views.pyx":219
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8453,7 +8576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/views.pyx":205
+  /* "ivshmem/channel/views.pyx":220
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -8461,8 +8584,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
  * 
 */
   if (__pyx_v_self->__pyx_base.live) {
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
-    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u__2;
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_);
+    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_;
   } else {
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_released);
     __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_released;
@@ -8470,22 +8593,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/views.pyx":206
+  /* "ivshmem/channel/views.pyx":221
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->__pyx_base.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 206, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
   __pyx_t_3[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
   __pyx_t_3[3] = __pyx_t_2;
-  __pyx_t_3[4] = __pyx_mstate_global->__pyx_kp_u__3;
+  __pyx_t_3[4] = __pyx_mstate_global->__pyx_kp_u__2;
   __pyx_t_4 = 32;
   #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
   __pyx_t_4 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_3[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_3[3]);
@@ -8495,7 +8618,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 206, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 221, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -8510,7 +8633,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":204
+  /* "ivshmem/channel/views.pyx":219
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -8532,7 +8655,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5views_4View_16__repr__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/views.pyx":209
+/* "ivshmem/channel/views.pyx":224
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -8556,17 +8679,17 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/views.pyx":212
+  /* "ivshmem/channel/views.pyx":227
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 212, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 227, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/views.pyx":213
+  /* "ivshmem/channel/views.pyx":228
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8582,19 +8705,19 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/views.pyx":214
+      /* "ivshmem/channel/views.pyx":229
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5views_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 229, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_5views_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/views.pyx":213
+      /* "ivshmem/channel/views.pyx":228
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8609,7 +8732,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/views.pyx":215
+    /* "ivshmem/channel/views.pyx":230
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -8619,22 +8742,22 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.views.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 215, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 230, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/views.pyx":216
+      /* "ivshmem/channel/views.pyx":231
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/views.pyx":217
+      /* "ivshmem/channel/views.pyx":232
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -8646,11 +8769,11 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 217, __pyx_L5_except_error)
+      __PYX_ERR(0, 232, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/views.pyx":213
+    /* "ivshmem/channel/views.pyx":228
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -8666,7 +8789,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/views.pyx":218
+  /* "ivshmem/channel/views.pyx":233
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -8675,7 +8798,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/views.pyx":219
+  /* "ivshmem/channel/views.pyx":234
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -8684,7 +8807,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.message = __pyx_v_message;
 
-  /* "ivshmem/channel/views.pyx":220
+  /* "ivshmem/channel/views.pyx":235
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -8696,7 +8819,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   __Pyx_GOTREF((PyObject *)__pyx_v_view->__pyx_base.reader);
   __Pyx_DECREF_SET(__pyx_v_view->__pyx_base.reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/views.pyx":221
+  /* "ivshmem/channel/views.pyx":236
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -8704,7 +8827,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
 */
   __pyx_v_view->__pyx_base.live = 1;
 
-  /* "ivshmem/channel/views.pyx":222
+  /* "ivshmem/channel/views.pyx":237
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -8720,7 +8843,7 @@ static struct __pyx_obj_7ivshmem_7channel_5views_View *__pyx_f_7ivshmem_7channel
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/views.pyx":209
+  /* "ivshmem/channel/views.pyx":224
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -9209,7 +9332,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
   __pyx_vtable_7ivshmem_7channel_5views_Received.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_enter;
   __pyx_vtable_7ivshmem_7channel_5views_Received.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_Received *))__pyx_f_7ivshmem_7channel_5views_8Received_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_Received_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received)) __PYX_ERR(0, 23, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_Received_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received)) __PYX_ERR(0, 24, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received->tp_as_buffer = &__pyx_tp_as_buffer_Received;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -9225,7 +9348,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received);
@@ -9235,8 +9358,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_Received(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_vtabptr_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Received, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_vtabptr_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Received, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_Received) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9257,11 +9380,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5views_View.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5views_Received;
   __pyx_vtable_7ivshmem_7channel_5views_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_5views_View *))__pyx_f_7ivshmem_7channel_5views_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 80, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 81, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5views_View_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View)) __PYX_ERR(0, 81, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View = &__pyx_type_7ivshmem_7channel_5views_View;
   #endif
@@ -9269,7 +9392,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View);
@@ -9279,8 +9402,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5views_View(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 80, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_vtabptr_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5views_View) < (0)) __PYX_ERR(0, 81, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9861,7 +9984,7 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/views.pyx":19
+  /* "ivshmem/channel/views.pyx":20
  * from .roles cimport microseconds, ReaderEnd
  * 
  * from ..errors import ClosedError, Overtaken             # <<<<<<<<<<<<<<
@@ -9870,37 +9993,13 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 19, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_Overtaken};
     for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/views.pyx":20
- * 
- * from ..errors import ClosedError, Overtaken
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
@@ -9909,124 +10008,148 @@ __Pyx_RefNannySetupContext("PyInit_views", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":30
+  /* "ivshmem/channel/views.pyx":21
+ * 
+ * from ..errors import ClosedError, Overtaken
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/views.pyx":31
  *         raise TypeError(f"a {type(self).__name__} is made by the end of a channel")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: `bytes()` makes a copy"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_8Received_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Received___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_Received, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 31, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":122
+  /* "ivshmem/channel/views.pyx":123
  *         return self.message.offset
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
- *         data = memoryview(self).tobytes()
+ *         cdef bytes data
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 122, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_1__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 123, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":148
+  /* "ivshmem/channel/views.pyx":163
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_3__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_2) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":152
+  /* "ivshmem/channel/views.pyx":167
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_5__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 152, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":156
+  /* "ivshmem/channel/views.pyx":171
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         with cython.critical_section(self.reader):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_7check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_2) < (0)) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":169
+  /* "ivshmem/channel/views.pyx":184
  *                 )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_9release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":184
+  /* "ivshmem/channel/views.pyx":199
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_11__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/views.pyx":187
+  /* "ivshmem/channel/views.pyx":202
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5views_4View_13__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_views, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5views_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/views.pyx":1
@@ -10096,7 +10219,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/views.pyx":154
+  /* "ivshmem/channel/views.pyx":169
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -10105,7 +10228,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -10146,38 +10269,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{29},{8},{7},{6},{2},{9},{14},{12},{25},{4},{3},{11},{9},{8},{19},{4},{14},{15},{22},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{5},{6},{10},{9},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{4},{7},{7},{5},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{15},{27},{9},{110},{40}};
+    const struct { const unsigned int length: 6; } str_length_index[] = {{0},{6},{52},{32},{62},{13},{50},{10},{1},{31},{25},{1},{1},{4},{2},{29},{8},{7},{6},{2},{9},{14},{12},{25},{4},{3},{11},{9},{8},{19},{4},{14},{15},{22},{14},{13},{10},{12},{20},{12},{9},{10},{17},{9},{8},{8},{8},{10},{8},{12},{14},{12},{10},{12},{8},{13},{5},{18},{5},{18},{7},{4},{5},{6},{10},{9},{4},{5},{21},{4},{10},{5},{7},{3},{7},{4},{10},{5},{5},{4},{7},{5},{6},{7}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{135},{28},{32},{22},{7},{15},{9},{110},{148},{40}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (823 bytes) */
-static const char cstring[] = "x\332\215S\275o\3346\024w\320 u\320sj\003F2\024-\030 )l#\270\300\200\023\027N\321\302\310W\227\270\265\0214\335\030\036\371\344cN\"u$\245;\265\031<\336\250Q\243\306\0333z\364\3301\243F\377\t\371\023\372\310\223\316E\272t\220\370\336\217\357\343\367>H\006\205\003K8SJ;2\000\302u*A\020mH*\371(\006q@\336\006\233\255\355\267$a#4f\336\250 \322\242.\200\014\n\342\206@@\241W\344/\207\030\014b\037\202\031\303\n\353ao\221\200\265\354\024\020\005\"\025\311,\034\020\00310\013\376>!\2214\326\221-\001\3616\2310\333]\n2\031\312\030}\\@c\255G\2101\367\004q\266\300,\200B6\205\257\300i\243\036,}\373\007!\367\304H\007\206\350\034\314\304hwE\346G\231\333a\002I\277\245\335\377]\302\3043\376\351\347#\255\200aA\001\371W\265\047\200\202\351\347\010w\265\ni\331 F\022\376\177\312\245]H\242\013\016\306hc;\315\301\324\265\362\3036\302C\037\315\366\323b\352\331\276\317v\237\306\032\331?\367~\277\"i\207\235W\047\300A\346 \272\263O\251\001\221q\240\324s\364\037BaZ\013\0045\021\247\214\217>W\005\344\262sC\024\0246\347J\233J\327*|\010|\024\244\266\237\224\376VL\361{&\271\243GX\307\tD\224\206\355a\016o\227\351\2572\377\047\3512_\227\212\322(S\334\237\t\223*\234Zdq0U,\t\047v\206r\226\312N\316\235o\260\327\306\031\213;\253\256\035\224ZpK_$\344\263HK\2716:s\022\347\3527\223\331Bq\251\373K\324\206zy\214\"E\"\3160\016\003\244\316u\206\214\205`\216\205I.\306\031\031\235\014\262(\002#}=\021\032\343\222%\366\363\215\n\243\035I%\020\324\246\360\252\312\222\264\320\251\223Z\331T\247ms-\304\021\362\026\020\261,vv\310R\360\253\342t\350\251+R\374\231\014\223\375\220\2638\003\213{a}\004\004\271#\213\276\350\301;\272\3372\240\373-\005\372(p\0103%;[\377\307\301\350\030\307\270X\365\347\370\264w\036\220\326\255\263m_\320\366\212\217Mu\344\211=\336\243\370\200s-\305\366J\"\271\301\035\346Z\t{v\330\254~5{T~Q\3566\275\365r\265\272\326\254m\224\233\345q\253\371\373[3Y\216\275~\315_\224P\355z\364\353\331\370\354\360\022\017W>\256\276\251\237\326\255\372g\265Q\335\257\246\365\270Y\355\315^\224w\227\226\353>\t\nk\367\353""\327\363\215\246\347=\367\312\277\352{\265\230\177\377\341\372\207g\347_\236\347\027\307\315\372f\371\262zR\237\316\217/Q|U\177;g\3631\336\277<?\2708\276\020\177\357||\375\346\343\233?\026\001v\233\365\333\245\254\306\315\346w\025\253\\\275?\277\333l\336)\307\325\365\352\227\372\360\354\360\323\255\225\233\275\331^\260\354\255yJG\025R\272\351\313\271Q\262\313E\225\377\000\2575\027\327";
-    PyObject *data = __Pyx_DecompressString(cstring, 823, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (925 bytes) */
+static const char cstring[] = "x\332\215S\275o\333F\024\267\320\240\261S\331\221\013\047mQ\2648\003n+\033\201\002\001N\034\310E\0135I\335\245n\345\006q\267\313\211\367h]D\362\244\273\243l\"\035<j\344\310\221#G\215\032=v\364\310\321\177B\376\204\276\243H\271H\227\016\322\275\367{_\277\367A\322\217\014h\342\260 \220\206\364\2018r$\200\023\251\310H8C\017x\207\274)|\232\273o\210\317\206\350\314\254SD\204F\235\003\351G\304\014\200@\200Q\2565\0160\031x6\005S\212E\332\302\326\303\007\255\331\031 \nD\004$\324\320!\n<`\032\254\335\047\256P\332\220&\007o\227\2343]\03199\037\010\017cL\201zR\016\021c\346\020q\266\3004@\200l\"\333\201\221*x\264\214mu\212\332\347J\030PDN@\235+in\311|/&z\340\203\337*i\267^\0138\267\214\177\370\361X\006\300\260\241\002\371W\267\047\200\202jM\020\256z\345B\263\276\207$\354\377\231#\364B\342UrPJ*]i\006.L)?.3<\266\331tk\024]X\266\177\205\355\347\236D\366/m\334oH\332\340\344\203\023p@L\200Wo\213R\005<t\200R\313\321\376\020*\266\265@P\343\336\2109\303\017U\016\023Q\205!\n\001\016\347V\273\020\246T\234\0018\303B*\347I\351\357\321\005\376^\010\307\320c\354\343\004\\J\213\353a\006\255\313\362\267\225\377StY\257*E\251\033\006\216}}&\202\342\225<\364\n\327\200\371\305\213\223\241\016\033\211J\236\030;`\253\215C\346U^\3258(\325`\226\261H\310V\021\232:R\311\320\010\334\253\275L\246\243\300\021\262\265Du\321\257\343\241H\221\210Q\314\201>Rwd\210\2149g\206\025\233\\\254\323U\322\357\207\256\013J\330~\\tFA\342\241\371\372\303\253*\326;\024\001GP\252\310\252A\350\217\"92B\006z$G\345\2005x.r\347\340\262\3203z\300FH\236)co\306DVQ!Vy6a^\010\032/C\333x\004\035C\026\223\221\375\267\364\240\254O\017J\002\364I\301\240\330*\331k\376\237\000%=\\\344\342\330_\342\307\275\367\210\224a\225o\371\r\355\256\330\334T\272\226\330\323}\212\237\360D\n\276\273\342\013G\341\025;2\340\372\262\233\257~2}\022\177\024\267\363z#^Mj\371\372f\274\025\367J\315\3327\246\"\036[\275f\r1$m\213\336\237\216/\2737\370\230\370i\362e\372<-\324\206\315\204\302\3727\351\253l3\257[\363~\374.\335Iy\366\355\354\316\354\305\374\356|r""\325\313\033[\361Qr\230\236e\275\033\024\177M\277\312X6F\373\321\274s\325\273\342\177\357]\277:\275>\375s\221\240\2357\036\306\"\031\347[_\047,1\351A\266\235o}\026\217\223;\311/i\367\262\373\376\336\312\332\372\364\347x\033Y]\337of\265\354aff\317\346\355B\047i-\335\314W\037 u\026\233\244\223\366\362\325\372\364(>L\006H\nc\032\361F\302\323\357\262\317g\017fg\363\323\253\237\260~\363\372\344\217|u-\337\3744o\354\244\335\364uv0\333\231\r\346\354\006\347p\027\033jb;\265\274\376E\262\231l\047\373\311;\233\250^r\260\223y\277\261\262V\237\356\027\354\353\353\326v\234l\333\214\030\377q\\\244\301\361\376\003]\305HM";
+    PyObject *data = __Pyx_DecompressString(cstring, 925, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1068 bytes) */
-static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\346\342`ms\302m\326Bkin\335d\344`ory\264anu\377mpyoptio\337nspop\377\204\004se\373lf\265\000defau\177ltshape\247a\273to\240\206\002typ\305\000r\375uj\0008value\347sve\321`?\000tru\337ct __\240!ob\267j_7\315\204\004_7\316\204\004_y5\332b\241b *(s\016 \277roles_\345\204\003E?nd *, 0\004U\005v\310\206\004)\000\205\205\001_of\225\001\37764_t (vo\377id)\000micr\377oseconds\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\010\377\230\001\330\r\021\220\024\220\371Q\007\004\034\001\016\210i\220qz\032\001\001\025\001\220e\23012\001\377\017\210q\200A\340\010\017\377\210t\2206\230\033\240C\375\240\010\004z\230\021\230%\230\377x\240q\330\010\014\210F/\220!\330\010#\004\020a\0010\000\377\r%\240T\250\021\330\014\3766\0014\220{\240$\240d\377\250&\260\004\260D\270\007\377\270v\300Q\330\020\024\220\377G\230;""\240g\250Q\340\376\010\000M\240\035\250a\250q\376\035\000G\270:\300Q\300d\377\310*\320TW\320WX\376;\0031\330\020\026\220i\230\377q\330\024\036\230a\230t\377\2407\250!\330\024\027\220\377q\230\004\230H\240A\200\377A\360\016\000\t\014\2104\264\242\000\335\000\r\217\001N\230\220\000\t\036\351\001\006\220a\340\356\003";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1068, 1389);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1193 bytes) */
+static const char cstring[] = "\377 bytes c\377annot be\377 copied \377or pickl\337ed: `\037\002()_` mak*\000a!\001oy is\r\000de?\000\177 the en3\000kf \032\000hJ\000el?\001\377arrays o\375f\035\002messag\377e are in\377 use: re\337lease>\001m \377first (d\177el) was\025\005\277d whil1\000t\336\021\002look\237\000at\365;\025\000a\016\003seen\372\233\000y\276\001torn,\3663\006.:\231\002writ\377er overw\337rote \205\005<i\377vshmem.c\276\261\003.View\256\001>\077\077Nonea\316\000\r\002\376\343\010Reader.\371v&\000.\004 disa\363bl\202\000\002\001gcis\353en\014\001dU\005err\367orsc\005text\352p\004/p\004/J\001s.p\373yx\310!|u1Cl_osedE4\001O\262\000\375t\367 nRecei\367ved\000\005.__r\177educe__\262\001\340\266\001\020\000\315B\014\003\036\000dlp\367ack\000\014_dev\231i/\005C\000en\232 *\006e\367xit9\004chec\371kS\002\242D__Pyx~\001\000Dict_N\305\000\337Ref__\271bat6\205\000__x\004__r\005\001\006\306m\005__i\004\006\000f\002__\377func____\357main\003\002odu\235lJ\002namR\002\227 _\317capi\"\001\010\001vt<\355!0\001qual\036\005\207%\277__set_4\005t\373es\316\000_is_c?orouti\325@\226\204\001\377asyncio.Z\r\006s\353\002cl\036\000_\206\000\277traceb\274 c\373ou\237 ddata\374\305B\311Cfrombu_fferi\274!f*\000\232\006\000o\346`ms\306m\332Bkwind\350`ory\270a\377numpyopt\177ionspop\203\205\004\357self\271\000def\377aultshapn\272\000art\260aty\t\001\373rul\0008valu\317esve\323`=\000tr\277uct __\242!oobj_7\317\204\004_7\320\204\004\363_5\334b\243b *(s~\016 roles_\347\204\003\177End *, 0\004\354U\005\312\206\004)\000\207\205\001_of\376\225\00164_t (v\377oid)\000mic\377rosecond\377s\200A\330\010\013\2105\377\220\003\2201\330\014\020\220\377\010\230\001\330\r\021\220\024\363\220Q\007\004\034\001\016\210i\220\365q\032\001\001\025\001\220e\2301\3762\001\017\210q\200A\340\010\377\017\210t\2206\230\033\240\313C\240\n\002\020F\001\025\000\r%\277\240T\250\021\330\014\033\0014\377\220{\240$\240d\250&\377\260\004\260D\270\007\270v\377\300Q\330\020\024\220G\230\277;\240g\250Q\340\010\000M\277\240\035\250a\250q\035\000G\377""\270:\300Q\300d\310*\277\320TW\320WX;\0031\377\330\020\026\220i\230q\330\377\024\036\230a\230t\2407\377\250!\330\024\027\220q\230\377\004\230H\240A\200A\360\377\n\000\t\r\210F\220!\377\330\010\017\320\017(\250\001\377\250\026\250t\2608\2701\376\013\002 \240\001\240\021\330\010\377\025\220Q\220a\220t\230\377:\240Q\330\010\014\210G\317\220;\230h\222\0001\000\020\220\377\016\230d\240\047\250\030\260\177\025\260g\270W\300B}\000\377(\320RS\330\010\t\330\377\021\022\330\020$\240A\240\377V\2507\260$\260h\270\253a\340\243 \007\316\000(\314\000\001\377\330\014\031\230\021\230!\230\2074\230{\220\000S\000~\003\226!\360?\016\000\t\014\2104\233 \326 \255\rn\001N\230\235\000\t\342!\006\001\220B\002\352 ";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1193, 1512);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1389 bytes) */
-static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapetexttobytestypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\340\r%\240T\250\021\330\014\017\210t\2204\220{\240$\240d\250&\260\004\260D\270\007\270v\300Q\330\020\024\220G\230;\240g\250Q\340\020\024\220M\240\035\250a\250q\260\004\260G\270:\300Q\300d\310*\320TW\320WX\330\014\017\210t\2201\330\020\026\220i\230q\330\024\036\230a\230t\2407\250!\330\024\027\220q\230\004\230H\240A\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
+    #else /* compression: none (1512 bytes) */
+static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes a copy is made by the end of a channel or arrays of the message are in use: release them first (del) was released while it was looked at; what was seen may be torn, released.: the writer overwrote message <ivshmem.channel.View of >?Nonea a View is made by Reader.viewchannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/views.pyxthe |u1ClosedErrorOvertakenReceivedReceived.__reduce__ViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.checkView.release__Pyx_PyDict_NextRef__annotate____bytes____dlpack____dlpack_device____enter____exit____func____main____module____name____pyx_capi____pyx_vtable____qualname____reduce____set_name____test___is_coroutinearrayasyncio.coroutinescheckcline_in_tracebackcounteddataerrorerrorsfrombufferinterfaceintoitemsivshmem.channel.viewskindmemoryviewnumpyoptionspopreleaseselfsetdefaultshapestarttexttypestruint8valuesversionstruct __pyx_obj_7ivshmem_7channel_5views_View *(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message)\000view_ofuint64_t (void)\000microseconds\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\020\220\003\2201\200A\340\r%\240T\250\021\330\014\017\210t\2204\220{\240$\240d\250&\260\004\260D\270\007\270v\300Q\330\020\024\220G\230;\240g\250Q\340\020\024\220M\240\035\250a\250q\260\004\260G\270:\300Q\300d\310*\320TW\320WX\330\014\017\210t\2201\330\020\026\220i\230q\330\024\036\230a\230t\2407\250!\330\024\027\220q\230\004\230H\240A\200A\360\n\000\t\r\210F\220!\330\010\017\320\017(\250\001\250\026\250t\2608\2701\330\010\017\320\017 \240\001\240\021\330\010\025\220Q\220a\220t\230:\240Q\330\010\014\210G\220;\230h\240d\250!\330\010\020\220\016\230d\240\047\250\030\260\025\260g\270W\300B\300d""\310(\320RS\330\010\t\330\021\022\330\020$\240A\240V\2507\260$\260h\270a\340\014\020\220\007\220{\240(\250&\260\001\330\014\031\230\021\230!\2304\230{\250!\330\010\014\210F\220!\330\010\017\210q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\t\330\014\020\220\006\220a\340\014\020\220\010\230\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 83; i++) {
+    for (int i = 0; i < 84; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 26) PyUnicode_InternInPlace(&string);
@@ -10188,8 +10311,8 @@ static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 83; i < 93; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-83].length;
+    for (int i = 84; i < 94; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-84].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -10199,14 +10322,14 @@ static const char bytes[] = " bytes cannot be copied or pickled: `bytes()` makes
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 93; i++) {
+    for (Py_ssize_t i = 0; i < 94; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 83;
+      PyObject **table = stringtab + 84;
       for (Py_ssize_t i=0; i<10; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -10271,7 +10394,7 @@ typedef struct {
     unsigned int argcount : 2;
     unsigned int num_posonly_args : 1;
     unsigned int num_kwonly_args : 1;
-    unsigned int nlocals : 2;
+    unsigned int nlocals : 3;
     unsigned int flags : 10;
     unsigned int first_line : 8;
 } __Pyx_PyCode_New_function_description;
@@ -10293,42 +10416,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 30};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 31};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 122};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 123};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_start, __pyx_mstate->__pyx_n_u_into};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t81_Qat_Q_G_hd_d_gWBd_RS_AV7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 148};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 163};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 152};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 156};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 171};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t4_d_D_vQ_G_gQ_M_aq_G_Qd_TWW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 187};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_views_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -11744,63 +11867,6 @@ static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *
 }
 #endif
 
-/* FormatTypeName (used by RaiseErrorWithObjectType1) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
-    }
-    goto done;
-}
-#endif
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
-
 /* HasAttr (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
@@ -13003,6 +13069,45 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
 }
 #endif
 
+/* FormatTypeName (used by RaiseErrorWithObjectType) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__3);
+    }
+    goto done;
+}
+#endif
+
 /* RaiseErrorWithObjectType (used by ValidateBasesTuple) */
 static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
     __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
@@ -13010,6 +13115,16 @@ static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, Py
     if (unlikely(!type_name)) return;
     #endif
     PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
     __Pyx_DECREF_TypeName(type_name);
 }
 

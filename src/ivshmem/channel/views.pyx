@@ -10,6 +10,7 @@ Invariant: what a reader holds is not used for anything else until every buffer 
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t
 
 from ..native.syscalls cimport ivshmem_count
@@ -121,7 +122,21 @@ cdef class View(Received):
 
     def __bytes__(self):
         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
-        data = memoryview(self).tobytes()
+        cdef bytes data
+        cdef const char *start
+        cdef char *into
+        self.enter()
+        data = PyBytes_FromStringAndSize(NULL, self.message.length)
+        into = PyBytes_AS_STRING(data)
+        ivshmem_count(&self.exports, 1)  # no other thread releases it during the copy
+        self.reader.membership.mapping.pin()
+        start = <const char *>self.reader.channel.area.memory.start + self.message.offset
+        try:
+            with nogil:  # large messages would stop all other threads
+                ivshmem_copy_payload(into, start, self.message.length)
+        finally:
+            self.reader.membership.mapping.unpin()
+            ivshmem_count(&self.exports, -1)
         self.check()
         return data
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ChannelTypeError, Overtaken
+from ..system.uncopied import Uncopied
 from .kinds import Messages, Value
 from .readers import ValueReader
 
@@ -42,7 +43,7 @@ class Seen(NamedTuple):
     lost: int
 
 
-class Watcher:
+class Watcher(Uncopied):
     """A reader that loses messages instead of slowing a writer; a context manager.
 
     Args:

@@ -1,0 +1,259 @@
+"""`ivshmem channel record` and `replay`: messages into a file, and from it into channels.
+
+Knows: options, progress, the last line. Does not know: files and threads (recording/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..memory.sizes import format_size, parse_size, roughly
+from ..recording import library
+from ..text import counted, plain
+from . import signals
+from .arguments import seconds
+from .channel_payload import json_line
+from .channel_region import ChannelCommand, add_readonly, joined
+
+if TYPE_CHECKING:
+    from ..recording.recorder import Recorder
+
+_LOOK = 0.2  # seconds between two looks at which channels there are
+_FOREVER = (1 << 64) - 1  # the largest time in MCAP
+_BUFFER = 256 << 20  # bytes
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the new file")
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="of channels (default: all of messages and values, also those that appear later)",
+    )
+    parser.add_argument(
+        "-t", "--duration", metavar="SECONDS", type=seconds, help="end after so long"
+    )
+    parser.add_argument(
+        "--compression",
+        choices=tuple(library.COMPRESSIONS),
+        default="none",
+        help="of the messages in the file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--buffer",
+        metavar="SIZE",
+        type=_size,
+        default=_BUFFER,
+        help=f"memory for messages that wait for the disk (default: {format_size(_BUFFER)})",
+    )
+    parser.add_argument("--force", action="store_true", help="write over a FILE that is there")
+    parser.add_argument(
+        "--json", action="store_true", help="at the end print what was recorded as a JSON object"
+    )
+    add_readonly(parser)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="of `record`, or of another program")
+    parser.add_argument(
+        "--speed",
+        metavar="X",
+        type=_speed,
+        default=1.0,
+        help="how many times as fast as it was recorded; `inf`: without a pause (default:"
+        " %(default)g)",
+    )
+    for name, words in (("from", "begin"), ("to", "end")):
+        parser.add_argument(
+            f"--{name}",
+            dest=name + "_time",
+            metavar="T",
+            help=f"{words} there: seconds from the start of the file, or a time such as"
+            " 2026-02-03T04:05:06Z",
+        )
+    parser.add_argument("--loop", action="store_true", help="again and again, until Ctrl-C")
+    parser.add_argument(
+        "--json", action="store_true", help="at the end print what was sent as a JSON object"
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _speed(text: str) -> float:
+    number = seconds(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"not a speed: {text} (allowed is more than 0)")
+    return number
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def _record(options: argparse.Namespace) -> int:
+    library.check(options.compression)
+    from ..recording.recorder import Recorder  # here: it needs an extra
+
+    begun = time.monotonic()
+    stop = threading.Event()
+    with joined(options) as channels, signals.held(), signals.calling(stop.set):
+        recorder = Recorder(
+            channels,
+            options.file,
+            options.names,
+            compression=options.compression,
+            buffer=options.buffer,
+            replace=options.force,
+            tell=_tell,
+        )
+        try:
+            with recorder, _bar("{task.fields[said]}") as bar:
+                while not stop.wait(_LOOK) and recorder.error is None:
+                    recorder.look()
+                    bar(said=_so_far(recorder))
+                    if options.duration is not None and (
+                        time.monotonic() - begun >= options.duration
+                    ):
+                        break
+        finally:
+            _conclude(
+                options,
+                f"{counted(recorder.messages, 'message')} of"
+                f" {counted(len(recorder.lost), 'channel')} recorded,"
+                f" {roughly(recorder.bytes)}; {sum(recorder.lost.values())} lost"
+                + (f", {recorder.unwritten} not written" if recorder.unwritten else ""),
+                messages=recorder.messages,
+                bytes=recorder.bytes,
+                lost=recorder.lost,
+                unwritten=recorder.unwritten,
+            )
+    return 0
+
+
+def _so_far(recorder: Recorder) -> str:
+    lost = sum(recorder.lost.values())
+    return (
+        f"{counted(recorder.messages, 'message')}, {roughly(recorder.bytes)}"
+        f"{f', {lost} lost' if lost else ''}"
+    )
+
+
+def _replay(options: argparse.Namespace) -> int:
+    library.check()
+    from ..recording.player import Player, moment  # here: they need an extra
+    from ..recording.source import RecordedFile
+
+    with joined(options) as channels, contextlib.ExitStack() as stack:
+        with _bar("reading {task.fields[said]}") as bar:
+            source = stack.enter_context(
+                RecordedFile(options.file, lambda share: bar(said=f"{share:4.0%}"))
+            )
+        if source.damage:
+            _tell(f"{options.file}: {source.damage}: what comes before is replayed")
+        since = 0 if options.from_time is None else moment(options.from_time, source.start)
+        until = _FOREVER if options.to_time is None else moment(options.to_time, source.start)
+        if until < since:
+            raise ValueError("--to is before --from")
+        player = stack.enter_context(
+            Player(
+                channels,
+                source,
+                speed=options.speed,
+                since=max(since, 0),
+                until=max(until, 0),
+                tell=_tell,
+            )
+        )
+        first, last = max(since, source.start), min(until, source.end)
+        try:
+            with _bar("{task.fields[said]}", total=max(last - first, 1)) as bar:
+
+                def step() -> None:
+                    bar(completed=player.position - first, said=counted(player.sent, "message"))
+
+                while player.play(step) and options.loop:
+                    pass
+                if options.loop:  # it would never end
+                    raise ValueError(f"{options.file}: no message of these times")
+        finally:
+            _conclude(
+                options,
+                f"{counted(player.sent, 'message')} sent"
+                + (f"; readers missed {player.missed}" if player.missed else ""),
+                messages=player.sent,
+                missed=player.missed,
+            )
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(f"ivshmem: {plain(line)}", file=sys.stderr)
+
+
+def _conclude(options: argparse.Namespace, line: str, **facts: Any) -> None:
+    """Say what was done, also after an error."""
+    if options.json:
+        print(json_line(file=options.file, **facts), flush=True)
+    else:
+        _tell(f"{options.file}: {line}")
+
+
+class _Updates:
+    """Shows progress, not more often than a person sees."""
+
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+        self._due = 0.0
+
+    def __call__(self, **how: Any) -> None:
+        if self._progress is not None and (now := time.monotonic()) >= self._due:
+            self._due = now + 0.1
+            self._progress.update(self._task, **how)
+
+
+@contextlib.contextmanager
+def _bar(text: str, total: int | None = None) -> Iterator[_Updates]:
+    """Show progress on a terminal, if rich is there, while the block runs."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield _Updates(None, None)
+        return
+    from rich.console import Console  # here: an extra
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TextColumn(text, markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Updates(progress, progress.add_task("", total=total, said=""))
+
+
+COMMANDS = (
+    ChannelCommand(
+        "record",
+        _add_record,
+        _record,
+        "record messages and values into a file (MCAP)",
+        "It ends with Ctrl-C, and never slows who writes: what the disk, or this command, is too"
+        " slow for is lost, and counted. After a full disk or SIGKILL the file can be read up to"
+        " the last second before. Needs: pip install 'ivshmem[record]'.",
+    ),
+    ChannelCommand(
+        "replay",
+        _add_replay,
+        _replay,
+        "send the messages of a file (MCAP) to channels, at the pace at which they were recorded",
+        "Channels that are missing are created. Files of other programs are replayed as bytes, into"
+        " channels of messages whose schema is the name and the encoding of the file's. Needs: pip"
+        " install 'ivshmem[record]'.",
+    ),
+)
