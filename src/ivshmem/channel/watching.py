@@ -83,15 +83,15 @@ class Watcher(Uncopied):
             view = self._view(timeout)
             if view is None:
                 return None
+            position, writer = view.position, view.writer
+            # Where the count begins, also if this message is overwritten before it is copied.
+            expected = self._next.setdefault(writer, (position - view.lost) % _MODULUS)
             try:
                 with view:
                     data = bytes(view) if copied else b""
             except Overtaken:
                 continue  # the next one tells how many were lost
-            position, writer = view.position, view.writer
-            lost = view.lost
-            if writer in self._next:
-                lost = (position - self._next[writer]) % _MODULUS
+            lost = (position - expected) % _MODULUS
             self._next[writer] = (position + 1) % _MODULUS
             self.lost += lost
             return Seen(data, view.size, writer, position, view.time, lost)

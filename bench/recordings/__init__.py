@@ -1,0 +1,1 @@
+"""Recording, beside the library mcap alone: `python -m bench.recordings`."""
