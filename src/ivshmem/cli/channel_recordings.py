@@ -9,9 +9,9 @@ import argparse
 import contextlib
 import importlib.util
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..memory.sizes import format_size, parse_size, roughly
@@ -107,8 +107,10 @@ def _record(options: argparse.Namespace) -> int:
     from ..recording.recorder import Recorder  # here: it needs an extra
 
     begun = time.monotonic()
-    stop = threading.Event()
-    with joined(options) as channels, signals.held(), signals.calling(stop.set):
+    # No threading.Event: its lock is not reentrant, and a signal comes while this thread has it.
+    stopped: list[bool] = []
+    stop = partial(stopped.append, True)
+    with joined(options) as channels, signals.held(), signals.calling(stop):
         recorder = Recorder(
             channels,
             options.file,
@@ -120,7 +122,8 @@ def _record(options: argparse.Namespace) -> int:
         )
         try:
             with recorder, _bar("{task.fields[said]}") as bar:
-                while not stop.wait(_LOOK) and recorder.error is None:
+                while not stopped and recorder.error is None:
+                    time.sleep(_LOOK)
                     recorder.look()
                     bar(said=_so_far(recorder))
                     if options.duration is not None and (
