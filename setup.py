@@ -24,6 +24,7 @@ CHANNEL = (
     "calls",
     "streams",
     "stream_poll",
+    "pumps",
 )
 
 

@@ -30,12 +30,13 @@ from .newc import Newc
 INIT = Path(__file__).parent / "inside" / "init"
 
 # What a guest needs for its program's channel; what it needs to reach the host's files; what vfio
-# needs on top; drivers that take any PCI device they are told to. The modules that these depend on
+# needs on top; a network card, for measurements; drivers that take any PCI device they are told to. The modules that these depend on
 # are added.
 MODULES = {
     "base": ("virtio_pci", "virtio_console"),
     "files": ("9pnet_virtio", "9p", "overlay"),
     "vfio": ("irqbypass", "vfio_virqfd", "vfio_iommu_type1", "vfio_pci"),
+    "net": ("virtio_net",),
     "drivers": ("uio_pci_generic", "pci_stub"),
 }
 # Modules that some kernels lack: built in, or merged into another (vfio_virqfd, in newer ones).

@@ -1252,9 +1252,8 @@ static int __Pyx_init_tpflags_variables(void) {
 #define __PYX_HAVE__ivshmem__channel__stream_poll
 #define __PYX_HAVE_API__ivshmem__channel__stream_poll
 /* Early includes */
-#include <string.h>
-#include <stdlib.h>
 #include <stdint.h>
+#include <string.h>
 #include <stdio.h>
 #include <errno.h>
 #include <time.h>
@@ -1601,6 +1600,7 @@ static int __Pyx_init_tpflags_variables(void) {
     }
     
 #include "ivshmem_channel.h"
+#include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -2220,7 +2220,7 @@ enum  {
 };
 struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry;
 
-/* "ivshmem/channel/stream_poll.pyx":32
+/* "ivshmem/channel/stream_poll.pxd":8
  * 
  * 
  * cdef struct Entry:             # <<<<<<<<<<<<<<
@@ -2583,12 +2583,12 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/stream_poll.pyx":52
+/* "ivshmem/channel/stream_poll.pxd":16
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
- * @cython.no_gc_clear
- * cdef class StreamPoll(Dependent):
+ * cdef class StreamPoll(Dependent):             # <<<<<<<<<<<<<<
+ *     cdef Membership membership
+ *     cdef Wakeup wakeup
 */
 struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll {
   struct __pyx_obj_7ivshmem_7channel_10membership_Dependent __pyx_base;
@@ -2601,12 +2601,12 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll {
 };
 
 
-/* "ivshmem/channel/stream_poll.pyx":174
+/* "ivshmem/channel/stream_poll.pxd":25
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
- * @cython.no_gc_clear
- * cdef class Sleeper:
+ * cdef class Sleeper:             # <<<<<<<<<<<<<<
+ *     cdef StreamPoll poll
+ *     cdef ChannelEnd end
 */
 struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
   PyObject_HEAD
@@ -2972,7 +2972,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
 
 
-/* "ivshmem/channel/stream_poll.pyx":52
+/* "ivshmem/channel/stream_poll.pyx":44
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2986,7 +2986,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll {
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll;
 
 
-/* "ivshmem/channel/stream_poll.pyx":174
+/* "ivshmem/channel/stream_poll.pyx":159
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2996,9 +2996,11 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx
 
 struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper {
   int (*wake_up)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *);
+  int (*sleep)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, int, int __pyx_skip_dispatch);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper;
 static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *);
+static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, int, int __pyx_skip_dispatch);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -4070,15 +4072,12 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions, CYTHON_UNUSED int __pyx_skip_dispatch); /* proto*/
 static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_entry); /* proto*/
 
-/* Module declarations from "cython" */
+/* Module declarations from "libc.stdint" */
 
 /* Module declarations from "libc.string" */
-
-/* Module declarations from "libc.stdlib" */
-
-/* Module declarations from "libc.stdint" */
 
 /* Module declarations from "libc.stdio" */
 
@@ -4112,6 +4111,10 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.membership" */
 
 /* Module declarations from "ivshmem.channel.ends" */
+
+/* Module declarations from "cython" */
+
+/* Module declarations from "libc.stdlib" */
 
 /* Module declarations from "ivshmem.channel.streams" */
 static int (*__pyx_f_7ivshmem_7channel_7streams_look_both)(struct ivshmem_stream *); /*proto*/
@@ -4370,8 +4373,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[95]
 #define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[96]
 #define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[97]
-#define __pyx_kp_b_iso88591_A_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1A __pyx_string_tab[98]
-#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[99]
+#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[98]
+#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1 __pyx_string_tab[99]
 #define __pyx_int_267794698 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -5217,7 +5220,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/stream_poll.pyx":40
+/* "ivshmem/channel/stream_poll.pyx":32
  * 
  * 
  * cdef int look_at(Entry *entry) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5232,7 +5235,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   long __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/channel/stream_poll.pyx":43
+  /* "ivshmem/channel/stream_poll.pyx":35
  *     """Return which of the awaited directions would not wait; those of an end that fails are all."""
  *     cdef int found
  *     if entry.stream == NULL:             # <<<<<<<<<<<<<<
@@ -5244,7 +5247,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":44
+    /* "ivshmem/channel/stream_poll.pyx":36
  *     cdef int found
  *     if entry.stream == NULL:
  *         found = 1 << RECEIVE if ivshmem_listener_has_caller(entry.listener) else 0             # <<<<<<<<<<<<<<
@@ -5263,7 +5266,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
 
     __pyx_v_found = __pyx_t_2;
 
-    /* "ivshmem/channel/stream_poll.pyx":43
+    /* "ivshmem/channel/stream_poll.pyx":35
  *     """Return which of the awaited directions would not wait; those of an end that fails are all."""
  *     cdef int found
  *     if entry.stream == NULL:             # <<<<<<<<<<<<<<
@@ -5273,7 +5276,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":46
+  /* "ivshmem/channel/stream_poll.pyx":38
  *         found = 1 << RECEIVE if ivshmem_listener_has_caller(entry.listener) else 0
  *     else:
  *         found = look_both(entry.stream)             # <<<<<<<<<<<<<<
@@ -5283,7 +5286,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   /*else*/ {
     __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both(__pyx_v_entry->stream);
 
-    /* "ivshmem/channel/stream_poll.pyx":47
+    /* "ivshmem/channel/stream_poll.pyx":39
  *     else:
  *         found = look_both(entry.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -5295,7 +5298,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/stream_poll.pyx":48
+      /* "ivshmem/channel/stream_poll.pyx":40
  *         found = look_both(entry.stream)
  *         if found < 0:
  *             found = entry.awaited             # <<<<<<<<<<<<<<
@@ -5306,7 +5309,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
 
       __pyx_v_found = __pyx_t_3;
 
-      /* "ivshmem/channel/stream_poll.pyx":47
+      /* "ivshmem/channel/stream_poll.pyx":39
  *     else:
  *         found = look_both(entry.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -5317,7 +5320,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/stream_poll.pyx":49
+  /* "ivshmem/channel/stream_poll.pyx":41
  *         if found < 0:
  *             found = entry.awaited
  *     return found & entry.awaited             # <<<<<<<<<<<<<<
@@ -5330,7 +5333,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":40
+  /* "ivshmem/channel/stream_poll.pyx":32
  * 
  * 
  * cdef int look_at(Entry *entry) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5344,8 +5347,8 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":64
- *     cdef bint open
+/* "ivshmem/channel/stream_poll.pyx":49
+ *     """The ends for which a loop waits. One thread uses it, and closes it before the channels."""
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
  *         self.membership = membership
@@ -5374,32 +5377,32 @@ static int __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_1__cinit__(PyOb
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 64, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 49, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 64, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 49, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 64, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 49, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 64, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 49, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 64, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 49, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 64, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 49, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5410,7 +5413,7 @@ static int __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_1__cinit__(PyOb
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 64, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 49, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -5444,7 +5447,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":65
+  /* "ivshmem/channel/stream_poll.pyx":50
  * 
  *     def __cinit__(self, Membership membership not None):
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5456,21 +5459,21 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/stream_poll.pyx":66
+  /* "ivshmem/channel/stream_poll.pyx":51
  *     def __cinit__(self, Membership membership not None):
  *         self.membership = membership
  *         self.sleepers = []             # <<<<<<<<<<<<<<
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->sleepers);
   __Pyx_DECREF_SET(__pyx_v_self->sleepers, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":67
+  /* "ivshmem/channel/stream_poll.pyx":52
  *         self.membership = membership
  *         self.sleepers = []
  *         self.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -5483,7 +5486,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_membership)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 67, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5491,7 +5494,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":68
+  /* "ivshmem/channel/stream_poll.pyx":53
  *         self.sleepers = []
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -5499,9 +5502,9 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
  *         self.open = True
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_3 = 1;
@@ -5521,12 +5524,12 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 68, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   if (unlikely(__pyx_v_membership->ends == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 68, __pyx_L1_error)
+    __PYX_ERR(0, 53, __pyx_L1_error)
   }
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -5534,14 +5537,14 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 68, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_membership->ends, __pyx_t_5, __pyx_t_1) < 0))) __PYX_ERR(0, 68, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_membership->ends, __pyx_t_5, __pyx_t_1) < 0))) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":69
+  /* "ivshmem/channel/stream_poll.pyx":54
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)
  *         membership.watch(1)             # <<<<<<<<<<<<<<
@@ -5550,7 +5553,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->watch(__pyx_v_membership, 1);
 
-  /* "ivshmem/channel/stream_poll.pyx":70
+  /* "ivshmem/channel/stream_poll.pyx":55
  *         membership.ends[id(self)] = weakref.ref(self)
  *         membership.watch(1)
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -5559,18 +5562,18 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/stream_poll.pyx":71
+  /* "ivshmem/channel/stream_poll.pyx":56
  *         membership.watch(1)
  *         self.open = True
  *         membership.hurry()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->hurry(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->hurry(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/stream_poll.pyx":64
- *     cdef bint open
+  /* "ivshmem/channel/stream_poll.pyx":49
+ *     """The ends for which a loop waits. One thread uses it, and closes it before the channels."""
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
  *         self.membership = membership
@@ -5593,7 +5596,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":73
+/* "ivshmem/channel/stream_poll.pyx":58
  *         membership.hurry()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5616,7 +5619,7 @@ static void __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_3__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
 
-  /* "ivshmem/channel/stream_poll.pyx":74
+  /* "ivshmem/channel/stream_poll.pyx":59
  * 
  *     def __dealloc__(self):
  *         free(self.entries)             # <<<<<<<<<<<<<<
@@ -5625,7 +5628,7 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
 */
   free(__pyx_v_self->entries);
 
-  /* "ivshmem/channel/stream_poll.pyx":73
+  /* "ivshmem/channel/stream_poll.pyx":58
  *         membership.hurry()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5637,7 +5640,7 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
 
 }
 
-/* "ivshmem/channel/stream_poll.pyx":76
+/* "ivshmem/channel/stream_poll.pyx":61
  *         free(self.entries)
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5699,7 +5702,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":81
+  /* "ivshmem/channel/stream_poll.pyx":66
  *         It is readable after a ring. To be watched for edges: then nothing has to read from it.
  *         """
  *         return self.wakeup.fileno()             # <<<<<<<<<<<<<<
@@ -5713,7 +5716,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 81, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -5727,7 +5730,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":76
+  /* "ivshmem/channel/stream_poll.pyx":61
  *         free(self.entries)
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5747,7 +5750,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":83
+/* "ivshmem/channel/stream_poll.pyx":68
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5796,39 +5799,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_end,&__pyx_mstate_global->__pyx_n_u_owner,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 83, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 68, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 68, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 68, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 83, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 68, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 83, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 68, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 83, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 68, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 83, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 68, __pyx_L3_error)
     }
     __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)values[0]);
     __pyx_v_owner = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 83, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 68, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5839,7 +5842,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 69, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_end, __pyx_v_owner);
 
   /* function exit code */
@@ -5883,7 +5886,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":89
+        /* "ivshmem/channel/stream_poll.pyx":74
  *         cdef Entry *entry
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)             # <<<<<<<<<<<<<<
@@ -5894,13 +5897,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_INCREF(__pyx_t_2);
         if (unlikely(__pyx_t_2 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 89, __pyx_L4_error)
+          __PYX_ERR(0, 74, __pyx_L4_error)
         }
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 89, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 74, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __pyx_v_count = __pyx_t_3;
 
-        /* "ivshmem/channel/stream_poll.pyx":90
+        /* "ivshmem/channel/stream_poll.pyx":75
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -5912,7 +5915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":91
+          /* "ivshmem/channel/stream_poll.pyx":76
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))             # <<<<<<<<<<<<<<
@@ -5921,7 +5924,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_larger = ((struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *)realloc(__pyx_v_self->entries, (((2 * __pyx_v_count) + 8) * (sizeof(struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry)))));
 
-          /* "ivshmem/channel/stream_poll.pyx":92
+          /* "ivshmem/channel/stream_poll.pyx":77
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -5933,16 +5936,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
           if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":93
+            /* "ivshmem/channel/stream_poll.pyx":78
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.entries = larger
  *             self.room = 2 * count + 8
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 93, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 78, __pyx_L4_error)
 
-            /* "ivshmem/channel/stream_poll.pyx":92
+            /* "ivshmem/channel/stream_poll.pyx":77
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -5951,7 +5954,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":94
+          /* "ivshmem/channel/stream_poll.pyx":79
  *             if larger == NULL:
  *                 raise MemoryError
  *             self.entries = larger             # <<<<<<<<<<<<<<
@@ -5960,7 +5963,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_self->entries = __pyx_v_larger;
 
-          /* "ivshmem/channel/stream_poll.pyx":95
+          /* "ivshmem/channel/stream_poll.pyx":80
  *                 raise MemoryError
  *             self.entries = larger
  *             self.room = 2 * count + 8             # <<<<<<<<<<<<<<
@@ -5969,7 +5972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_self->room = ((2 * __pyx_v_count) + 8);
 
-          /* "ivshmem/channel/stream_poll.pyx":90
+          /* "ivshmem/channel/stream_poll.pyx":75
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -5978,19 +5981,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":96
+        /* "ivshmem/channel/stream_poll.pyx":81
  *             self.entries = larger
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)             # <<<<<<<<<<<<<<
  *         sleeper.poll = self
  *         sleeper.end = end
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 81, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":97
+        /* "ivshmem/channel/stream_poll.pyx":82
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self             # <<<<<<<<<<<<<<
@@ -6002,7 +6005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->poll);
         __Pyx_DECREF_SET(__pyx_v_sleeper->poll, __pyx_v_self);
 
-        /* "ivshmem/channel/stream_poll.pyx":98
+        /* "ivshmem/channel/stream_poll.pyx":83
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self
  *         sleeper.end = end             # <<<<<<<<<<<<<<
@@ -6014,7 +6017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->end);
         __Pyx_DECREF_SET(__pyx_v_sleeper->end, __pyx_v_end);
 
-        /* "ivshmem/channel/stream_poll.pyx":99
+        /* "ivshmem/channel/stream_poll.pyx":84
  *         sleeper.poll = self
  *         sleeper.end = end
  *         sleeper.owner = owner             # <<<<<<<<<<<<<<
@@ -6026,7 +6029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF(__pyx_v_sleeper->owner);
         __Pyx_DECREF_SET(__pyx_v_sleeper->owner, __pyx_v_owner);
 
-        /* "ivshmem/channel/stream_poll.pyx":100
+        /* "ivshmem/channel/stream_poll.pyx":85
  *         sleeper.end = end
  *         sleeper.owner = owner
  *         sleeper.index = count             # <<<<<<<<<<<<<<
@@ -6035,7 +6038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_sleeper->index = __pyx_v_count;
 
-        /* "ivshmem/channel/stream_poll.pyx":101
+        /* "ivshmem/channel/stream_poll.pyx":86
  *         sleeper.owner = owner
  *         sleeper.index = count
  *         entry = &self.entries[count]             # <<<<<<<<<<<<<<
@@ -6044,7 +6047,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_count]));
 
-        /* "ivshmem/channel/stream_poll.pyx":102
+        /* "ivshmem/channel/stream_poll.pyx":87
  *         sleeper.index = count
  *         entry = &self.entries[count]
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -6053,7 +6056,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry->awaited = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":103
+        /* "ivshmem/channel/stream_poll.pyx":88
  *         entry = &self.entries[count]
  *         entry.awaited = 0
  *         entry.channel = &end.channel             # <<<<<<<<<<<<<<
@@ -6062,7 +6065,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry->channel = (&__pyx_v_end->channel);
 
-        /* "ivshmem/channel/stream_poll.pyx":104
+        /* "ivshmem/channel/stream_poll.pyx":89
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6073,7 +6076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":105
+          /* "ivshmem/channel/stream_poll.pyx":90
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL             # <<<<<<<<<<<<<<
@@ -6082,7 +6085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->stream = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":106
+          /* "ivshmem/channel/stream_poll.pyx":91
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener             # <<<<<<<<<<<<<<
@@ -6091,7 +6094,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->listener = (&((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_end)->listener);
 
-          /* "ivshmem/channel/stream_poll.pyx":107
+          /* "ivshmem/channel/stream_poll.pyx":92
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener
  *             entry.sleep = &entry.listener.sleep             # <<<<<<<<<<<<<<
@@ -6100,7 +6103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->sleep = (&__pyx_v_entry->listener->sleep);
 
-          /* "ivshmem/channel/stream_poll.pyx":104
+          /* "ivshmem/channel/stream_poll.pyx":89
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6110,7 +6113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
           goto __pyx_L8;
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":109
+        /* "ivshmem/channel/stream_poll.pyx":94
  *             entry.sleep = &entry.listener.sleep
  *         else:
  *             entry.stream = &(<Stream?>end).stream             # <<<<<<<<<<<<<<
@@ -6118,10 +6121,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
  *             entry.sleep = &entry.stream.sleep
 */
         /*else*/ {
-          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 109, __pyx_L4_error)
+          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 94, __pyx_L4_error)
           __pyx_v_entry->stream = (&((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_end)->stream);
 
-          /* "ivshmem/channel/stream_poll.pyx":110
+          /* "ivshmem/channel/stream_poll.pyx":95
  *         else:
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL             # <<<<<<<<<<<<<<
@@ -6130,7 +6133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->listener = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":111
+          /* "ivshmem/channel/stream_poll.pyx":96
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep             # <<<<<<<<<<<<<<
@@ -6141,7 +6144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         }
         __pyx_L8:;
 
-        /* "ivshmem/channel/stream_poll.pyx":112
+        /* "ivshmem/channel/stream_poll.pyx":97
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)             # <<<<<<<<<<<<<<
@@ -6150,12 +6153,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         if (unlikely(__pyx_v_self->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-          __PYX_ERR(0, 112, __pyx_L4_error)
+          __PYX_ERR(0, 97, __pyx_L4_error)
         }
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 112, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":113
+        /* "ivshmem/channel/stream_poll.pyx":98
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)
  *         return sleeper             # <<<<<<<<<<<<<<
@@ -6175,7 +6178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":83
+      /* "ivshmem/channel/stream_poll.pyx":68
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6217,7 +6220,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":115
+/* "ivshmem/channel/stream_poll.pyx":100
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6301,7 +6304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":127
+        /* "ivshmem/channel/stream_poll.pyx":112
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t i
  *         cdef int said = 0             # <<<<<<<<<<<<<<
@@ -6310,17 +6313,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         __pyx_v_said = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":129
+        /* "ivshmem/channel/stream_poll.pyx":114
  *         cdef int said = 0
  *         cdef int found
  *         self.membership.check()             # <<<<<<<<<<<<<<
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":130
+        /* "ivshmem/channel/stream_poll.pyx":115
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6336,9 +6339,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 115, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 115, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
         __pyx_t_3 = __pyx_t_4;
@@ -6347,7 +6350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":131
+          /* "ivshmem/channel/stream_poll.pyx":116
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -6355,7 +6358,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
  *         for i in range(len(self.sleepers)):
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 131, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 116, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -6374,14 +6377,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 131, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 116, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 131, __pyx_L4_error)
+          __PYX_ERR(0, 116, __pyx_L4_error)
 
-          /* "ivshmem/channel/stream_poll.pyx":130
+          /* "ivshmem/channel/stream_poll.pyx":115
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6390,19 +6393,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":132
+        /* "ivshmem/channel/stream_poll.pyx":117
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         ready = []             # <<<<<<<<<<<<<<
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
 */
-        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 132, __pyx_L4_error)
+        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 117, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_v_ready = ((PyObject*)__pyx_t_5);
         __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":133
+        /* "ivshmem/channel/stream_poll.pyx":118
  *             raise ClosedError("the endpoint is closed")
  *         ready = []
  *         for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6413,16 +6416,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         __Pyx_INCREF(__pyx_t_5);
         if (unlikely(__pyx_t_5 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 133, __pyx_L4_error)
+          __PYX_ERR(0, 118, __pyx_L4_error)
         }
-        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
+        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __pyx_t_10 = __pyx_t_9;
 
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":134
+          /* "ivshmem/channel/stream_poll.pyx":119
  *         ready = []
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6431,7 +6434,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":135
+          /* "ivshmem/channel/stream_poll.pyx":120
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6443,7 +6446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":136
+            /* "ivshmem/channel/stream_poll.pyx":121
  *             entry = &self.entries[i]
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -6452,7 +6455,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             ivshmem_sleep_say(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-            /* "ivshmem/channel/stream_poll.pyx":137
+            /* "ivshmem/channel/stream_poll.pyx":122
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1             # <<<<<<<<<<<<<<
@@ -6461,7 +6464,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             __pyx_v_said = (__pyx_v_said + 1);
 
-            /* "ivshmem/channel/stream_poll.pyx":135
+            /* "ivshmem/channel/stream_poll.pyx":120
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6473,7 +6476,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":138
+        /* "ivshmem/channel/stream_poll.pyx":123
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6485,7 +6488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":139
+          /* "ivshmem/channel/stream_poll.pyx":124
  *                 said += 1
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)             # <<<<<<<<<<<<<<
@@ -6494,7 +6497,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           ivshmem_full_fence((&__pyx_v_self->membership->member.area.memory));
 
-          /* "ivshmem/channel/stream_poll.pyx":138
+          /* "ivshmem/channel/stream_poll.pyx":123
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6503,7 +6506,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":140
+        /* "ivshmem/channel/stream_poll.pyx":125
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):             # <<<<<<<<<<<<<<
@@ -6517,9 +6520,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           __Pyx_INCREF(__pyx_t_5);
           if (unlikely(__pyx_t_5 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 140, __pyx_L4_error)
+            __PYX_ERR(0, 125, __pyx_L4_error)
           }
-          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 140, __pyx_L4_error)
+          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 125, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_9 = __pyx_t_10;
         } else {
@@ -6532,7 +6535,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":141
+          /* "ivshmem/channel/stream_poll.pyx":126
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6541,7 +6544,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":142
+          /* "ivshmem/channel/stream_poll.pyx":127
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6553,7 +6556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":143
+            /* "ivshmem/channel/stream_poll.pyx":128
  *             entry = &self.entries[i]
  *             if not entry.awaited:
  *                 continue             # <<<<<<<<<<<<<<
@@ -6562,7 +6565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             goto __pyx_L13_continue;
 
-            /* "ivshmem/channel/stream_poll.pyx":142
+            /* "ivshmem/channel/stream_poll.pyx":127
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6571,7 +6574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":144
+          /* "ivshmem/channel/stream_poll.pyx":129
  *             if not entry.awaited:
  *                 continue
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
@@ -6580,7 +6583,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-          /* "ivshmem/channel/stream_poll.pyx":145
+          /* "ivshmem/channel/stream_poll.pyx":130
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6592,7 +6595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":146
+            /* "ivshmem/channel/stream_poll.pyx":131
  *             found = look_at(entry)
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]             # <<<<<<<<<<<<<<
@@ -6601,9 +6604,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             if (unlikely(__pyx_v_self->sleepers == Py_None)) {
               PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-              __PYX_ERR(0, 146, __pyx_L4_error)
+              __PYX_ERR(0, 131, __pyx_L4_error)
             }
-            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 146, __pyx_L4_error)
+            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 131, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_7 = __pyx_t_5;
             __Pyx_INCREF(__pyx_t_7);
@@ -6611,38 +6614,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
             __Pyx_XDECREF_SET(__pyx_v_sleeper, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_7));
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":147
+            /* "ivshmem/channel/stream_poll.pyx":132
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)             # <<<<<<<<<<<<<<
  *                 ready.append((sleeper.owner, found))
  *         return ready
 */
-            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L4_error)
+            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/stream_poll.pyx":148
+            /* "ivshmem/channel/stream_poll.pyx":133
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))             # <<<<<<<<<<<<<<
  *         return ready
  * 
 */
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 148, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 133, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 148, __pyx_L4_error)
+            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __Pyx_INCREF(__pyx_v_sleeper->owner);
             __Pyx_GIVEREF(__pyx_v_sleeper->owner);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 148, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 133, __pyx_L4_error);
             __Pyx_GIVEREF(__pyx_t_7);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 148, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 133, __pyx_L4_error);
             __pyx_t_7 = 0;
-            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L4_error)
+            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-            /* "ivshmem/channel/stream_poll.pyx":145
+            /* "ivshmem/channel/stream_poll.pyx":130
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6655,7 +6658,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":149
+        /* "ivshmem/channel/stream_poll.pyx":134
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))
  *         return ready             # <<<<<<<<<<<<<<
@@ -6675,7 +6678,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":115
+      /* "ivshmem/channel/stream_poll.pyx":100
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6721,7 +6724,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":151
+/* "ivshmem/channel/stream_poll.pyx":136
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -6746,7 +6749,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":154
+  /* "ivshmem/channel/stream_poll.pyx":139
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6760,7 +6763,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":155
+        /* "ivshmem/channel/stream_poll.pyx":140
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6782,7 +6785,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":156
+          /* "ivshmem/channel/stream_poll.pyx":141
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6793,16 +6796,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
           __Pyx_INCREF(__pyx_t_4);
           if (unlikely(__pyx_t_4 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 156, __pyx_L4_error)
+            __PYX_ERR(0, 141, __pyx_L4_error)
           }
-          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 156, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 141, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_6 = __pyx_t_5;
 
           for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
             __pyx_v_i = __pyx_t_7;
 
-            /* "ivshmem/channel/stream_poll.pyx":157
+            /* "ivshmem/channel/stream_poll.pyx":142
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6828,17 +6831,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
             if (__pyx_t_2) {
 
 
-              /* "ivshmem/channel/stream_poll.pyx":158
+              /* "ivshmem/channel/stream_poll.pyx":143
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()             # <<<<<<<<<<<<<<
  *                         break
  *         return 0
 */
-              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 158, __pyx_L4_error)
+              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L4_error)
 
 
-              /* "ivshmem/channel/stream_poll.pyx":159
+              /* "ivshmem/channel/stream_poll.pyx":144
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()
  *                         break             # <<<<<<<<<<<<<<
@@ -6847,7 +6850,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 */
               goto __pyx_L10_break;
 
-              /* "ivshmem/channel/stream_poll.pyx":157
+              /* "ivshmem/channel/stream_poll.pyx":142
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6860,7 +6863,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 
 
 
-          /* "ivshmem/channel/stream_poll.pyx":155
+          /* "ivshmem/channel/stream_poll.pyx":140
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6870,7 +6873,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":154
+      /* "ivshmem/channel/stream_poll.pyx":139
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6891,7 +6894,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":160
+  /* "ivshmem/channel/stream_poll.pyx":145
  *                         self.membership.kick_all()
  *                         break
  *         return 0             # <<<<<<<<<<<<<<
@@ -6904,7 +6907,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":151
+  /* "ivshmem/channel/stream_poll.pyx":136
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -6925,7 +6928,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":162
+/* "ivshmem/channel/stream_poll.pyx":147
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6998,7 +7001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":165
+        /* "ivshmem/channel/stream_poll.pyx":150
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7007,7 +7010,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
         if (__pyx_v_self->open) {
 
-          /* "ivshmem/channel/stream_poll.pyx":166
+          /* "ivshmem/channel/stream_poll.pyx":151
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:
  *             self.open = False             # <<<<<<<<<<<<<<
@@ -7016,7 +7019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           __pyx_v_self->open = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":167
+          /* "ivshmem/channel/stream_poll.pyx":152
  *         if self.open:
  *             self.open = False
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -7025,7 +7028,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/stream_poll.pyx":168
+          /* "ivshmem/channel/stream_poll.pyx":153
  *             self.open = False
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -7034,7 +7037,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
             PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-            __PYX_ERR(0, 168, __pyx_L4_error)
+            __PYX_ERR(0, 153, __pyx_L4_error)
           }
           __pyx_t_3 = NULL;
           __pyx_t_4 = 1;
@@ -7042,14 +7045,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
             PyObject *__pyx_callargs[2] = {__pyx_t_3, ((PyObject *)__pyx_v_self)};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 153, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 168, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-          /* "ivshmem/channel/stream_poll.pyx":169
+          /* "ivshmem/channel/stream_poll.pyx":154
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None             # <<<<<<<<<<<<<<
@@ -7061,14 +7064,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
           __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-          /* "ivshmem/channel/stream_poll.pyx":170
+          /* "ivshmem/channel/stream_poll.pyx":155
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
  *                 (<Sleeper>sleeper).close()
  * 
 */
-          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L4_error)
+          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
           __pyx_t_6 = 0;
@@ -7077,18 +7080,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 170, __pyx_L4_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 155, __pyx_L4_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
             __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
             ++__pyx_t_6;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_XDECREF_SET(__pyx_v_sleeper, __pyx_t_2);
             __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":171
+            /* "ivshmem/channel/stream_poll.pyx":156
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):
  *                 (<Sleeper>sleeper).close()             # <<<<<<<<<<<<<<
@@ -7102,12 +7105,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
               PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
               __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L4_error)
+              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_2);
             }
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":170
+            /* "ivshmem/channel/stream_poll.pyx":155
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
@@ -7117,7 +7120,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":165
+          /* "ivshmem/channel/stream_poll.pyx":150
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7127,7 +7130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":162
+      /* "ivshmem/channel/stream_poll.pyx":147
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7371,13 +7374,241 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setst
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":184
- *     cdef Py_ssize_t index
+/* "ivshmem/channel/stream_poll.pyx":164
+ *     """An end in a StreamPoll."""
  * 
- *     def sleep(self, int directions):             # <<<<<<<<<<<<<<
+ *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
  * 
 */
+
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions, CYTHON_UNUSED int __pyx_skip_dispatch) {
+  struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_entry;
+  int __pyx_v_found;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("sleep", 0);
+
+  /* "ivshmem/channel/stream_poll.pyx":175
+ *         cdef Entry *entry
+ *         cdef int found
+ *         if self.poll is None:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("this Sleeper has left its poll")
+ *         with cython.critical_section(self.poll):
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->poll) == Py_None);
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/stream_poll.pyx":176
+ *         cdef int found
+ *         if self.poll is None:
+ *             raise ClosedError("this Sleeper has left its poll")             # <<<<<<<<<<<<<<
+ *         with cython.critical_section(self.poll):
+ *             self.end.enter()
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_this_Sleeper_has_left_its_poll};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 176, __pyx_L1_error)
+
+    /* "ivshmem/channel/stream_poll.pyx":175
+ *         cdef Entry *entry
+ *         cdef int found
+ *         if self.poll is None:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("this Sleeper has left its poll")
+ *         with cython.critical_section(self.poll):
+*/
+  }
+
+  /* "ivshmem/channel/stream_poll.pyx":177
+ *         if self.poll is None:
+ *             raise ClosedError("this Sleeper has left its poll")
+ *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
+ *             self.end.enter()
+ *             entry = &self.poll.entries[self.index]
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_2 = ((PyObject *)__pyx_v_self->poll);
+      __Pyx_INCREF(__pyx_t_2);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
+      /*try:*/ {
+
+        /* "ivshmem/channel/stream_poll.pyx":178
+ *             raise ClosedError("this Sleeper has left its poll")
+ *         with cython.critical_section(self.poll):
+ *             self.end.enter()             # <<<<<<<<<<<<<<
+ *             entry = &self.poll.entries[self.index]
+ *             entry.awaited = directions
+*/
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L5_error)
+
+
+        /* "ivshmem/channel/stream_poll.pyx":179
+ *         with cython.critical_section(self.poll):
+ *             self.end.enter()
+ *             entry = &self.poll.entries[self.index]             # <<<<<<<<<<<<<<
+ *             entry.awaited = directions
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+*/
+        __pyx_v_entry = (&(__pyx_v_self->poll->entries[__pyx_v_self->index]));
+
+        /* "ivshmem/channel/stream_poll.pyx":180
+ *             self.end.enter()
+ *             entry = &self.poll.entries[self.index]
+ *             entry.awaited = directions             # <<<<<<<<<<<<<<
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             found = look_at(entry)
+*/
+        __pyx_v_entry->awaited = __pyx_v_directions;
+
+        /* "ivshmem/channel/stream_poll.pyx":181
+ *             entry = &self.poll.entries[self.index]
+ *             entry.awaited = directions
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
+ *             found = look_at(entry)
+ *             if found:
+*/
+        ivshmem_sleep_begin(__pyx_v_entry->channel, __pyx_v_entry->sleep);
+
+        /* "ivshmem/channel/stream_poll.pyx":182
+ *             entry.awaited = directions
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             found = look_at(entry)             # <<<<<<<<<<<<<<
+ *             if found:
+ *                 self.wake_up(entry)
+*/
+        __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
+
+        /* "ivshmem/channel/stream_poll.pyx":183
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             found = look_at(entry)
+ *             if found:             # <<<<<<<<<<<<<<
+ *                 self.wake_up(entry)
+ *             return found
+*/
+        __pyx_t_1 = (__pyx_v_found != 0);
+
+        if (__pyx_t_1) {
+
+
+          /* "ivshmem/channel/stream_poll.pyx":184
+ *             found = look_at(entry)
+ *             if found:
+ *                 self.wake_up(entry)             # <<<<<<<<<<<<<<
+ *             return found
+ * 
+*/
+          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
+
+
+          /* "ivshmem/channel/stream_poll.pyx":183
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             found = look_at(entry)
+ *             if found:             # <<<<<<<<<<<<<<
+ *                 self.wake_up(entry)
+ *             return found
+*/
+        }
+
+        /* "ivshmem/channel/stream_poll.pyx":185
+ *             if found:
+ *                 self.wake_up(entry)
+ *             return found             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int wake_up(self, Entry *entry) except -1:
+*/
+        {
+
+          __pyx_r = __pyx_v_found;
+        }
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+        goto __pyx_L4_return;
+      }
+
+      /* "ivshmem/channel/stream_poll.pyx":177
+ *         if self.poll is None:
+ *             raise ClosedError("this Sleeper has left its poll")
+ *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
+ *             self.end.enter()
+ *             entry = &self.poll.entries[self.index]
+*/
+      /*finally:*/ {
+        __pyx_L4_return: {
+          __pyx_t_6 = __pyx_r;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_6;
+          goto __pyx_L0;
+        }
+        __pyx_L5_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  }
+
+  /* "ivshmem/channel/stream_poll.pyx":164
+ *     """An end in a StreamPoll."""
+ * 
+ *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
+ *         """Wait for these directions, until `ready` tells of one.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
 
 /* Python wrapper */
 static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep(PyObject *__pyx_v_self, 
@@ -7419,32 +7650,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directions,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 184, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 164, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
     }
-    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 184, __pyx_L3_error)
+    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7467,237 +7698,41 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions) {
-  struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_entry;
-  int __pyx_v_found;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep", 0);
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(__pyx_v_self, __pyx_v_directions, 1); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/stream_poll.pyx":195
- *         cdef Entry *entry
- *         cdef int found
- *         if self.poll is None:             # <<<<<<<<<<<<<<
- *             raise ClosedError("this Sleeper has left its poll")
- *         with cython.critical_section(self.poll):
-*/
-  __pyx_t_1 = (((PyObject *)__pyx_v_self->poll) == Py_None);
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/stream_poll.pyx":196
- *         cdef int found
- *         if self.poll is None:
- *             raise ClosedError("this Sleeper has left its poll")             # <<<<<<<<<<<<<<
- *         with cython.critical_section(self.poll):
- *             self.end.enter()
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 196, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_this_Sleeper_has_left_its_poll};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 196, __pyx_L1_error)
-
-    /* "ivshmem/channel/stream_poll.pyx":195
- *         cdef Entry *entry
- *         cdef int found
- *         if self.poll is None:             # <<<<<<<<<<<<<<
- *             raise ClosedError("this Sleeper has left its poll")
- *         with cython.critical_section(self.poll):
-*/
-  }
-
-  /* "ivshmem/channel/stream_poll.pyx":197
- *         if self.poll is None:
- *             raise ClosedError("this Sleeper has left its poll")
- *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
- *             self.end.enter()
- *             entry = &self.poll.entries[self.index]
-*/
   {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_2 = ((PyObject *)__pyx_v_self->poll);
-      __Pyx_INCREF(__pyx_t_2);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
-      /*try:*/ {
-
-        /* "ivshmem/channel/stream_poll.pyx":198
- *             raise ClosedError("this Sleeper has left its poll")
- *         with cython.critical_section(self.poll):
- *             self.end.enter()             # <<<<<<<<<<<<<<
- *             entry = &self.poll.entries[self.index]
- *             entry.awaited = directions
-*/
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 198, __pyx_L5_error)
-
-
-        /* "ivshmem/channel/stream_poll.pyx":199
- *         with cython.critical_section(self.poll):
- *             self.end.enter()
- *             entry = &self.poll.entries[self.index]             # <<<<<<<<<<<<<<
- *             entry.awaited = directions
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
-*/
-        __pyx_v_entry = (&(__pyx_v_self->poll->entries[__pyx_v_self->index]));
-
-        /* "ivshmem/channel/stream_poll.pyx":200
- *             self.end.enter()
- *             entry = &self.poll.entries[self.index]
- *             entry.awaited = directions             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
- *             found = look_at(entry)
-*/
-        __pyx_v_entry->awaited = __pyx_v_directions;
-
-        /* "ivshmem/channel/stream_poll.pyx":201
- *             entry = &self.poll.entries[self.index]
- *             entry.awaited = directions
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
- *             found = look_at(entry)
- *             if found:
-*/
-        ivshmem_sleep_begin(__pyx_v_entry->channel, __pyx_v_entry->sleep);
-
-        /* "ivshmem/channel/stream_poll.pyx":202
- *             entry.awaited = directions
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
- *             found = look_at(entry)             # <<<<<<<<<<<<<<
- *             if found:
- *                 self.wake_up(entry)
-*/
-        __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
-
-        /* "ivshmem/channel/stream_poll.pyx":203
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
- *             found = look_at(entry)
- *             if found:             # <<<<<<<<<<<<<<
- *                 self.wake_up(entry)
- *             return found
-*/
-        __pyx_t_1 = (__pyx_v_found != 0);
-
-        if (__pyx_t_1) {
-
-
-          /* "ivshmem/channel/stream_poll.pyx":204
- *             found = look_at(entry)
- *             if found:
- *                 self.wake_up(entry)             # <<<<<<<<<<<<<<
- *             return found
- * 
-*/
-          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 204, __pyx_L5_error)
-
-
-          /* "ivshmem/channel/stream_poll.pyx":203
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
- *             found = look_at(entry)
- *             if found:             # <<<<<<<<<<<<<<
- *                 self.wake_up(entry)
- *             return found
-*/
-        }
-
-        /* "ivshmem/channel/stream_poll.pyx":205
- *             if found:
- *                 self.wake_up(entry)
- *             return found             # <<<<<<<<<<<<<<
- * 
- *     cdef int wake_up(self, Entry *entry) except -1:
-*/
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L5_error)
-        __Pyx_GOTREF(__pyx_t_4);
-        {
-          PyObject *__pyx_temp;
-          {
-            __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_4;
-          }
-          __Pyx_XDECREF(__pyx_temp);
-        }
-        __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        goto __pyx_L4_return;
-      }
-
-      /* "ivshmem/channel/stream_poll.pyx":197
- *         if self.poll is None:
- *             raise ClosedError("this Sleeper has left its poll")
- *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
- *             self.end.enter()
- *             entry = &self.poll.entries[self.index]
-*/
-      /*finally:*/ {
-        __pyx_L4_return: {
-          __pyx_t_7 = __pyx_r;
-          __pyx_r = 0;
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_7;
-          __pyx_t_7 = 0;
-          goto __pyx_L0;
-        }
-        __pyx_L5_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-      }
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
   }
-
-  /* "ivshmem/channel/stream_poll.pyx":184
- *     cdef Py_ssize_t index
- * 
- *     def sleep(self, int directions):             # <<<<<<<<<<<<<<
- *         """Wait for these directions, until `ready` tells of one.
- * 
-*/
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
-
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":207
+/* "ivshmem/channel/stream_poll.pyx":187
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7709,7 +7744,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/stream_poll.pyx":208
+  /* "ivshmem/channel/stream_poll.pyx":188
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -7718,7 +7753,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   __pyx_v_entry->awaited = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":209
+  /* "ivshmem/channel/stream_poll.pyx":189
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7730,7 +7765,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":210
+    /* "ivshmem/channel/stream_poll.pyx":190
  *         entry.awaited = 0
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7739,7 +7774,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
     ivshmem_sleep_end(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-    /* "ivshmem/channel/stream_poll.pyx":209
+    /* "ivshmem/channel/stream_poll.pyx":189
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7748,7 +7783,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":211
+  /* "ivshmem/channel/stream_poll.pyx":191
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7761,7 +7796,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":207
+  /* "ivshmem/channel/stream_poll.pyx":187
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7775,7 +7810,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":213
+/* "ivshmem/channel/stream_poll.pyx":193
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7840,7 +7875,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":215
+  /* "ivshmem/channel/stream_poll.pyx":195
  *     def close(self):
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll             # <<<<<<<<<<<<<<
@@ -7852,7 +7887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __pyx_v_poll = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":217
+  /* "ivshmem/channel/stream_poll.pyx":197
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7863,7 +7898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":218
+    /* "ivshmem/channel/stream_poll.pyx":198
  *         cdef Py_ssize_t last
  *         if poll is None:
  *             return             # <<<<<<<<<<<<<<
@@ -7880,7 +7915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/stream_poll.pyx":217
+    /* "ivshmem/channel/stream_poll.pyx":197
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7889,7 +7924,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":219
+  /* "ivshmem/channel/stream_poll.pyx":199
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -7898,13 +7933,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 219, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 199, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_poll);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":220
+        /* "ivshmem/channel/stream_poll.pyx":200
  *             return
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1             # <<<<<<<<<<<<<<
@@ -7915,14 +7950,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
         __Pyx_INCREF(__pyx_t_3);
         if (unlikely(__pyx_t_3 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 220, __pyx_L5_error)
+          __PYX_ERR(0, 200, __pyx_L5_error)
         }
-        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 220, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 200, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __pyx_v_last = (__pyx_t_4 - 1);
 
 
-        /* "ivshmem/channel/stream_poll.pyx":221
+        /* "ivshmem/channel/stream_poll.pyx":201
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -7934,7 +7969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":222
+          /* "ivshmem/channel/stream_poll.pyx":202
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]             # <<<<<<<<<<<<<<
@@ -7943,7 +7978,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
           (__pyx_v_poll->entries[__pyx_v_self->index]) = (__pyx_v_poll->entries[__pyx_v_last]);
 
-          /* "ivshmem/channel/stream_poll.pyx":223
+          /* "ivshmem/channel/stream_poll.pyx":203
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]             # <<<<<<<<<<<<<<
@@ -7952,18 +7987,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 223, __pyx_L5_error)
+            __PYX_ERR(0, 203, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 223, __pyx_L5_error)
+            __PYX_ERR(0, 203, __pyx_L5_error)
           }
-          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 223, __pyx_L5_error)
+          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 203, __pyx_L5_error)
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":224
+          /* "ivshmem/channel/stream_poll.pyx":204
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index             # <<<<<<<<<<<<<<
@@ -7974,14 +8009,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 224, __pyx_L5_error)
+            __PYX_ERR(0, 204, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 224, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_3)->index = __pyx_t_4;
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":221
+          /* "ivshmem/channel/stream_poll.pyx":201
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -7990,7 +8025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":225
+        /* "ivshmem/channel/stream_poll.pyx":205
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()             # <<<<<<<<<<<<<<
@@ -7999,14 +8034,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
         if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 225, __pyx_L5_error)
+          __PYX_ERR(0, 205, __pyx_L5_error)
         }
-        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 225, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":219
+      /* "ivshmem/channel/stream_poll.pyx":199
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -8027,7 +8062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":226
+  /* "ivshmem/channel/stream_poll.pyx":206
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()
  *         self.poll = None             # <<<<<<<<<<<<<<
@@ -8038,7 +8073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->poll);
   __Pyx_DECREF_SET(__pyx_v_self->poll, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)Py_None));
 
-  /* "ivshmem/channel/stream_poll.pyx":227
+  /* "ivshmem/channel/stream_poll.pyx":207
  *             poll.sleepers.pop()
  *         self.poll = None
  *         self.owner = None             # <<<<<<<<<<<<<<
@@ -8048,7 +8083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __Pyx_GOTREF(__pyx_v_self->owner);
   __Pyx_DECREF_SET(__pyx_v_self->owner, Py_None);
 
-  /* "ivshmem/channel/stream_poll.pyx":213
+  /* "ivshmem/channel/stream_poll.pyx":193
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9182,7 +9217,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_11stream_poll_Sleeper(PyObject *o
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_11stream_poll_Sleeper[] = {
-  {"sleep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_sleep},
   {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2close},
   {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__},
   {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__},
@@ -9348,11 +9382,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
   __pyx_vtable_7ivshmem_7channel_11stream_poll_StreamPoll.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
   __pyx_vtable_7ivshmem_7channel_11stream_poll_StreamPoll.__pyx_base.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_StreamPoll_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll)) __PYX_ERR(0, 44, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll = &__pyx_type_7ivshmem_7channel_11stream_poll_StreamPoll;
   #endif
@@ -9360,7 +9394,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll);
@@ -9370,12 +9404,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamPoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamPoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9394,15 +9428,16 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
   /*--- Exttype __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper ---*/
   __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper = &__pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper;
   __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.wake_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up;
+  __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, int, int __pyx_skip_dispatch))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 159, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper);
@@ -9412,9 +9447,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -10070,64 +10105,64 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HAS_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":76
+  /* "ivshmem/channel/stream_poll.pyx":61
  *         free(self.entries)
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return a descriptor, which stays this object's.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 76, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":83
+  /* "ivshmem/channel/stream_poll.pyx":68
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def add(self, ChannelEnd end not None, owner):
  *         """Return the Sleeper of a Stream or StreamListener; `owner` is what `ready` tells."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 68, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":115
+  /* "ivshmem/channel/stream_poll.pyx":100
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def ready(self):
  *         """Return a list of (owner, directions) of those that slept and can continue.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 115, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":162
+  /* "ivshmem/channel/stream_poll.pyx":147
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -10157,34 +10192,34 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":184
- *     cdef Py_ssize_t index
+  /* "ivshmem/channel/stream_poll.pyx":164
+ *     """An end in a StreamPoll."""
  * 
- *     def sleep(self, int directions):             # <<<<<<<<<<<<<<
+ *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":213
+  /* "ivshmem/channel/stream_poll.pyx":193
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -10279,7 +10314,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 53, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -10312,30 +10347,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{15},{1},{1},{179},{8},{7},{6},{2},{9},{14},{31},{50},{22},{30},{11},{9},{11},{8},{7},{25},{27},{13},{13},{10},{28},{30},{14},{16},{17},{16},{20},{12},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{22},{14},{12},{10},{17},{13},{12},{12},{19},{8},{5},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{5},{6},{12},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{9},{11},{55},{136},{130},{77},{15},{251},{105},{232}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{9},{11},{55},{136},{130},{77},{15},{251},{232},{108}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1357 bytes) */
-static const char cstring[] = "x\332mSMS\033G\020E\261b$\220\013\311\200?p*^9q\000S\226\243D\330\256\370\220\222A\266\211+\024\002\312\330\370\2605\332\035\241\t\253]igVHI*\305Q\3079\316q\216{\334\243\216:\372\310q\217\372\t\376\t\351\331\225\000\207\250J\333=\323=\335\257_w\2570\027c\255\356\242\243&\266\331j\341\327m\207a\2155\020\3236z\254\341\330\032\241\232\211-R\303.b\330\352i\224\271\304`\330UN\266\266S\331y\\z^\322\220mj.\376\003\033\214j\324\253\031\026\242\024S\315\251k5\217X\214\330\032\353\2650-h[u\255\347x\232\215\261\2511Gk\201\337\345\007\254\201m\215b\246\024m\031\331\266\303\020#\216\255\303sb\037-k&q!\t\351`\365\372\025\262(. \323\324\301\017\233\204\242\232\205\261\255\276G\006\241\261f\222\016m4q\263\200]\327q\351\370\364\304\000\3706\266\236@=\0305\365\226cY\205V\257k;Pn\035y\026\323t\335\305\246g`]\327L/\312g;\366c(\277C\220\005V\203\330\204\351\272B\212m\263\345\020\233)\266\014\313\241\330d\rP\367\000M\013\250j \252Y\270\016f\240Ge\332\210|*\n\320\233\362\236^\331\336\254l\376^\376\240\357V6*[\357*J\335\203\313\361\373\261(\234\0032\242\326\350\372\205\001(\243\300\324US\204fr\240J\356E\005\357\000\212\013\355\177B_\266]\215~a\005\366/\235\342t\027\347:\261\260\355\\\272\000\305\354\351\372N\257\013\377M\230$}\033w\331.\256\353\372\270\333\300\267\256\233\312\002\277\272g\033J\036M\020\300\257\211\210\035I\307\364\254\350\306F\315X\342\023%\240\215\272\321\300\3061\365\232\361\311\305\024:\032\353\3438JU3\031k\236\335\"\3061D\033S\025\337v\230\032 \025\262\355!k\222e2\025W8;\277\300]u\000\326\316\221\321K\370\257\260\t3\204)\233TM\250n8\256\343\301\322\000W&\242=\333 N\341\374\216\032\026|u\340\200\271\310\3005d\034G\254\307sg8\236\315\306K\342\330\260\002&\354\265\333\213g?\356F\035\\LBL\302ps\262\016\205\361:\024.\255\203\205\334#\354\302b2p\200\375\247\r\322rNl\354*c\313iE\255tq\235\"bRl\325\241\256\361\352DsFc&\243R\275\226\251\276\024\237\027\337A\226\207\351\tF\307\020Am\316\nd\366\014X\221\030\220\036\003\321\036\255NY\216s\254\327\034\3268M\204\311\231\376\032\257*""\345\241\254\312\272_>M\214\222\367E\373L\3731\230\035\274\030\036\237Uw\303\344<\177&Vd^\026\303\344\364\351\337p\310\207\251U?\347?\n\266\207\37109\333/\236&>\247\246f\356)C\216/\360w\242$\272\222\371\317\203R\320\016SY>\315\333\342\272\260\374\274\212\320\351\037\360\212X\020\3250u\223\303\213\333\274=\202\017\023\353rZz\376\206\317\202g\203\345\341\342\320\370\264\360\351\335\331\336\341\331\341G\365\016\"\315\235\315\255\370I\277\354\037\004o\007\047C4\372\362\246}Z\036\245\356\013&\213\243\324l\177\235_\343\3050s#\274\001\305\205\231y\3763G\220\345\205\254\371\21103\327gP\311w\200\"\273\300\337\210\262\330\227K~\311\357\006\355AB]m\211\2520\345#\1773H\017r\203|\230[\022\337\013\"\333\376u\237\004l\000\201\263<\035W\221\351\277\341e%\266\200\313\362\347\353S\351L\277\324o+\217\224H(1+\236\312\233\262\030\253\3532)\313r\027BM\373\221\323\014\360\026YJ\242\255l*\327\212\374\301O@\260\231\251t6B\272,sp\314L\245\363\362\232,\312M\250\001j|\312\347\371\246\312\261\310?\210#\350\241\351\257\005\273\201;\2705p\207\363\303\227C\244*=\341\206\310\205\331\\\234\245\030\003\373J<\020\257\344\003H\007mX\026wdNB3\346\372]\256\210\2067H\211\036\004\237\210,O@s\337\0031`\272\321\377\250\356\"!\346EY\241\371\205W9V\361s|)\026\337\210\335\263\373O\240\243\321\351\256\310C\365i?7\212<~\022\037\000o>\366\253^8L\313v\314\346\001\264\245\252\322Cc?\337\212i\355\360=U\357M\276\026\341\200\336\356\373QaI\376J\361\270\300\313|_,\212\206D0\201Q\332{\200.\003S-\277\226\207\276\027\224\225\323kQT\267\020z\322\377hD\212\220\350\316T\372\256H\214\000\301[\336Q\371g!\355_bM\036\370\225`!\330\037\334\033\376\366\t]@P\274(\274\025\276\010\003F\241\004\350\343\004HL+\344\361`D\262y8=\224\177\006\213\001\n\263wD\324B\200\370\255@Q\347\337\372\047\001\206\321\372O\260\177\374\303\340j@\306\327!\200j\352\227\325,\211UY\222\275 \021@\313o\363.D\006\267E \363%L\310{?&\364_\362\014b\356";
-    PyObject *data = __Pyx_DecompressString(cstring, 1357, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1362 bytes) */
+static const char cstring[] = "x\332mS\315S\333F\024\307\215\0330\220\301\016&\037\244\323\310iS L\234:5I\2469t\034p\n\315\224\301\300\204\204\0344ki\215U\344\225\255]\031\273\355t8\372\270\307=\356QG\035}\3641G\216:\372O\340O\350[\311\006\032\352\031\353}\356\373\370\275\367\226\231\213\261Vs\321Q\003\023\266\222\377e\333aXcu\304\264\365.\253;D\263\250fb\333\252b\0271lw5\312\\\313`\330UND\333)\357<-\276*j\210\230\232\213\377\300\006\243\032\365\252\206\215(\305TsjZ\325\263lf\021\215u\233\230\346\265\255\232\326u<\215`lj\314\321\232\340w\365\001\253c\242Q\314\024\243-!B\034\206\230\345\020\035\236[\344hI3-\027\222Xm\254^\277E6\305yd\232:\370a\323\242\250jcL\324\367\310\260h\314\231V\233\326\033\270\221\307\256\353\270t$=3\240|\202\355g\320\017F\r\275\351\330v\276\331\355\020\007\332\255!\317f\232\256\273\330\364\014\254\353\232\351E\371\210C\236B\373m\013\331`5,b1]W\225bb6\035\2130\205\226a;\024\233\254\016\354\036T\323\004\250\352\210j6\256\201\031\340Q\231\326#\237\262*h\263\264\247\227\2677\312\033\277\227>\352\273\345\365\362\326\373\262b\367@9z?\"\371\213\202\214h4\272~i\000\310( u\335\024U3\026\250\242{Q\303;P\305%\367?\241\257\332\256G\277\264\002\372W\2448\335\245\\\263lL\234+\n`\314\256\256\357t;\360\337\200M\322\267q\207\355\342\232\256\217\246\rx\353\272\251,\360\253y\304P\364h\\\001\374\032\310\"\021uL\317\2164\0045b\212O\024\2011\352F\035\033\307\324k\304\222\213)L4\346Gq\024\253v2\346<\322\264\214c\2106\202*\326\266\231Z \025\262\345!{\234e\274\025\3270\273P\340\216\022\000\265\213\312\350\225\372\257\241\t;\204)\033wmQ\335p\\\307\203\243\001\254LD\273\304\260\234\374\205\216\0326|u\300\200\271\310\300Ud\034G\250\307{g8\036a\243#q\010\234\200\tw\355v\343\335\217\247Q\003\027\323\262L\213\341\306\370\034\362\243s\310_9\007\033\271G\330\205\303d\340\000\367O\353V\3239!\330U\306\246\323\214F\351\342\032E\226I\261]\203\276F\247\023\355\031\215\221\214Z\365\232\246\372R|\321|\033\331\036\246\047\030\035C\004u9\313\220\3313\340D\342\202\364\270\020\355\311\312\204\3558\307z\325a\365\323D""\230\234\356\255\362\212b\036\313\212\254\371\245\323\3040\371P\264\316\264\037\203\231\376\353\301\361Ye7L\316\363\227bY\346d!LN\236\376\rB.\234Z\3613\376\223`{\220\013\2233\275\302i\342|jb\372\2012dx\226\277\027E\321\221\314\177\025\024\203V8\225\346\223\274%n\n\333\317\251\010\355\336\001/\213\254\250\204S\2679\274\270\313[C\3700\261&\047\245\347\257\373,x\331_\032,\014\214\317\331\317\357\317\366\016\317\016?\251w\020i\356ln\331O\372%\377 x\327?\031\240\341\1775\255\323\322p\352\241`\2620\234\232\351\255\361\033\274\020\316\336\noAs\341\354<\377\211#\310\362ZV\375D8;\327c\320\311wPE:\3137EI\354\313E\277\350w\202V?\241T[\242\"L\371\304\337\010R\375L?\027f\026\305\367\302\222-\377\246o\005\254\017\201\323<\025w1\333\333\344%E\266\000\313\322\371\315\211\324l\257\330k)\217)\221PdF\274\220\267e!f\327dR\226\344.\204\232\364#\247i\300-\262\024EK\331T\256e\371\203\237\200`\323\023\251tT\351\222\314\2008;\221\312\311\033\262 7\240\007\350\361\005\237\347\033*\307\002\377(\216`\206\246\277\032\354\006n\377N\337\035\314\017\336\014\220\352\364\204\033\"\023\2463q\226B\\\330W\342\221x+\037A:\030\303\222\270\0473\022\2061\327\353p\0054\274A\212t!\370\230\244y\002\206\373\001\200\001\323\255\336\047\245\213\210\230\027%U\315\317\274\302\261\212\237\341\2131\371F\354\236=|\006\023\215\244\373\"\007\335\247\374\3140\362x.>B\275\271\330\257r\3510)[1\232\0070\226\212J\017\203=\2777\221\272/\022C0\274\343m\245\236\001\220\377\022\253\362\300/\007\331`\277\377`\360\333gh\3676_\215+\204rU\2302_\200\271S\210\014\360\206\263Y^\342\373\243n\001\032\017&\227\316\201\364X\376\031,\004(L\337\023\021\262P\360\267\002E\003y\347\237\004\030&\376E\260\177\374\303\340z@\306\327 \200\302:\313\177\025\005\000\006\224\2550\275(VdQv\203D\000\223\270\313;\020\031\334\026\240\30770\270\017~\334\347Y\362y\220;\277\023oP\233\357\251\321\216\033\2025\336\367\243\031&\371[\2652q\346\005Q\227\010\216-B\370\201\312\007\007,\277\226\207\276\027\224\276\254\"^\365\350\032\n\377\002\027\017d\004";
+    PyObject *data = __Pyx_DecompressString(cstring, 1362, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1760 bytes) */
-static const char cstring[] = "\377(tree fr\377agment).\377?Note th\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\377-484 and\377 rejects\377 subclas\377ses of b\377uiltin t\377ypes. If\377 you nee?d to p%\000%\t\377then set\376\200\000e \047anno\177tation_<\000\377ing\047 dir\366b\000iv\242\000o Fa\377lse.add_\376%\000edisabl\367een\002\001gcis\376\004\003divshme\377m.errors\356\007\004/ch[\000el/\376\315\000eam_pol\177l.pyxno\354\000\377fault __\377reduce__\367 duk\002non-\336\374\000vial\033\000ci\337nit__\260\000 e\177ndpoint\252!\377closedth\352\266 S\213\000p\250 has\217 lef\034\000\234 f\001C\372\037\002E\215\001HAS_E\377NDEDMAY_\177RECEIVE\007\001QS\022\0009\004@\004.\210\006c\226B\323__\017\007\260 s\247 e_\250\013\r\211\0029\005s\214\001S\360@a\003mP\355\000\000\007H\020\035\006t\000L\017\340\024\007\373 =\010i\0032\007fil\367eno^\010read\277y__Pyx\001\000D\376\307`_NextRe\347f__\347D\355 __d\376\026\001___func\236\004\000_get\332\003\021\000m\367ain\020\001modu\335l)\002nam\002\003ew\374)\001\304@_check\337sum__\n\001re\201s\317@\006\003A\004!\001\220\204\001\033\003u\037npickK\000\254D1\003\363vt\315a|\001qual\260^\005\216e\376.\250fex\260\001s\027et_\222\005s\265\010\233N\301`\363es\307`\360\003is_c\177oroutin\251 \377dasyncio].\013\006scl\027\000_\201 \377tracebac\371k\356b\362ccount\376\236\205\004onsendeOntry\366\204\003\210Cf \000\377diiditem\352\207\205\005.\210\205\004.\204\205\010lar\377gerlastm\377embershi\277powner\250\205\001p\373op\306Brefsa\377idselfse\007tde\266\205\002\343b\350b3\000\223\204\001\377updateus\373e_\241\204\005value\237sweak?\000\266\205\001(\177struct \247\206\004\375_\222\206\003 *)\000lo\377ok_both\200\377\001\330\004\n\210+\220Q\376\005\001%\240Q\240f\250A\377\200\001\340\004\037\230q\320\377 0\260\013\270;\300k\377\320QR\330\004\023\2207\377\230(\240!\2401\330\004\367\007\200|\n\000!\330\010)\377\250\021\250*\260N\300!\377\330\004\013\2101\200\001\360\337\010\000\n\033\230\026\000\021\220\377\024\220V\2304\230x\240\377t\2508\2604""\260q\330\377\010\020\220\007\220q\230\006\367\230l\250+\000\007\200v\210\377W\220E\230\024\230Q\330\367\010\022\220H\000\027\220q\340\377\010\027\220t\2305\240\007\377\240u\250C\250t\2607\377\270\047\300\025\300c\310\024\377\310V\320SZ\320Z[\374v\001G\000\017\320\017(\250\004\377\250A\250W\260K\270w\357\300a\340\010\005\nq\200A\377\340\010\037\230t\2401\340\377\010\013\2105\220\003\2201\337\330\014\r\330\r\332\000\330\014\337\023\2203\220ac\000;\240\377b\250\001\330\014\017\210t\372\324\000#\203\000\020\024\220H\230\377A\230T\240\032\2504\250\277x\260q\270\001\330\020\000I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\373\220\t\300\003\014\210H\220A\337\330\010\014\210I\311 A\360\377\006\000\t\014\2104\210q\277\330\014\020\220\010\230h\000\020\177\220\013\2306\240\022\240/\002}\013\344\000\004\240A\240RH\000K\007\250 \002\n\265 )\000\013\263 \363q\240\031\000h\001(\240&\250\377\001\200A\360\n\000\t\020\356\245\002\047\240\021\014\000\014\000\t\177!\240\003\2401\240D\301\000\276\341\0006\220\023\220D`\001\025\357\220Y\230g\301@d\250+\377\260R\260r\270\026\270r\277\300\023\300B\300a\346\001w\177\220c\230\021\330\020\021\216\001\373\013\230\266\002\010\230\002\230\"\337\230F\240\"\240\267\000\022\220\277\047\230\030\240\021\240\325@\017\367\210x\220\345!\210w\220a\037\330\010\017\210y\276\000\000\004\305@\345\001\332@X\226 \030\000\r\210[\334\027\001\002\002\230\023\230\375\000\013\210\337:\220Q\220e\\\001\021\220\375\032\001\003\034\230R\320\037/|\317@\206@\021\220\031\230!\342@\337\t\250\021\340\014\036\0012\230\247Y\240d\221`\n\000\034\213`\014.\031\005\007\240q\310#W\224@\243`\333\017\210\326@\360\026\321#v\220\235S\320!\022\220+\203\002\331@T\335\250\324\002\004\220F\304!\024\220\377A\220T\230\025\230h\240\351a\377`r\002\033\233\000\014\037\230\377q\240\005\240Z\250u\260\377A\330\014\024\220G\2301T\022\001X\000\330\371DQ\237a1\360 \177\030\000\t\031\230\001\340\315@\327K\220v\242\204\001\013\313@{""\230\377+\240W\250E\260\024\260?T\270\033\300J\310\325 {\005\\\224!\372AE\220\025\336`s\341\000C4\230\372@\203\003\321#\353`u\240`\373\020!\342 %\240z\260\025\337\260a\330\020\030\327!\013\210\2771\330\014\036\230a\233\000\004?\240K\250w\260e\330`\310`\336A\t~\250Z\260?\017t\220\3615\332`\321A\300\013\032\230)\240\2774\240y\260\001\260\360@\027\373\220x\365\000\001\330\020\025\2207W\230B\237`X\250\313#";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1760, 2218);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1765 bytes) */
+static const char cstring[] = "\377(tree fr\377agment).\377?Note th\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\377-484 and\377 rejects\377 subclas\377ses of b\377uiltin t\377ypes. If\377 you nee?d to p%\000%\t\377then set\376\200\000e \047anno\177tation_<\000\377ing\047 dir\366b\000iv\242\000o Fa\377lse.add_\376%\000edisabl\367een\002\001gcis\376\004\003divshme\377m.errors\356\007\004/ch[\000el/\376\315\000eam_pol\177l.pyxno\354\000\377fault __\377reduce__\367 duk\002non-\336\374\000vial\033\000ci\337nit__\260\000 e\177ndpoint\252!\377closedth\352\266 S\213\000p\250 has\217 lef\034\000\234 f\001C\372\037\002E\215\001HAS_E\377NDEDMAY_\177RECEIVE\007\001QS\022\0009\004@\004.\210\006c\226B\323__\017\007\260 s\247 e_\250\013\r\211\0029\005s\214\001S\360@a\003mP\355\000\000\007H\020\035\006t\000L\017\340\024\007\373 =\010i\0032\007fil\367eno^\010read\277y__Pyx\001\000D\376\307`_NextRe\347f__\347D\355 __d\376\026\001___func\236\004\000_get\332\003\021\000m\367ain\020\001modu\335l)\002nam\002\003ew\374)\001\304@_check\337sum__\n\001re\201s\317@\006\003A\004!\001\220\204\001\033\003u\037npickK\000\254D1\003\363vt\315a|\001qual\260^\005\216e\376.\250fex\260\001s\027et_\222\005s\265\010\233N\301`\363es\307`\360\003is_c\177oroutin\251 \377dasyncio].\013\006scl\027\000_\201 \377tracebac\371k\356b\362ccount\376\236\205\004onsendeOntry\366\204\003\210Cf \000\377diiditem\352\207\205\005.\210\205\004.\204\205\010lar\377gerlastm\377embershi\277powner\250\205\001p\373op\306Brefsa\377idselfse\007tde\266\205\002\343b\350b3\000\223\204\001\377updateus\373e_\241\204\005value\237sweak?\000\266\205\001(\177struct \247\206\004\375_\222\206\003 *)\000lo\377ok_both\200\377\001\330\004\n\210+\220Q\376\005\001%\240Q\240f\250A\377\200\001\340\004\037\230q\320\377 0\260\013\270;\300k\377\320QR\330\004\023\2207\377\230(\240!\2401\330\004\367\007\200|\n\000!\330\010)\377\250\021\250*\260N\300!\377\330\004\013\2101\200\001\360\337\010\000\n\033\230\026\000\021\220\377\024\220V\2304\230x\240\377t\2508\2604""\260q\330\377\010\020\220\007\220q\230\006\367\230l\250+\000\007\200v\210\377W\220E\230\024\230Q\330\367\010\022\220H\000\027\220q\340\377\010\027\220t\2305\240\007\377\240u\250C\250t\2607\377\270\047\300\025\300c\310\024\377\310V\320SZ\320Z[\374v\001G\000\017\320\017(\250\004\377\250A\250W\260K\270w\357\300a\340\010\005\nq\200A\377\340\010\037\230t\2401\340\377\010\013\2105\220\003\2201\337\330\014\r\330\r\332\000\330\014\337\023\2203\220ac\000;\240\377b\250\001\330\014\017\210t\372\324\000#\203\000\020\024\220H\230\377A\230T\240\032\2504\250\277x\260q\270\001\330\020\000I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\373\220\t\300\003\014\210H\220A\337\330\010\014\210I\311 A\360\377\006\000\t\014\2104\210q\277\330\014\020\220\010\230h\000\020\177\220\013\2306\240\022\240/\002}\013\344\000\004\240A\240RH\000K\007\250 \002\n\265 )\000\013\263 \363q\240\031\000h\001(\240&\250\377\001\200A\360\n\000\t\020\356\245\002\047\240\021\014\000\014\000\t\177!\240\003\2401\240D\301\000\276\341\0006\220\023\220D`\001\025\357\220Y\230g\301@d\250+\377\260R\260r\270\026\270r\277\300\023\300B\300a\346\001w\177\220c\230\021\330\020\021\216\001\373\013\230\266\002\010\230\002\230\"\337\230F\240\"\240\267\000\022\220\277\047\230\030\240\021\240\325@\017\367\210x\220\345!\210w\220a\037\330\010\017\210y\276\000\000\004\305@\345\001\332@X\226 \030\000\r\210[\334\027\001\002\002\230\023\230\375\000\013\210\337:\220Q\220e\\\001\021\220\375\032\001\003\034\230R\320\037/|\317@\206@\021\220\031\230!\342@\337\t\250\021\340\014\036\0012\230\247Y\240d\221`\n\000\034\213`\014.\031\005\007\240q\310#W\224@\243`\373\017\210\326@\360\030\000\t\031w\230\001\340\344 K\220v\271a\375\013\342 {\230+\240W\250\377E\260\024\260T\270\033\300\273J\310\354\000\022\220+\234\003\020\273\220\001\221AE\220\025\365@s\366x\0004\230\221@\024\220A\220iT\347\004\202`u\267@\020!\371\000\377%\240z\260\025\260a\330\333\020\030\356\001\013\210\267`\036\230""\373a\230\215AK\250w\260ex\357@\337@A\t~\250Z\260?\017\347t\2205\361@\350!\024\220G\363\2301\226 \350`q\330\020\032\377\230)\2404\240y\260\001\235\260\207@\027\220xW\000\345`\025o\220W\230B\266@X\250\342\003\177\320\0042\260!\360\026\274c\347v\220S\273a\311\005\r%\240;T\250\277B\004\220F\257a\305\003\377\025\230h\240a\240t\250\352\335\"\033l\001\037\263\000\005\240Z?\250u\260A\330\014x\013\345\204\003\005Q\212\205\0011";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1765, 2221);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2218 bytes) */
-static const char bytes[] = "(tree fragment).?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce_cython__Sleeper.__setstate_cython__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce_cython__StreamPoll.__setstate_cython__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____dict____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Sleeper__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___dict_is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleeperstateupdateuse_setstatevaluesweakrefint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\330\004%\240Q\240f\250A\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2207\230(\240!\2401\330\004\007\200|\2207\230!\330\010)\250\021\250*\260N\300!\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\021\220\024\220V\2304\230x\240t\2508\2604\260q\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220t\2305\240\007\240u\250C\250t\2607\270\047\300\025\300c\310\024\310V\320SZ\320Z[\330\004\007\200q\330\010\017\320\017(\250\004\250A\250W\260K\270w\300a\340\010\017\320\017(\250\004\250A\250W\260K\270q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#""\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021""\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q";
+    #else /* compression: none (2221 bytes) */
+static const char bytes[] = "(tree fragment).?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce_cython__Sleeper.__setstate_cython__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce_cython__StreamPoll.__setstate_cython__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____dict____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Sleeper__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___dict_is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleeperstateupdateuse_setstatevaluesweakrefint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\330\004%\240Q\240f\250A\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2207\230(\240!\2401\330\004\007\200|\2207\230!\330\010)\250\021\250*\260N\300!\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\021\220\024\220V\2304\230x\240t\2508\2604\260q\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220t\2305\240\007\240u\250C\250t\2607\270\047\300\025\300c\310\024\310V\320SZ\320Z[\330\004\007\200q\330\010\017\320\017(\250\004\250A\250W\260K\270w\300a\340\010\017\320\017(\250\004\250A\250W\260K\270q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#""\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y""\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -10458,22 +10493,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 76};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 61};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 83};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 68};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_owner, __pyx_mstate->__pyx_n_u_larger, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_count};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 115};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 100};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_said, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_ready};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_ready, __pyx_mstate->__pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 162};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
@@ -10488,12 +10523,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_found};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_A_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 213};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_poll, __pyx_mstate->__pyx_n_u_last};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -29,14 +29,6 @@ MAY_RECEIVE = 1 << RECEIVE  # also of a listener: that it may accept
 HAS_ENDED = 1 << ENDED  # the other end receives no more, or is gone
 
 
-cdef struct Entry:
-    ivshmem_stream *stream  # NULL: it is a listener
-    ivshmem_listener *listener
-    ivshmem_channel *channel
-    ivshmem_sleep *sleep
-    int awaited  # 0: it does not sleep
-
-
 cdef int look_at(Entry *entry) noexcept nogil:
     """Return which of the awaited directions would not wait; those of an end that fails are all."""
     cdef int found
@@ -53,13 +45,6 @@ cdef int look_at(Entry *entry) noexcept nogil:
 @cython.no_gc_clear
 cdef class StreamPoll(Dependent):
     """The ends for which a loop waits. One thread uses it, and closes it before the channels."""
-
-    cdef Membership membership
-    cdef Wakeup wakeup
-    cdef Entry *entries
-    cdef list sleepers  # at the places of the entries
-    cdef Py_ssize_t room
-    cdef bint open
 
     def __cinit__(self, Membership membership not None):
         self.membership = membership
@@ -176,12 +161,7 @@ cdef class StreamPoll(Dependent):
 cdef class Sleeper:
     """An end in a StreamPoll."""
 
-    cdef StreamPoll poll
-    cdef ChannelEnd end
-    cdef object owner
-    cdef Py_ssize_t index
-
-    def sleep(self, int directions):
+    cpdef int sleep(self, int directions) except -1:
         """Wait for these directions, until `ready` tells of one.
 
         Returns:

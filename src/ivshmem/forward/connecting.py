@@ -67,7 +67,8 @@ class Connecting(Uncopied):
         turns.due(self)
 
     def awaken(self, directions: int) -> None:
-        """Do nothing: a turn follows."""
+        """Have a turn."""
+        self._turns.due(self)
 
     def turn(self) -> bool:
         """Accept some; whether more may be there."""

@@ -54,8 +54,15 @@ class SocketPlug(Uncopied):
         self.source = self.target = sock.fileno()
 
     def watch(self, poller: Poller, act: Callable[[int], object]) -> None:
-        """Call `act(events)` at each edge."""
+        """Call `act(events)` at each edge; when there is room again, after `watch_output` only.
+
+        Each write that the other side takes would be an edge, and most are of no use.
+        """
         poller.watch_events(self.source, act, EDGES)
+
+    def watch_output(self, poller: Poller) -> None:
+        """Call `act` also when there is room to write again."""
+        poller.watch_for(self.source, EDGES | select.EPOLLOUT)
 
     def end(self, poller: Poller) -> None:
         """Tell the other side that nothing more comes.
@@ -98,6 +105,9 @@ class StdioPlug(Uncopied):
                 poller.watch_events(fd, act, events | select.EPOLLRDHUP | select.EPOLLET)
             except PermissionError:
                 act(events)
+
+    def watch_output(self, poller: Poller) -> None:
+        """Do nothing: it is watched from the beginning."""
 
     def end(self, poller: Poller) -> None:
         """Close standard output, so that its reader sees the end.

@@ -1,10 +1,9 @@
 """Internal: one connection: what comes from its socket goes into the ring, and the other way round.
 
-Knows: half-close, resets, back pressure. Does not know: how the connection was made, whose turn it
-is.
+Knows: half-close and resets. Does not know: how bytes move (channel/pumps.pyx); how the connection
+was made.
 
-Each direction moves until one side would wait: then only that side is waited for. So a slow reader
-fills its ring, then its writer's socket, and holds up nobody else.
+A slow reader fills its ring, then its writer's socket, and holds up nobody else.
 
 How each end is passed on:
 
@@ -17,22 +16,18 @@ How each end is passed on:
 
 from __future__ import annotations
 
-import select
+import errno
 import socket
 from collections.abc import Callable
 
-from ..channel.stream_poll import HAS_ENDED, MAY_RECEIVE, MAY_SEND
-from ..channel.streams import BROKEN, DESCRIPTOR_WAITS, RING_WAITS, Stream
+from ..channel.pumps import HAS_MORE, SOURCE_ENDED, STREAM_ENDED, STREAM_RESET, TARGET_BLOCKS, Pump
+from ..channel.streams import Stream
 from ..errors import IvshmemError, reason_of
-from ..system import late_logging
 from ..system.uncopied import Uncopied
 from .plugs import SocketPlug, StdioPlug
 from .turns import Turns
 
-_log = late_logging.log_of("ivshmem.forward")
-
 _SHARE = 1 << 18  # bytes that a turn moves in each direction
-_HUNG = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class SocketRelay(Uncopied):
@@ -60,152 +55,97 @@ class SocketRelay(Uncopied):
         self.name = name
         self.failed = ""
         self.over = False
-        self.moved = [0, 0]  # bytes into the ring, and out of it
         self._turns = turns
         self._stream = stream
         self._plug = plug
-        self._piece = piece
         self._on_end = on_end
-        self._inward = self._outward = True  # the directions that have not ended
-        self._readable = self._writable = True  # until it turns out that it is not
-        # Whether a read that brings less than was asked for is followed by another one: the socket
-        # said that its end comes, or it is none.
-        self._hung = not plug.is_socket
         self._refuses = False  # the socket takes no more
-        self._sleeper = turns.poll.add(stream, self)
+        self._pump = Pump(
+            turns.poll,
+            stream,
+            plug.source,
+            plug.target,
+            share=_SHARE,
+            piece=piece,
+            short_is_empty=plug.is_socket,
+            told=self._told,
+        )
         try:
-            plug.watch(turns.poller, self._noted)
+            plug.watch(turns.poller, self._pump.noted)
         except BaseException:
             self.reset("it cannot be watched")
             raise
         turns.due(self)
 
-    def _noted(self, events: int) -> None:
-        if events & (select.EPOLLIN | _HUNG):
-            self._readable = True
-        if events & (select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR):
-            self._writable = True
-        if events & _HUNG:
-            self._hung = True
-        self._turns.due(self)
-
-    def awaken(self, directions: int) -> None:
-        """Note what the ring can do."""
-        if directions & HAS_ENDED and self._inward:
-            self._inward = False  # what the socket still sends reaches nobody
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes into the channel, and out of it."""
+        return self._pump.into, self._pump.out
 
     def turn(self) -> bool:
-        """Move a fair share; whether there is more to move."""
-        if self.over:
-            return False
+        """Move a fair share; what is left gets a turn by `_told`."""
+        self._pump.turn()
+        return False
+
+    def awaken(self, directions: int) -> None:
+        """Do nothing: in the poll stands the pump."""
+
+    def _told(self, result: int, error: Exception | None) -> None:
+        """Do what follows from a turn that did not end in sleep."""
         try:
-            more = (self._inward and self._readable and self._fill()) | (
-                self._outward and self._writable and self._drain()
-            )
-            if self.over:
-                return False
-            if not self._inward and not self._outward:
-                self._finish()
-                return False
-            if more:
-                return True
-            found = self._sleeper.sleep(self._awaited())
-            if found:
-                self.awaken(found)
-            return found != 0
-        except (OSError, IvshmemError) as error:
-            self.reset(reason_of(error) if isinstance(error, OSError) else str(error))
-            return False
+            if error is not None:
+                self._fail(error)
+            elif result != HAS_MORE:
+                self._act(result)
+        except OSError as failed:  # of the socket: it is gone by now
+            self.reset(reason_of(failed))
+        except IvshmemError as failed:
+            self.reset(str(failed))
+        if self.over:
+            return
+        if self._pump.inward or self._pump.outward:
+            self._turns.due(self)
+        elif self._refuses:
+            self.reset("the socket takes no more")
+        else:
+            self._close(failed=False)
 
-    def _awaited(self) -> int:
-        wanted = 0
-        if self._inward:
-            wanted |= HAS_ENDED | (MAY_SEND if self._readable else 0)
-        if self._outward and self._writable:
-            wanted |= MAY_RECEIVE
-        return wanted
-
-    def _fill(self) -> bool:
-        """Move from the socket into the ring."""
-        left = _SHARE
-        while left > 0:
-            try:
-                moved, partly = self._stream._fill(self._plug.source, self._piece)
-            except ConnectionResetError:
-                self.reset("the socket was reset")
-                return False
-            if moved > 0:
-                self.moved[0] += moved
-                left -= moved
-                if partly and not self._hung:
-                    self._readable = False
-                    return False
-            elif moved == 0:
-                self._inward = False
-                if self._refuses:
-                    self.reset("the socket was closed, and takes no more")
-                else:
-                    self._stream.shutdown(socket.SHUT_WR)
-                return False
-            elif moved == DESCRIPTOR_WAITS:
-                self._readable = False
-                return False
-            elif moved == RING_WAITS:
-                return False
+    def _act(self, result: int) -> None:
+        if result == SOURCE_ENDED:
+            self._pump.inward = False
+            if self._refuses:
+                self.reset("the socket was closed, and takes no more")
             else:
-                assert moved == BROKEN
-                self._inward = False
-                return False
-        return True
+                self._stream.shutdown(socket.SHUT_WR)
+        elif result == STREAM_ENDED:
+            self._pump.outward = False
+            self._plug.end(self._turns.poller)
+        elif result == STREAM_RESET:
+            self.reset("the other side reset it, or is gone")
+        else:
+            assert result == TARGET_BLOCKS
+            self._plug.watch_output(self._turns.poller)
 
-    def _drain(self) -> bool:
-        """Move from the ring to the socket."""
-        left = _SHARE
-        while left > 0:
-            try:
-                moved, partly = self._stream._drain(self._plug.target, self._piece)
-            except (BrokenPipeError, ConnectionResetError):
-                self._outward = False
-                self._refuses = True
-                if self._inward and self._plug.is_socket:
-                    self._stream.shutdown(socket.SHUT_RD)
-                    self._readable = True  # it has something to say, an end at least
-                    self._turns.due(self)
-                else:
-                    self.reset("the socket takes no more")
-                return False
-            if moved > 0:
-                self.moved[1] += moved
-                left -= moved
-                if partly:
-                    self._writable = False
-                    return False
-            elif moved == 0:
-                self._outward = False
-                self._plug.end(self._turns.poller)
-                return False
-            elif moved == DESCRIPTOR_WAITS:
-                self._writable = False
-                return False
-            elif moved == RING_WAITS:
-                return False
-            else:
-                assert moved == BROKEN
-                self.reset("the other side reset it, or is gone")
-                return False
-        return True
+    def _fail(self, error: Exception) -> None:
+        is_gone = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET)
+        if not is_gone:
+            raise error
+        if self._pump.failed:
+            self.reset("the socket was reset")
+        elif self._pump.inward and self._plug.is_socket:
+            # It has something to say yet, an end at least.
+            self._pump.outward = False
+            self._refuses = True
+            self._stream.shutdown(socket.SHUT_RD)
+            self._pump.readable = True
+        else:
+            self.reset("the socket takes no more")
 
     # -- the end ----------------------------------------------------------------------------------
 
     def silence(self) -> float:
         """Return for how many seconds the other side has shown no sign of life."""
         return 0.0 if self.over else self._stream._silence()
-
-    def _finish(self) -> None:
-        if self._refuses:
-            self.reset("the socket takes no more")
-        else:
-            self._close(failed=False)
 
     def reset(self, reason: str) -> None:
         """End it at both sides by a reset."""
@@ -215,7 +155,7 @@ class SocketRelay(Uncopied):
 
     def _close(self, *, failed: bool) -> None:
         self.over = True
-        self._sleeper.close()
+        self._pump.close()
         self._plug.close(self._turns.poller, failed=failed)
         if failed:
             self._stream.abort()

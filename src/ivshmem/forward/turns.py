@@ -21,7 +21,7 @@ from ..channel.stream_poll import StreamPoll
 from ..system.loop import Poller, woken_by_signals
 from ..system.uncopied import Uncopied
 
-EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+EDGES = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
 class TakesTurns(Protocol):
@@ -31,7 +31,7 @@ class TakesTurns(Protocol):
         """Do a fair share of what there is to do; whether another turn is due."""
 
     def awaken(self, directions: int) -> None:
-        """Note that the end of the channel can continue."""
+        """Take in that the end of the channel can continue."""
 
 
 class Turns(Uncopied):
@@ -68,7 +68,6 @@ class Turns(Uncopied):
     def _rung(self, _events: int) -> None:
         for owner, directions in self.poll.ready():
             owner.awaken(directions)
-            self.due(owner)
 
     def run(self) -> None:
         """Give turns until `stop` is called.
