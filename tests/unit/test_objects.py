@@ -163,6 +163,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
             "queues": ("ClaimingEnd", "QueueReader", "Taken"),
             "calls": ("Caller", "PendingCall", "CallServer", "Call"),
             "streams": ("StreamListener",),
+            "stream_poll": ("StreamPoll",),
         }.items()
         for kind in kinds
     },

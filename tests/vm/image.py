@@ -30,8 +30,8 @@ from .newc import Newc
 INIT = Path(__file__).parent / "inside" / "init"
 
 # What a guest needs for its program's channel; what it needs to reach the host's files; what vfio
-# needs on top; a network card, for measurements; drivers that take any PCI device they are told to. The modules that these depend on
-# are added.
+# needs on top; a network card, for measurements; drivers that take any PCI device they are told to.
+# The modules that these depend on are added.
 MODULES = {
     "base": ("virtio_pci", "virtio_console"),
     "files": ("9pnet_virtio", "9p", "overlay"),

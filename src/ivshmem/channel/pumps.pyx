@@ -100,6 +100,9 @@ cdef class Pump:
         self.inward = self.outward = self.readable = self.writable = True
         self.sleeper = poll.add(stream, self)
 
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+
     def noted(self, int events):
         """Take in what epoll(7) says of the descriptors, and have a turn."""
         if events & (IN | HUNG):

@@ -1819,7 +1819,6 @@ static const char * const __pyx_cfilenm = __FILE__;
 
 static const char* const __pyx_f[] = {
   "ivshmem/channel/stream_poll.pyx",
-  "(tree fragment)",
   "cpython/type.pxd",
   "ivshmem/native/descriptors.pxd",
   "ivshmem/native/spin.pxd",
@@ -2986,7 +2985,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll {
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll;
 
 
-/* "ivshmem/channel/stream_poll.pyx":159
+/* "ivshmem/channel/stream_poll.pyx":162
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -3460,6 +3459,36 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
 
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
@@ -3501,9 +3530,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyFrozenDict.proto (used by GetItemInt) */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -3576,9 +3602,6 @@ static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
 /* py_dict_pop_ignore.proto */
 static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
 
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
 /* RaiseUnboundLocalError.proto */
 static void __Pyx_RaiseUnboundLocalError(const char *varname);
 
@@ -3604,19 +3627,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyList_Pop(PyObject* L);
 #define __Pyx_PyList_Pop(L)  __Pyx__PyObject_Pop(L)
 #define __Pyx_PyObject_Pop(L)  __Pyx__PyObject_Pop(L)
 #endif
-
-/* GetAttr3.proto */
-static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* DeallocKeepAlive.proto */
 #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -3692,6 +3702,12 @@ static int __Pyx_GetVtable(PyTypeObject *type, void** table);
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
 
+/* RaiseErrorWithObjectType1.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
 /* ValidateBasesTuple.proto (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
 static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases);
@@ -3705,26 +3721,6 @@ static int __Pyx_MergeVtables(PyTypeObject *type);
 
 /* SetVTable.export */
 static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
-
-/* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
-#endif
-
-/* DelItemOnTypeDict.proto (used by SetupReduce) */
-#define __Pyx_DelItemOnTypeDict(tp, k) __Pyx__DelItemOnTypeDict((PyTypeObject*)tp, k)
-
-/* DelItemOnTypeDict.export */
-static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k);
-
-/* SetItemOnTypeDict.proto (used by SetupReduce) */
-#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
-
-/* SetItemOnTypeDict.export */
-static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
-
-/* SetupReduce.export */
-static int __Pyx_setup_reduce(PyObject* type_obj);
 
 /* FunctionImport.proto */
 static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig);
@@ -3902,6 +3898,17 @@ static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml,
                                       PyObject* code);
 static PyTypeObject *__Pyx_Get_CyFunction_Type(void);
 
+/* LimitedApiGetTypeTypeDict.proto (used by SetItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
+#endif
+
+/* SetItemOnTypeDict.proto */
+#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
+
+/* SetItemOnTypeDict.export */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
+
 /* CLineInTraceback.proto (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
 static int __Pyx_CLineForTraceback(PyThreadState *tstate, int c_line);
@@ -3935,22 +3942,10 @@ static void __pyx_insert_code_object(int code_line, __Pyx_CachedCodeObjectType* 
 static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
-/* PyObjectCallMethod1.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg);
-
-/* CheckUnpickleChecksumError.export */
-static void __Pyx_RaiseUnpickleChecksumError(long checksum, long checksum1, long checksum2, long checksum3, const char *members);
-
 /* GCCDiagnostics.proto */
 #if !defined(__INTEL_COMPILER) && defined(__GNUC__) && (__GNUC__ > 4 || (__GNUC__ == 4 && __GNUC_MINOR__ >= 6))
 #define __Pyx_HAS_GCC_DIAGNOSTIC
 #endif
-
-/* UpdateUnpickledDict.export */
-static int __Pyx_UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index);
-
-/* CheckUnpickleChecksum.proto */
-static CYTHON_INLINE int __Pyx_CheckUnpickleChecksum(long checksum, long checksum1, long checksum2, long checksum3, const char *members);
 
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -3975,11 +3970,11 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 /* CIntFromPy.proto */
 static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
-/* CIntFromPy.proto */
-static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
-
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
 
 /* GetRuntimeVersion.proto */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
@@ -4121,7 +4116,6 @@ static int (*__pyx_f_7ivshmem_7channel_7streams_look_both)(struct ivshmem_stream
 
 /* Module declarations from "ivshmem.channel.stream_poll" */
 static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *); /*proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper__set_state(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
 #define __Pyx_MODULE_NAME "ivshmem.channel.stream_poll"
@@ -4132,22 +4126,18 @@ int __pyx_module_is_main_ivshmem__channel__stream_poll = 0;
 /* #### Code section: global_var ### */
 static PyObject *__pyx_builtin_id;
 /* #### Code section: string_decls ### */
-static const char __pyx_k_end_index_owner_poll[] = "end, index, owner, poll";
 static const char __pyx_k_Internal_many_connections_and_li[] = "Internal: many connections and listeners, for which one loop waits by one descriptor.\n\nKnows: which of them can continue. Does not know: what a loop does with them.\n\nA ring is for a process, and does not say for which of its ends it was. A loop of hundreds of\nconnections asks here, where one pass in C looks at all that sleep, in some ten nanoseconds each.\n\nInvariant: an end that sleeps says so in memory since it was last looked at. Its ring may be under\nway at that moment, and a ring is sent once for each sleep: so each pass says it again.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership); /* proto */
 static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_owner); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, PyObject *__pyx_v___pyx_state); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v___pyx_type, long __pyx_v___pyx_checksum, PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_owner); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_11stream_poll_StreamPoll(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_11stream_poll_StreamPoll(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_11stream_poll_Sleeper(PyObject *o, 
@@ -4224,9 +4214,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     __Pyx_CachedCFunction __pyx_umethod_PyList_Type_pop;
-    PyObject *__pyx_codeobj_tab[11];
-    PyObject *__pyx_string_tab[100];
-    PyObject *__pyx_number_tab[1];
+    PyObject *__pyx_codeobj_tab[8];
+    PyObject *__pyx_string_tab[79];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4275,18 +4264,18 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[0]
+#define __pyx_kp_u_cannot_be_copied_or_pickled __pyx_string_tab[0]
 #define __pyx_kp_u__2 __pyx_string_tab[1]
 #define __pyx_kp_u_ __pyx_string_tab[2]
 #define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[3]
-#define __pyx_kp_u_add_note __pyx_string_tab[4]
-#define __pyx_kp_u_disable __pyx_string_tab[5]
-#define __pyx_kp_u_enable __pyx_string_tab[6]
-#define __pyx_kp_u_gc __pyx_string_tab[7]
-#define __pyx_kp_u_isenabled __pyx_string_tab[8]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[9]
-#define __pyx_kp_u_ivshmem_channel_stream_poll_pyx __pyx_string_tab[10]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[11]
+#define __pyx_kp_u_a __pyx_string_tab[4]
+#define __pyx_kp_u_add_note __pyx_string_tab[5]
+#define __pyx_kp_u_disable __pyx_string_tab[6]
+#define __pyx_kp_u_enable __pyx_string_tab[7]
+#define __pyx_kp_u_gc __pyx_string_tab[8]
+#define __pyx_kp_u_isenabled __pyx_string_tab[9]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[10]
+#define __pyx_kp_u_ivshmem_channel_stream_poll_pyx __pyx_string_tab[11]
 #define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[12]
 #define __pyx_kp_u_this_Sleeper_has_left_its_poll __pyx_string_tab[13]
 #define __pyx_n_u_ClosedError __pyx_string_tab[14]
@@ -4294,88 +4283,66 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_MAY_RECEIVE __pyx_string_tab[16]
 #define __pyx_n_u_MAY_SEND __pyx_string_tab[17]
 #define __pyx_n_u_Sleeper __pyx_string_tab[18]
-#define __pyx_n_u_Sleeper___reduce_cython __pyx_string_tab[19]
-#define __pyx_n_u_Sleeper___setstate_cython __pyx_string_tab[20]
-#define __pyx_n_u_Sleeper_close __pyx_string_tab[21]
-#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[22]
-#define __pyx_n_u_StreamPoll __pyx_string_tab[23]
-#define __pyx_n_u_StreamPoll___reduce_cython __pyx_string_tab[24]
-#define __pyx_n_u_StreamPoll___setstate_cython __pyx_string_tab[25]
-#define __pyx_n_u_StreamPoll_add __pyx_string_tab[26]
-#define __pyx_n_u_StreamPoll_close __pyx_string_tab[27]
-#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[28]
-#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[29]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[30]
-#define __pyx_n_u_annotate __pyx_string_tab[31]
-#define __pyx_n_u_dict __pyx_string_tab[32]
-#define __pyx_n_u_func __pyx_string_tab[33]
-#define __pyx_n_u_getstate __pyx_string_tab[34]
-#define __pyx_n_u_main __pyx_string_tab[35]
-#define __pyx_n_u_module __pyx_string_tab[36]
-#define __pyx_n_u_name __pyx_string_tab[37]
-#define __pyx_n_u_new __pyx_string_tab[38]
-#define __pyx_n_u_pyx_checksum __pyx_string_tab[39]
-#define __pyx_n_u_pyx_result __pyx_string_tab[40]
-#define __pyx_n_u_pyx_state __pyx_string_tab[41]
-#define __pyx_n_u_pyx_type __pyx_string_tab[42]
-#define __pyx_n_u_pyx_unpickle_Sleeper __pyx_string_tab[43]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[44]
-#define __pyx_n_u_qualname __pyx_string_tab[45]
-#define __pyx_n_u_reduce __pyx_string_tab[46]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[47]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[48]
-#define __pyx_n_u_set_name __pyx_string_tab[49]
-#define __pyx_n_u_setstate __pyx_string_tab[50]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[51]
-#define __pyx_n_u_test __pyx_string_tab[52]
-#define __pyx_n_u_dict_2 __pyx_string_tab[53]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[54]
-#define __pyx_n_u_add __pyx_string_tab[55]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[56]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[57]
-#define __pyx_n_u_close __pyx_string_tab[58]
-#define __pyx_n_u_closed __pyx_string_tab[59]
-#define __pyx_n_u_count __pyx_string_tab[60]
-#define __pyx_n_u_directions __pyx_string_tab[61]
-#define __pyx_n_u_end __pyx_string_tab[62]
-#define __pyx_n_u_entry __pyx_string_tab[63]
-#define __pyx_n_u_errors __pyx_string_tab[64]
-#define __pyx_n_u_fileno __pyx_string_tab[65]
-#define __pyx_n_u_found __pyx_string_tab[66]
-#define __pyx_n_u_i __pyx_string_tab[67]
-#define __pyx_n_u_id __pyx_string_tab[68]
-#define __pyx_n_u_items __pyx_string_tab[69]
-#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[70]
-#define __pyx_n_u_larger __pyx_string_tab[71]
-#define __pyx_n_u_last __pyx_string_tab[72]
-#define __pyx_n_u_membership __pyx_string_tab[73]
-#define __pyx_n_u_owner __pyx_string_tab[74]
-#define __pyx_n_u_poll __pyx_string_tab[75]
-#define __pyx_n_u_pop __pyx_string_tab[76]
-#define __pyx_n_u_ready __pyx_string_tab[77]
-#define __pyx_n_u_ref __pyx_string_tab[78]
-#define __pyx_n_u_said __pyx_string_tab[79]
-#define __pyx_n_u_self __pyx_string_tab[80]
-#define __pyx_n_u_setdefault __pyx_string_tab[81]
-#define __pyx_n_u_sleep __pyx_string_tab[82]
-#define __pyx_n_u_sleeper __pyx_string_tab[83]
-#define __pyx_n_u_state __pyx_string_tab[84]
-#define __pyx_n_u_update __pyx_string_tab[85]
-#define __pyx_n_u_use_setstate __pyx_string_tab[86]
-#define __pyx_n_u_values __pyx_string_tab[87]
-#define __pyx_n_u_weakref __pyx_string_tab[88]
-#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[89]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[90]
-#define __pyx_kp_b_iso88591_QfA __pyx_string_tab[91]
-#define __pyx_kp_b_iso88591_q_0_kQR_7_1_7_N_1 __pyx_string_tab[92]
-#define __pyx_kp_b_iso88591_V4xt84q_q_l_vWE_Q_q_t5_uCt7_c_V __pyx_string_tab[93]
-#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[94]
-#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[95]
-#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[96]
-#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[97]
-#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[98]
-#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1 __pyx_string_tab[99]
-#define __pyx_int_267794698 __pyx_number_tab[0]
+#define __pyx_n_u_Sleeper___reduce __pyx_string_tab[19]
+#define __pyx_n_u_Sleeper_close __pyx_string_tab[20]
+#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[21]
+#define __pyx_n_u_StreamPoll __pyx_string_tab[22]
+#define __pyx_n_u_StreamPoll___reduce __pyx_string_tab[23]
+#define __pyx_n_u_StreamPoll_add __pyx_string_tab[24]
+#define __pyx_n_u_StreamPoll_close __pyx_string_tab[25]
+#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[26]
+#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[27]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
+#define __pyx_n_u_annotate __pyx_string_tab[29]
+#define __pyx_n_u_func __pyx_string_tab[30]
+#define __pyx_n_u_main __pyx_string_tab[31]
+#define __pyx_n_u_module __pyx_string_tab[32]
+#define __pyx_n_u_name __pyx_string_tab[33]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[34]
+#define __pyx_n_u_qualname __pyx_string_tab[35]
+#define __pyx_n_u_reduce __pyx_string_tab[36]
+#define __pyx_n_u_set_name __pyx_string_tab[37]
+#define __pyx_n_u_test __pyx_string_tab[38]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[39]
+#define __pyx_n_u_add __pyx_string_tab[40]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[41]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[42]
+#define __pyx_n_u_close __pyx_string_tab[43]
+#define __pyx_n_u_closed __pyx_string_tab[44]
+#define __pyx_n_u_count __pyx_string_tab[45]
+#define __pyx_n_u_directions __pyx_string_tab[46]
+#define __pyx_n_u_end __pyx_string_tab[47]
+#define __pyx_n_u_entry __pyx_string_tab[48]
+#define __pyx_n_u_errors __pyx_string_tab[49]
+#define __pyx_n_u_fileno __pyx_string_tab[50]
+#define __pyx_n_u_found __pyx_string_tab[51]
+#define __pyx_n_u_i __pyx_string_tab[52]
+#define __pyx_n_u_id __pyx_string_tab[53]
+#define __pyx_n_u_items __pyx_string_tab[54]
+#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[55]
+#define __pyx_n_u_larger __pyx_string_tab[56]
+#define __pyx_n_u_last __pyx_string_tab[57]
+#define __pyx_n_u_membership __pyx_string_tab[58]
+#define __pyx_n_u_owner __pyx_string_tab[59]
+#define __pyx_n_u_poll __pyx_string_tab[60]
+#define __pyx_n_u_pop __pyx_string_tab[61]
+#define __pyx_n_u_ready __pyx_string_tab[62]
+#define __pyx_n_u_ref __pyx_string_tab[63]
+#define __pyx_n_u_said __pyx_string_tab[64]
+#define __pyx_n_u_self __pyx_string_tab[65]
+#define __pyx_n_u_setdefault __pyx_string_tab[66]
+#define __pyx_n_u_sleep __pyx_string_tab[67]
+#define __pyx_n_u_sleeper __pyx_string_tab[68]
+#define __pyx_n_u_values __pyx_string_tab[69]
+#define __pyx_n_u_weakref __pyx_string_tab[70]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[71]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[72]
+#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[73]
+#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[74]
+#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[75]
+#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[76]
+#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[77]
+#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1 __pyx_string_tab[78]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4418,9 +4385,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyList_Type_pop.method);
-  for (int i=0; i<11; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<100; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<79; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4471,9 +4437,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyList_Type_pop.method);
-  for (int i=0; i<11; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<100; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
-  for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
+  for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<79; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5624,7 +5589,7 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
  *     def __dealloc__(self):
  *         free(self.entries)             # <<<<<<<<<<<<<<
  * 
- *     def fileno(self):
+ *     def __reduce__(self):
 */
   free(__pyx_v_self->entries);
 
@@ -5643,22 +5608,151 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
 /* "ivshmem/channel/stream_poll.pyx":61
  *         free(self.entries)
  * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """Return a descriptor, which stays this object's.
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno, "Return a descriptor, which stays this object\047s.\n\n        It is readable after a ring. To be watched for edges: then nothing has to read from it.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce__", 0);
+
+  /* "ivshmem/channel/stream_poll.pyx":62
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
+ * 
+ *     def fileno(self):
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled;
+  __pyx_t_6 = 30;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_8 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 62, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 62, __pyx_L1_error)
+
+  /* "ivshmem/channel/stream_poll.pyx":61
+ *         free(self.entries)
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.stream_poll.StreamPoll.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/stream_poll.pyx":64
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """Return a descriptor, which stays this object's.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno, "Return a descriptor, which stays this object\047s.\n\n        It is readable after a ring. To be watched for edges: then nothing has to read from it.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5684,14 +5778,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -5702,7 +5796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":66
+  /* "ivshmem/channel/stream_poll.pyx":69
  *         It is readable after a ring. To be watched for edges: then nothing has to read from it.
  *         """
  *         return self.wakeup.fileno()             # <<<<<<<<<<<<<<
@@ -5716,7 +5810,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -5730,8 +5824,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":61
- *         free(self.entries)
+  /* "ivshmem/channel/stream_poll.pyx":64
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return a descriptor, which stays this object's.
@@ -5750,7 +5844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":68
+/* "ivshmem/channel/stream_poll.pyx":71
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5759,16 +5853,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno(s
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7add(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6add, "Return the Sleeper of a Stream or StreamListener; `owner` is what `ready` tells.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7add = {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6add};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7add(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8add, "Return the Sleeper of a Stream or StreamListener; `owner` is what `ready` tells.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9add = {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8add};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9add(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -5799,39 +5893,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_end,&__pyx_mstate_global->__pyx_n_u_owner,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 68, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 71, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 68, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 71, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 68, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 68, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 71, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 68, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 71, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 68, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 68, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 71, __pyx_L3_error)
     }
     __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)values[0]);
     __pyx_v_owner = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 68, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 71, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5842,8 +5936,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 69, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_end, __pyx_v_owner);
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_end, __pyx_v_owner);
 
   /* function exit code */
   goto __pyx_L0;
@@ -5862,7 +5956,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_owner) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_owner) {
   struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_larger;
   struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_entry;
   struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_sleeper = 0;
@@ -5886,7 +5980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":74
+        /* "ivshmem/channel/stream_poll.pyx":77
  *         cdef Entry *entry
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)             # <<<<<<<<<<<<<<
@@ -5897,13 +5991,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_INCREF(__pyx_t_2);
         if (unlikely(__pyx_t_2 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 74, __pyx_L4_error)
+          __PYX_ERR(0, 77, __pyx_L4_error)
         }
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 74, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 77, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __pyx_v_count = __pyx_t_3;
 
-        /* "ivshmem/channel/stream_poll.pyx":75
+        /* "ivshmem/channel/stream_poll.pyx":78
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -5915,7 +6009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":76
+          /* "ivshmem/channel/stream_poll.pyx":79
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))             # <<<<<<<<<<<<<<
@@ -5924,7 +6018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_larger = ((struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *)realloc(__pyx_v_self->entries, (((2 * __pyx_v_count) + 8) * (sizeof(struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry)))));
 
-          /* "ivshmem/channel/stream_poll.pyx":77
+          /* "ivshmem/channel/stream_poll.pyx":80
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -5936,16 +6030,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
           if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":78
+            /* "ivshmem/channel/stream_poll.pyx":81
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.entries = larger
  *             self.room = 2 * count + 8
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 78, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 81, __pyx_L4_error)
 
-            /* "ivshmem/channel/stream_poll.pyx":77
+            /* "ivshmem/channel/stream_poll.pyx":80
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -5954,7 +6048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":79
+          /* "ivshmem/channel/stream_poll.pyx":82
  *             if larger == NULL:
  *                 raise MemoryError
  *             self.entries = larger             # <<<<<<<<<<<<<<
@@ -5963,7 +6057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_self->entries = __pyx_v_larger;
 
-          /* "ivshmem/channel/stream_poll.pyx":80
+          /* "ivshmem/channel/stream_poll.pyx":83
  *                 raise MemoryError
  *             self.entries = larger
  *             self.room = 2 * count + 8             # <<<<<<<<<<<<<<
@@ -5972,7 +6066,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_self->room = ((2 * __pyx_v_count) + 8);
 
-          /* "ivshmem/channel/stream_poll.pyx":75
+          /* "ivshmem/channel/stream_poll.pyx":78
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -5981,19 +6075,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":81
+        /* "ivshmem/channel/stream_poll.pyx":84
  *             self.entries = larger
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)             # <<<<<<<<<<<<<<
  *         sleeper.poll = self
  *         sleeper.end = end
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 81, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":82
+        /* "ivshmem/channel/stream_poll.pyx":85
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self             # <<<<<<<<<<<<<<
@@ -6005,7 +6099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->poll);
         __Pyx_DECREF_SET(__pyx_v_sleeper->poll, __pyx_v_self);
 
-        /* "ivshmem/channel/stream_poll.pyx":83
+        /* "ivshmem/channel/stream_poll.pyx":86
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self
  *         sleeper.end = end             # <<<<<<<<<<<<<<
@@ -6017,7 +6111,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->end);
         __Pyx_DECREF_SET(__pyx_v_sleeper->end, __pyx_v_end);
 
-        /* "ivshmem/channel/stream_poll.pyx":84
+        /* "ivshmem/channel/stream_poll.pyx":87
  *         sleeper.poll = self
  *         sleeper.end = end
  *         sleeper.owner = owner             # <<<<<<<<<<<<<<
@@ -6029,7 +6123,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         __Pyx_GOTREF(__pyx_v_sleeper->owner);
         __Pyx_DECREF_SET(__pyx_v_sleeper->owner, __pyx_v_owner);
 
-        /* "ivshmem/channel/stream_poll.pyx":85
+        /* "ivshmem/channel/stream_poll.pyx":88
  *         sleeper.end = end
  *         sleeper.owner = owner
  *         sleeper.index = count             # <<<<<<<<<<<<<<
@@ -6038,7 +6132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_sleeper->index = __pyx_v_count;
 
-        /* "ivshmem/channel/stream_poll.pyx":86
+        /* "ivshmem/channel/stream_poll.pyx":89
  *         sleeper.owner = owner
  *         sleeper.index = count
  *         entry = &self.entries[count]             # <<<<<<<<<<<<<<
@@ -6047,7 +6141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_count]));
 
-        /* "ivshmem/channel/stream_poll.pyx":87
+        /* "ivshmem/channel/stream_poll.pyx":90
  *         sleeper.index = count
  *         entry = &self.entries[count]
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -6056,7 +6150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry->awaited = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":88
+        /* "ivshmem/channel/stream_poll.pyx":91
  *         entry = &self.entries[count]
  *         entry.awaited = 0
  *         entry.channel = &end.channel             # <<<<<<<<<<<<<<
@@ -6065,7 +6159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         __pyx_v_entry->channel = (&__pyx_v_end->channel);
 
-        /* "ivshmem/channel/stream_poll.pyx":89
+        /* "ivshmem/channel/stream_poll.pyx":92
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6076,7 +6170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":90
+          /* "ivshmem/channel/stream_poll.pyx":93
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL             # <<<<<<<<<<<<<<
@@ -6085,7 +6179,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->stream = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":91
+          /* "ivshmem/channel/stream_poll.pyx":94
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener             # <<<<<<<<<<<<<<
@@ -6094,7 +6188,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->listener = (&((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_end)->listener);
 
-          /* "ivshmem/channel/stream_poll.pyx":92
+          /* "ivshmem/channel/stream_poll.pyx":95
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener
  *             entry.sleep = &entry.listener.sleep             # <<<<<<<<<<<<<<
@@ -6103,7 +6197,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->sleep = (&__pyx_v_entry->listener->sleep);
 
-          /* "ivshmem/channel/stream_poll.pyx":89
+          /* "ivshmem/channel/stream_poll.pyx":92
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6113,7 +6207,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
           goto __pyx_L8;
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":94
+        /* "ivshmem/channel/stream_poll.pyx":97
  *             entry.sleep = &entry.listener.sleep
  *         else:
  *             entry.stream = &(<Stream?>end).stream             # <<<<<<<<<<<<<<
@@ -6121,10 +6215,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
  *             entry.sleep = &entry.stream.sleep
 */
         /*else*/ {
-          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 94, __pyx_L4_error)
+          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 97, __pyx_L4_error)
           __pyx_v_entry->stream = (&((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_end)->stream);
 
-          /* "ivshmem/channel/stream_poll.pyx":95
+          /* "ivshmem/channel/stream_poll.pyx":98
  *         else:
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL             # <<<<<<<<<<<<<<
@@ -6133,7 +6227,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
           __pyx_v_entry->listener = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":96
+          /* "ivshmem/channel/stream_poll.pyx":99
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep             # <<<<<<<<<<<<<<
@@ -6144,7 +6238,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         }
         __pyx_L8:;
 
-        /* "ivshmem/channel/stream_poll.pyx":97
+        /* "ivshmem/channel/stream_poll.pyx":100
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)             # <<<<<<<<<<<<<<
@@ -6153,12 +6247,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
         if (unlikely(__pyx_v_self->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-          __PYX_ERR(0, 97, __pyx_L4_error)
+          __PYX_ERR(0, 100, __pyx_L4_error)
         }
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 97, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":98
+        /* "ivshmem/channel/stream_poll.pyx":101
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)
  *         return sleeper             # <<<<<<<<<<<<<<
@@ -6178,7 +6272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":68
+      /* "ivshmem/channel/stream_poll.pyx":71
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6220,7 +6314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":100
+/* "ivshmem/channel/stream_poll.pyx":103
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6229,16 +6323,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6add(stru
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready, "Return a list of (owner, directions) of those that slept and can continue.\n\n        They do not sleep any more.\n\n        Raises:\n            ClosedError: the channels, the region or the endpoint is closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready = {"ready", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready, "Return a list of (owner, directions) of those that slept and can continue.\n\n        They do not sleep any more.\n\n        Raises:\n            ClosedError: the channels, the region or the endpoint is closed.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready = {"ready", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6264,14 +6358,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("ready", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
   struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *__pyx_v_entry;
   struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_sleeper = 0;
   Py_ssize_t __pyx_v_i;
@@ -6304,7 +6398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":112
+        /* "ivshmem/channel/stream_poll.pyx":115
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t i
  *         cdef int said = 0             # <<<<<<<<<<<<<<
@@ -6313,17 +6407,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         __pyx_v_said = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":114
+        /* "ivshmem/channel/stream_poll.pyx":117
  *         cdef int said = 0
  *         cdef int found
  *         self.membership.check()             # <<<<<<<<<<<<<<
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":115
+        /* "ivshmem/channel/stream_poll.pyx":118
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6339,9 +6433,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 115, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 118, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 115, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 118, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
         __pyx_t_3 = __pyx_t_4;
@@ -6350,7 +6444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":116
+          /* "ivshmem/channel/stream_poll.pyx":119
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -6358,7 +6452,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
  *         for i in range(len(self.sleepers)):
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 116, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 119, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -6377,14 +6471,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 116, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 119, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 116, __pyx_L4_error)
+          __PYX_ERR(0, 119, __pyx_L4_error)
 
-          /* "ivshmem/channel/stream_poll.pyx":115
+          /* "ivshmem/channel/stream_poll.pyx":118
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6393,19 +6487,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":117
+        /* "ivshmem/channel/stream_poll.pyx":120
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         ready = []             # <<<<<<<<<<<<<<
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
 */
-        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 117, __pyx_L4_error)
+        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 120, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_v_ready = ((PyObject*)__pyx_t_5);
         __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":118
+        /* "ivshmem/channel/stream_poll.pyx":121
  *             raise ClosedError("the endpoint is closed")
  *         ready = []
  *         for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6416,16 +6510,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         __Pyx_INCREF(__pyx_t_5);
         if (unlikely(__pyx_t_5 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 118, __pyx_L4_error)
+          __PYX_ERR(0, 121, __pyx_L4_error)
         }
-        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
+        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 121, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __pyx_t_10 = __pyx_t_9;
 
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":119
+          /* "ivshmem/channel/stream_poll.pyx":122
  *         ready = []
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6434,7 +6528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":120
+          /* "ivshmem/channel/stream_poll.pyx":123
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6446,7 +6540,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":121
+            /* "ivshmem/channel/stream_poll.pyx":124
  *             entry = &self.entries[i]
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -6455,7 +6549,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             ivshmem_sleep_say(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-            /* "ivshmem/channel/stream_poll.pyx":122
+            /* "ivshmem/channel/stream_poll.pyx":125
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1             # <<<<<<<<<<<<<<
@@ -6464,7 +6558,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             __pyx_v_said = (__pyx_v_said + 1);
 
-            /* "ivshmem/channel/stream_poll.pyx":120
+            /* "ivshmem/channel/stream_poll.pyx":123
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6476,7 +6570,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":123
+        /* "ivshmem/channel/stream_poll.pyx":126
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6488,7 +6582,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":124
+          /* "ivshmem/channel/stream_poll.pyx":127
  *                 said += 1
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)             # <<<<<<<<<<<<<<
@@ -6497,7 +6591,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           ivshmem_full_fence((&__pyx_v_self->membership->member.area.memory));
 
-          /* "ivshmem/channel/stream_poll.pyx":123
+          /* "ivshmem/channel/stream_poll.pyx":126
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6506,7 +6600,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":125
+        /* "ivshmem/channel/stream_poll.pyx":128
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):             # <<<<<<<<<<<<<<
@@ -6520,9 +6614,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           __Pyx_INCREF(__pyx_t_5);
           if (unlikely(__pyx_t_5 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 125, __pyx_L4_error)
+            __PYX_ERR(0, 128, __pyx_L4_error)
           }
-          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 125, __pyx_L4_error)
+          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 128, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_9 = __pyx_t_10;
         } else {
@@ -6535,7 +6629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":126
+          /* "ivshmem/channel/stream_poll.pyx":129
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6544,7 +6638,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":127
+          /* "ivshmem/channel/stream_poll.pyx":130
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6556,7 +6650,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":128
+            /* "ivshmem/channel/stream_poll.pyx":131
  *             entry = &self.entries[i]
  *             if not entry.awaited:
  *                 continue             # <<<<<<<<<<<<<<
@@ -6565,7 +6659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             goto __pyx_L13_continue;
 
-            /* "ivshmem/channel/stream_poll.pyx":127
+            /* "ivshmem/channel/stream_poll.pyx":130
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6574,7 +6668,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":129
+          /* "ivshmem/channel/stream_poll.pyx":132
  *             if not entry.awaited:
  *                 continue
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
@@ -6583,7 +6677,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
           __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-          /* "ivshmem/channel/stream_poll.pyx":130
+          /* "ivshmem/channel/stream_poll.pyx":133
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6595,7 +6689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":131
+            /* "ivshmem/channel/stream_poll.pyx":134
  *             found = look_at(entry)
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]             # <<<<<<<<<<<<<<
@@ -6604,9 +6698,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 */
             if (unlikely(__pyx_v_self->sleepers == Py_None)) {
               PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-              __PYX_ERR(0, 131, __pyx_L4_error)
+              __PYX_ERR(0, 134, __pyx_L4_error)
             }
-            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 131, __pyx_L4_error)
+            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_7 = __pyx_t_5;
             __Pyx_INCREF(__pyx_t_7);
@@ -6614,38 +6708,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
             __Pyx_XDECREF_SET(__pyx_v_sleeper, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_7));
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":132
+            /* "ivshmem/channel/stream_poll.pyx":135
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)             # <<<<<<<<<<<<<<
  *                 ready.append((sleeper.owner, found))
  *         return ready
 */
-            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 132, __pyx_L4_error)
+            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/stream_poll.pyx":133
+            /* "ivshmem/channel/stream_poll.pyx":136
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))             # <<<<<<<<<<<<<<
  *         return ready
  * 
 */
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 133, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 136, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L4_error)
+            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 136, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __Pyx_INCREF(__pyx_v_sleeper->owner);
             __Pyx_GIVEREF(__pyx_v_sleeper->owner);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 133, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 136, __pyx_L4_error);
             __Pyx_GIVEREF(__pyx_t_7);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 133, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 136, __pyx_L4_error);
             __pyx_t_7 = 0;
-            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
+            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-            /* "ivshmem/channel/stream_poll.pyx":130
+            /* "ivshmem/channel/stream_poll.pyx":133
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6658,7 +6752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":134
+        /* "ivshmem/channel/stream_poll.pyx":137
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))
  *         return ready             # <<<<<<<<<<<<<<
@@ -6678,7 +6772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":100
+      /* "ivshmem/channel/stream_poll.pyx":103
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6724,7 +6818,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":136
+/* "ivshmem/channel/stream_poll.pyx":139
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -6749,7 +6843,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":139
+  /* "ivshmem/channel/stream_poll.pyx":142
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6763,7 +6857,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":140
+        /* "ivshmem/channel/stream_poll.pyx":143
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6785,7 +6879,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":141
+          /* "ivshmem/channel/stream_poll.pyx":144
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6796,16 +6890,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
           __Pyx_INCREF(__pyx_t_4);
           if (unlikely(__pyx_t_4 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 141, __pyx_L4_error)
+            __PYX_ERR(0, 144, __pyx_L4_error)
           }
-          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 141, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 144, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_6 = __pyx_t_5;
 
           for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
             __pyx_v_i = __pyx_t_7;
 
-            /* "ivshmem/channel/stream_poll.pyx":142
+            /* "ivshmem/channel/stream_poll.pyx":145
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6831,17 +6925,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
             if (__pyx_t_2) {
 
 
-              /* "ivshmem/channel/stream_poll.pyx":143
+              /* "ivshmem/channel/stream_poll.pyx":146
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()             # <<<<<<<<<<<<<<
  *                         break
  *         return 0
 */
-              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L4_error)
+              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
 
 
-              /* "ivshmem/channel/stream_poll.pyx":144
+              /* "ivshmem/channel/stream_poll.pyx":147
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()
  *                         break             # <<<<<<<<<<<<<<
@@ -6850,7 +6944,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 */
               goto __pyx_L10_break;
 
-              /* "ivshmem/channel/stream_poll.pyx":142
+              /* "ivshmem/channel/stream_poll.pyx":145
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6863,7 +6957,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 
 
 
-          /* "ivshmem/channel/stream_poll.pyx":140
+          /* "ivshmem/channel/stream_poll.pyx":143
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6873,7 +6967,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":139
+      /* "ivshmem/channel/stream_poll.pyx":142
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6894,7 +6988,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":145
+  /* "ivshmem/channel/stream_poll.pyx":148
  *                         self.membership.kick_all()
  *                         break
  *         return 0             # <<<<<<<<<<<<<<
@@ -6907,7 +7001,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":136
+  /* "ivshmem/channel/stream_poll.pyx":139
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -6928,7 +7022,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":147
+/* "ivshmem/channel/stream_poll.pyx":150
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6937,16 +7031,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10close, "Forget all; may be called twice. The ends stay their owners\047.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10close};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12close, "Forget all; may be called twice. The ends stay their owners\047.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12close};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -6972,14 +7066,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
   PyObject *__pyx_v_sleeper = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -7001,7 +7095,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":150
+        /* "ivshmem/channel/stream_poll.pyx":153
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7010,7 +7104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
         if (__pyx_v_self->open) {
 
-          /* "ivshmem/channel/stream_poll.pyx":151
+          /* "ivshmem/channel/stream_poll.pyx":154
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:
  *             self.open = False             # <<<<<<<<<<<<<<
@@ -7019,7 +7113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           __pyx_v_self->open = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":152
+          /* "ivshmem/channel/stream_poll.pyx":155
  *         if self.open:
  *             self.open = False
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -7028,7 +7122,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/stream_poll.pyx":153
+          /* "ivshmem/channel/stream_poll.pyx":156
  *             self.open = False
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -7037,7 +7131,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
 */
           if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
             PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-            __PYX_ERR(0, 153, __pyx_L4_error)
+            __PYX_ERR(0, 156, __pyx_L4_error)
           }
           __pyx_t_3 = NULL;
           __pyx_t_4 = 1;
@@ -7045,14 +7139,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
             PyObject *__pyx_callargs[2] = {__pyx_t_3, ((PyObject *)__pyx_v_self)};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 153, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 153, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-          /* "ivshmem/channel/stream_poll.pyx":154
+          /* "ivshmem/channel/stream_poll.pyx":157
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None             # <<<<<<<<<<<<<<
@@ -7064,14 +7158,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
           __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-          /* "ivshmem/channel/stream_poll.pyx":155
+          /* "ivshmem/channel/stream_poll.pyx":158
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
  *                 (<Sleeper>sleeper).close()
  * 
 */
-          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L4_error)
+          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
           __pyx_t_6 = 0;
@@ -7080,18 +7174,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 155, __pyx_L4_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 158, __pyx_L4_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
             __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
             ++__pyx_t_6;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 155, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_XDECREF_SET(__pyx_v_sleeper, __pyx_t_2);
             __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":156
+            /* "ivshmem/channel/stream_poll.pyx":159
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):
  *                 (<Sleeper>sleeper).close()             # <<<<<<<<<<<<<<
@@ -7105,12 +7199,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
               PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
               __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L4_error)
+              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_2);
             }
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":155
+            /* "ivshmem/channel/stream_poll.pyx":158
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
@@ -7120,7 +7214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":150
+          /* "ivshmem/channel/stream_poll.pyx":153
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7130,7 +7224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":147
+      /* "ivshmem/channel/stream_poll.pyx":150
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7168,23 +7262,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10close(s
   return __pyx_r;
 }
 
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
+/* "ivshmem/channel/stream_poll.pyx":167
+ *     """An end in a StreamPoll."""
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7197,7 +7293,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -7206,183 +7302,104 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self));
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  size_t __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+  __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+  /* "ivshmem/channel/stream_poll.pyx":168
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
+ * 
+ *     cpdef int sleep(self, int directions) except -1:
 */
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.StreamPoll.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled;
+  __pyx_t_6 = 30;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
   #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_8 = 1;
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
   }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.StreamPoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v___pyx_state);
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 168, __pyx_L1_error)
 
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+  /* "ivshmem/channel/stream_poll.pyx":167
+ *     """An end in a StreamPoll."""
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.StreamPoll.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":164
- *     """An end in a StreamPoll."""
+/* "ivshmem/channel/stream_poll.pyx":170
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
  * 
 */
 
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7405,7 +7422,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":175
+  /* "ivshmem/channel/stream_poll.pyx":181
  *         cdef Entry *entry
  *         cdef int found
  *         if self.poll is None:             # <<<<<<<<<<<<<<
@@ -7416,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":176
+    /* "ivshmem/channel/stream_poll.pyx":182
  *         cdef int found
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")             # <<<<<<<<<<<<<<
@@ -7424,7 +7441,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
  *             self.end.enter()
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7443,14 +7460,14 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 176, __pyx_L1_error)
+    __PYX_ERR(0, 182, __pyx_L1_error)
 
-    /* "ivshmem/channel/stream_poll.pyx":175
+    /* "ivshmem/channel/stream_poll.pyx":181
  *         cdef Entry *entry
  *         cdef int found
  *         if self.poll is None:             # <<<<<<<<<<<<<<
@@ -7459,7 +7476,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":177
+  /* "ivshmem/channel/stream_poll.pyx":183
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
@@ -7473,17 +7490,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":178
+        /* "ivshmem/channel/stream_poll.pyx":184
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):
  *             self.end.enter()             # <<<<<<<<<<<<<<
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L5_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":179
+        /* "ivshmem/channel/stream_poll.pyx":185
  *         with cython.critical_section(self.poll):
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]             # <<<<<<<<<<<<<<
@@ -7492,7 +7509,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_entry = (&(__pyx_v_self->poll->entries[__pyx_v_self->index]));
 
-        /* "ivshmem/channel/stream_poll.pyx":180
+        /* "ivshmem/channel/stream_poll.pyx":186
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions             # <<<<<<<<<<<<<<
@@ -7501,7 +7518,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_entry->awaited = __pyx_v_directions;
 
-        /* "ivshmem/channel/stream_poll.pyx":181
+        /* "ivshmem/channel/stream_poll.pyx":187
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7510,7 +7527,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         ivshmem_sleep_begin(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-        /* "ivshmem/channel/stream_poll.pyx":182
+        /* "ivshmem/channel/stream_poll.pyx":188
  *             entry.awaited = directions
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
@@ -7519,7 +7536,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-        /* "ivshmem/channel/stream_poll.pyx":183
+        /* "ivshmem/channel/stream_poll.pyx":189
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7531,17 +7548,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":184
+          /* "ivshmem/channel/stream_poll.pyx":190
  *             found = look_at(entry)
  *             if found:
  *                 self.wake_up(entry)             # <<<<<<<<<<<<<<
  *             return found
  * 
 */
-          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
+          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L5_error)
 
 
-          /* "ivshmem/channel/stream_poll.pyx":183
+          /* "ivshmem/channel/stream_poll.pyx":189
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7550,7 +7567,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":185
+        /* "ivshmem/channel/stream_poll.pyx":191
  *             if found:
  *                 self.wake_up(entry)
  *             return found             # <<<<<<<<<<<<<<
@@ -7565,7 +7582,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         goto __pyx_L4_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":177
+      /* "ivshmem/channel/stream_poll.pyx":183
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
@@ -7587,8 +7604,8 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":164
- *     """An end in a StreamPoll."""
+  /* "ivshmem/channel/stream_poll.pyx":170
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
@@ -7611,16 +7628,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 }
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_sleep, "Wait for these directions, until `ready` tells of one.\n\n        Returns:\n            Those that need no wait: then it does not sleep. 0: it sleeps.\n\n        Raises:\n            ClosedError: the end or the channels are closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep = {"sleep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_sleep};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep, "Wait for these directions, until `ready` tells of one.\n\n        Returns:\n            Those that need no wait: then it does not sleep. 0: it sleeps.\n\n        Raises:\n            ClosedError: the end or the channels are closed.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep = {"sleep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7650,32 +7667,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directions,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 164, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 170, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 164, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 170, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 164, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 170, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 164, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
     }
-    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 164, __pyx_L3_error)
+    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 164, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 170, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7686,7 +7703,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self), __pyx_v_directions);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self), __pyx_v_directions);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7697,7 +7714,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, int __pyx_v_directions) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -7706,8 +7723,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct 
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep", 0);
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(__pyx_v_self, __pyx_v_directions, 1); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 164, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(__pyx_v_self, __pyx_v_directions, 1); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -7732,7 +7749,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":187
+/* "ivshmem/channel/stream_poll.pyx":193
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7744,7 +7761,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/stream_poll.pyx":188
+  /* "ivshmem/channel/stream_poll.pyx":194
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -7753,7 +7770,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   __pyx_v_entry->awaited = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":189
+  /* "ivshmem/channel/stream_poll.pyx":195
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7765,7 +7782,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":190
+    /* "ivshmem/channel/stream_poll.pyx":196
  *         entry.awaited = 0
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7774,7 +7791,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
     ivshmem_sleep_end(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-    /* "ivshmem/channel/stream_poll.pyx":189
+    /* "ivshmem/channel/stream_poll.pyx":195
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7783,7 +7800,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":191
+  /* "ivshmem/channel/stream_poll.pyx":197
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7796,7 +7813,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":187
+  /* "ivshmem/channel/stream_poll.pyx":193
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7810,7 +7827,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":193
+/* "ivshmem/channel/stream_poll.pyx":199
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7819,16 +7836,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2close, "Leave the poll, before the end is closed; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2close};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4close, "Leave the poll, before the end is closed; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4close};
+static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7854,14 +7871,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_poll = 0;
   Py_ssize_t __pyx_v_last;
   PyObject *__pyx_r = NULL;
@@ -7875,7 +7892,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":195
+  /* "ivshmem/channel/stream_poll.pyx":201
  *     def close(self):
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll             # <<<<<<<<<<<<<<
@@ -7887,7 +7904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __pyx_v_poll = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":197
+  /* "ivshmem/channel/stream_poll.pyx":203
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7898,7 +7915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":198
+    /* "ivshmem/channel/stream_poll.pyx":204
  *         cdef Py_ssize_t last
  *         if poll is None:
  *             return             # <<<<<<<<<<<<<<
@@ -7915,7 +7932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/stream_poll.pyx":197
+    /* "ivshmem/channel/stream_poll.pyx":203
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7924,7 +7941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":199
+  /* "ivshmem/channel/stream_poll.pyx":205
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -7933,13 +7950,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 199, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 205, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_poll);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":200
+        /* "ivshmem/channel/stream_poll.pyx":206
  *             return
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1             # <<<<<<<<<<<<<<
@@ -7950,14 +7967,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
         __Pyx_INCREF(__pyx_t_3);
         if (unlikely(__pyx_t_3 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 200, __pyx_L5_error)
+          __PYX_ERR(0, 206, __pyx_L5_error)
         }
-        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 200, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 206, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __pyx_v_last = (__pyx_t_4 - 1);
 
 
-        /* "ivshmem/channel/stream_poll.pyx":201
+        /* "ivshmem/channel/stream_poll.pyx":207
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -7969,7 +7986,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":202
+          /* "ivshmem/channel/stream_poll.pyx":208
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]             # <<<<<<<<<<<<<<
@@ -7978,7 +7995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
           (__pyx_v_poll->entries[__pyx_v_self->index]) = (__pyx_v_poll->entries[__pyx_v_last]);
 
-          /* "ivshmem/channel/stream_poll.pyx":203
+          /* "ivshmem/channel/stream_poll.pyx":209
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]             # <<<<<<<<<<<<<<
@@ -7987,18 +8004,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 203, __pyx_L5_error)
+            __PYX_ERR(0, 209, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 203, __pyx_L5_error)
+            __PYX_ERR(0, 209, __pyx_L5_error)
           }
-          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 203, __pyx_L5_error)
+          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 209, __pyx_L5_error)
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":204
+          /* "ivshmem/channel/stream_poll.pyx":210
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index             # <<<<<<<<<<<<<<
@@ -8009,14 +8026,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 204, __pyx_L5_error)
+            __PYX_ERR(0, 210, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_3)->index = __pyx_t_4;
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":201
+          /* "ivshmem/channel/stream_poll.pyx":207
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -8025,7 +8042,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":205
+        /* "ivshmem/channel/stream_poll.pyx":211
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()             # <<<<<<<<<<<<<<
@@ -8034,14 +8051,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
 */
         if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 205, __pyx_L5_error)
+          __PYX_ERR(0, 211, __pyx_L5_error)
         }
-        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":199
+      /* "ivshmem/channel/stream_poll.pyx":205
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -8062,7 +8079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":206
+  /* "ivshmem/channel/stream_poll.pyx":212
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()
  *         self.poll = None             # <<<<<<<<<<<<<<
@@ -8073,7 +8090,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->poll);
   __Pyx_DECREF_SET(__pyx_v_self->poll, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)Py_None));
 
-  /* "ivshmem/channel/stream_poll.pyx":207
+  /* "ivshmem/channel/stream_poll.pyx":213
  *             poll.sleepers.pop()
  *         self.poll = None
  *         self.owner = None             # <<<<<<<<<<<<<<
@@ -8083,7 +8100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __Pyx_GOTREF(__pyx_v_self->owner);
   __Pyx_DECREF_SET(__pyx_v_self->owner, Py_None);
 
-  /* "ivshmem/channel/stream_poll.pyx":193
+  /* "ivshmem/channel/stream_poll.pyx":199
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8102,824 +8119,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2close(struct
   __pyx_L0:;
   __Pyx_XDECREF((PyObject *)__pyx_v_poll);
 
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     cdef tuple state
- *     cdef object _dict
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self) {
-  PyObject *__pyx_v_state = 0;
-  PyObject *__pyx_v__dict = 0;
-  int __pyx_v_use_setstate;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  int __pyx_t_5;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":5
- *     cdef object _dict
- *     cdef bint use_setstate
- *     with CRITICAL_SECTION(self):             # <<<<<<<<<<<<<<
- *         state = (self.end, self.index, self.owner, self.poll)
- *         _dict = getattr(self, '__dict__', None)
-*/
-  {
-      __Pyx_PyCriticalSection __pyx_cs;
-      __pyx_t_1 = ((PyObject *)__pyx_v_self);
-      __Pyx_INCREF(__pyx_t_1);
-      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
-      /*try:*/ {
-
-        /* "(tree fragment)":6
- *     cdef bint use_setstate
- *     with CRITICAL_SECTION(self):
- *         state = (self.end, self.index, self.owner, self.poll)             # <<<<<<<<<<<<<<
- *         _dict = getattr(self, '__dict__', None)
- *     if _dict is not None and _dict:
-*/
-        __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->index); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 6, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = PyTuple_New(4); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 6, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        __Pyx_INCREF((PyObject *)__pyx_v_self->end);
-        __Pyx_GIVEREF((PyObject *)__pyx_v_self->end);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, ((PyObject *)__pyx_v_self->end)) != (0)) __PYX_ERR(1, 6, __pyx_L4_error);
-        __Pyx_GIVEREF(__pyx_t_2);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, __pyx_t_2) != (0)) __PYX_ERR(1, 6, __pyx_L4_error);
-        __Pyx_INCREF(__pyx_v_self->owner);
-        __Pyx_GIVEREF(__pyx_v_self->owner);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 2, __pyx_v_self->owner) != (0)) __PYX_ERR(1, 6, __pyx_L4_error);
-        __Pyx_INCREF((PyObject *)__pyx_v_self->poll);
-        __Pyx_GIVEREF((PyObject *)__pyx_v_self->poll);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 3, ((PyObject *)__pyx_v_self->poll)) != (0)) __PYX_ERR(1, 6, __pyx_L4_error);
-        __pyx_t_2 = 0;
-        __pyx_v_state = ((PyObject*)__pyx_t_3);
-        __pyx_t_3 = 0;
-
-        /* "(tree fragment)":7
- *     with CRITICAL_SECTION(self):
- *         state = (self.end, self.index, self.owner, self.poll)
- *         _dict = getattr(self, '__dict__', None)             # <<<<<<<<<<<<<<
- *     if _dict is not None and _dict:
- *         state += (_dict,)
-*/
-        __pyx_t_3 = __Pyx_GetAttr3(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_dict, Py_None); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 7, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_3);
-        __pyx_v__dict = __pyx_t_3;
-        __pyx_t_3 = 0;
-      }
-
-      /* "(tree fragment)":5
- *     cdef object _dict
- *     cdef bint use_setstate
- *     with CRITICAL_SECTION(self):             # <<<<<<<<<<<<<<
- *         state = (self.end, self.index, self.owner, self.poll)
- *         _dict = getattr(self, '__dict__', None)
-*/
-      /*finally:*/ {
-        /*normal exit:*/{
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L5;
-        }
-        __pyx_L4_error: {
-          __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L1_error;
-        }
-        __pyx_L5:;
-      }
-      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  }
-
-  /* "(tree fragment)":8
- *         state = (self.end, self.index, self.owner, self.poll)
- *         _dict = getattr(self, '__dict__', None)
- *     if _dict is not None and _dict:             # <<<<<<<<<<<<<<
- *         state += (_dict,)
- *         use_setstate = True
-*/
-  __pyx_t_5 = (__pyx_v__dict != Py_None);
-  if (__pyx_t_5) {
-
-  } else {
-
-    __pyx_t_4 = __pyx_t_5;
-
-    goto __pyx_L7_bool_binop_done;
-  }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_v__dict); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(1, 8, __pyx_L1_error)
-
-  __pyx_t_4 = __pyx_t_5;
-
-  __pyx_L7_bool_binop_done:;
-  if (__pyx_t_4) {
-
-
-    /* "(tree fragment)":9
- *         _dict = getattr(self, '__dict__', None)
- *     if _dict is not None and _dict:
- *         state += (_dict,)             # <<<<<<<<<<<<<<
- *         use_setstate = True
- *     else:
-*/
-    __pyx_t_1 = PyTuple_New(1); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_INCREF(__pyx_v__dict);
-    __Pyx_GIVEREF(__pyx_v__dict);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v__dict) != (0)) __PYX_ERR(1, 9, __pyx_L1_error);
-    __pyx_t_3 = PyNumber_InPlaceAdd(__pyx_v_state, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 9, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __Pyx_DECREF_SET(__pyx_v_state, ((PyObject*)__pyx_t_3));
-    __pyx_t_3 = 0;
-
-    /* "(tree fragment)":10
- *     if _dict is not None and _dict:
- *         state += (_dict,)
- *         use_setstate = True             # <<<<<<<<<<<<<<
- *     else:
- *         use_setstate = self.end is not None or self.owner is not None or self.poll is not None
-*/
-    __pyx_v_use_setstate = 1;
-
-    /* "(tree fragment)":8
- *         state = (self.end, self.index, self.owner, self.poll)
- *         _dict = getattr(self, '__dict__', None)
- *     if _dict is not None and _dict:             # <<<<<<<<<<<<<<
- *         state += (_dict,)
- *         use_setstate = True
-*/
-    goto __pyx_L6;
-  }
-
-  /* "(tree fragment)":12
- *         use_setstate = True
- *     else:
- *         use_setstate = self.end is not None or self.owner is not None or self.poll is not None             # <<<<<<<<<<<<<<
- *     if use_setstate:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, None), state
-*/
-  /*else*/ {
-    __pyx_t_5 = (((PyObject *)__pyx_v_self->end) != Py_None);
-    if (!__pyx_t_5) {
-
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-
-      goto __pyx_L9_bool_binop_done;
-    }
-    __pyx_t_5 = (__pyx_v_self->owner != Py_None);
-    if (!__pyx_t_5) {
-
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-
-      goto __pyx_L9_bool_binop_done;
-    }
-    __pyx_t_5 = (((PyObject *)__pyx_v_self->poll) != Py_None);
-
-    __pyx_t_4 = __pyx_t_5;
-
-    __pyx_L9_bool_binop_done:;
-    __pyx_v_use_setstate = __pyx_t_4;
-  }
-  __pyx_L6:;
-
-  /* "(tree fragment)":13
- *     else:
- *         use_setstate = self.end is not None or self.owner is not None or self.poll is not None
- *     if use_setstate:             # <<<<<<<<<<<<<<
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, None), state
- *     else:
-*/
-  if (__pyx_v_use_setstate) {
-
-    /* "(tree fragment)":14
- *         use_setstate = self.end is not None or self.owner is not None or self.poll is not None
- *     if use_setstate:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, None), state             # <<<<<<<<<<<<<<
- *     else:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)
-*/
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Sleeper); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 14, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 14, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_267794698);
-    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_267794698);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_267794698) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __Pyx_INCREF(Py_None);
-    __Pyx_GIVEREF(Py_None);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, Py_None) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __pyx_t_2 = PyTuple_New(3); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 14, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_GIVEREF(__pyx_t_3);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 0, __pyx_t_3) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __Pyx_GIVEREF(__pyx_t_1);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __Pyx_INCREF(__pyx_v_state);
-    __Pyx_GIVEREF(__pyx_v_state);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_2, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 14, __pyx_L1_error);
-    __pyx_t_3 = 0;
-    __pyx_t_1 = 0;
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_2;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_2 = 0;
-    goto __pyx_L0;
-
-    /* "(tree fragment)":13
- *     else:
- *         use_setstate = self.end is not None or self.owner is not None or self.poll is not None
- *     if use_setstate:             # <<<<<<<<<<<<<<
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, None), state
- *     else:
-*/
-  }
-
-  /* "(tree fragment)":16
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, None), state
- *     else:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     __pyx_unpickle_Sleeper__set_state(self, __pyx_state)
-*/
-  /*else*/ {
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Sleeper); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 16, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 16, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_INCREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    __Pyx_GIVEREF(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))));
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, ((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self)))) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_267794698);
-    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_267794698);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_mstate_global->__pyx_int_267794698) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __Pyx_INCREF(__pyx_v_state);
-    __Pyx_GIVEREF(__pyx_v_state);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_state) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 16, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __Pyx_GIVEREF(__pyx_t_1);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, __pyx_t_1) != (0)) __PYX_ERR(1, 16, __pyx_L1_error);
-    __pyx_t_2 = 0;
-    __pyx_t_1 = 0;
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_3;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_3 = 0;
-    goto __pyx_L0;
-  }
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     cdef tuple state
- *     cdef object _dict
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_state);
-  __Pyx_XDECREF(__pyx_v__dict);
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":17
- *     else:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     __pyx_unpickle_Sleeper__set_state(self, __pyx_state)
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 17, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 17, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 17, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 17, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 17, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v_self, PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":18
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)
- * def __setstate_cython__(self, __pyx_state):
- *     __pyx_unpickle_Sleeper__set_state(self, __pyx_state)             # <<<<<<<<<<<<<<
-*/
-  __pyx_t_1 = __pyx_v___pyx_state;
-  __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(PyTuple_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("tuple", __pyx_t_1))) __PYX_ERR(1, 18, __pyx_L1_error)
-  if (unlikely(__pyx_t_1 == Py_None)) {
-    PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
-    __PYX_ERR(1, 18, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper__set_state(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 18, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":17
- *     else:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     __pyx_unpickle_Sleeper__set_state(self, __pyx_state)
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.Sleeper.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":4
- *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
- *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
- * def __pyx_unpickle_Sleeper(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
- *     cdef object __pyx_result
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_1__pyx_unpickle_Sleeper(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_11stream_poll_1__pyx_unpickle_Sleeper = {"__pyx_unpickle_Sleeper", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_1__pyx_unpickle_Sleeper, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper};
-static PyObject *__pyx_pw_7ivshmem_7channel_11stream_poll_1__pyx_unpickle_Sleeper(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  PyObject *__pyx_v___pyx_type = 0;
-  long __pyx_v___pyx_checksum;
-  PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[3] = {0,0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__pyx_unpickle_Sleeper (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_type,&__pyx_mstate_global->__pyx_n_u_pyx_checksum,&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 4, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  3:
-        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__pyx_unpickle_Sleeper", 0) < (0)) __PYX_ERR(1, 4, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Sleeper", 1, 3, 3, i); __PYX_ERR(1, 4, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 3)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 4, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(1, 4, __pyx_L3_error)
-      values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(1, 4, __pyx_L3_error)
-    }
-    __pyx_v___pyx_type = values[0];
-    __pyx_v___pyx_checksum = __Pyx_PyLong_As_long(values[1]); if (unlikely((__pyx_v___pyx_checksum == (long)-1) && PyErr_Occurred())) __PYX_ERR(1, 4, __pyx_L3_error)
-    __pyx_v___pyx_state = ((PyObject*)values[2]);
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__pyx_unpickle_Sleeper", 1, 3, 3, __pyx_nargs); __PYX_ERR(1, 4, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.__pyx_unpickle_Sleeper", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v___pyx_state), (&PyTuple_Type), 1, "__pyx_state", 1))) __PYX_ERR(1, 4, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper(__pyx_self, __pyx_v___pyx_type, __pyx_v___pyx_checksum, __pyx_v___pyx_state);
-
-  /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper(CYTHON_UNUSED PyObject *__pyx_self, PyObject *__pyx_v___pyx_type, long __pyx_v___pyx_checksum, PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_v___pyx_result = 0;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
-  int __pyx_t_5;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__pyx_unpickle_Sleeper", 0);
-
-  /* "(tree fragment)":6
- * def __pyx_unpickle_Sleeper(__pyx_type, long __pyx_checksum, tuple __pyx_state):
- *     cdef object __pyx_result
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')             # <<<<<<<<<<<<<<
- *     __pyx_result = Sleeper.__new__(__pyx_type)
- *     if __pyx_state is not None:
-*/
-  __pyx_t_1 = __Pyx_CheckUnpickleChecksum(__pyx_v___pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, __pyx_k_end_index_owner_poll); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(1, 6, __pyx_L1_error)
-
-
-  /* "(tree fragment)":7
- *     cdef object __pyx_result
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
- *     __pyx_result = Sleeper.__new__(__pyx_type)             # <<<<<<<<<<<<<<
- *     if __pyx_state is not None:
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
-*/
-  __pyx_t_3 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper);
-  __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_4 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v___pyx_type};
-    __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_new, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 7, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-  }
-  __pyx_v___pyx_result = __pyx_t_2;
-  __pyx_t_2 = 0;
-
-  /* "(tree fragment)":8
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
- *     __pyx_result = Sleeper.__new__(__pyx_type)
- *     if __pyx_state is not None:             # <<<<<<<<<<<<<<
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
- *     return __pyx_result
-*/
-  __pyx_t_5 = (__pyx_v___pyx_state != ((PyObject*)Py_None));
-  if (__pyx_t_5) {
-
-
-    /* "(tree fragment)":9
- *     __pyx_result = Sleeper.__new__(__pyx_type)
- *     if __pyx_state is not None:
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)             # <<<<<<<<<<<<<<
- *     return __pyx_result
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):
-*/
-    if (unlikely(__pyx_v___pyx_state == Py_None)) {
-      PyErr_SetString(PyExc_TypeError, "cannot pass None into a C function argument that is declared \047not None\047");
-      __PYX_ERR(1, 9, __pyx_L1_error)
-    }
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper__set_state(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v___pyx_result), __pyx_v___pyx_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 9, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-    /* "(tree fragment)":8
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
- *     __pyx_result = Sleeper.__new__(__pyx_type)
- *     if __pyx_state is not None:             # <<<<<<<<<<<<<<
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
- *     return __pyx_result
-*/
-  }
-
-  /* "(tree fragment)":10
- *     if __pyx_state is not None:
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
- *     return __pyx_result             # <<<<<<<<<<<<<<
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):
- *     __pyx_result.end = __pyx_state[0]; __pyx_result.index = __pyx_state[1]; __pyx_result.owner = __pyx_state[2]; __pyx_result.poll = __pyx_state[3]
-*/
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __Pyx_INCREF(__pyx_v___pyx_result);
-      __pyx_r = __pyx_v___pyx_result;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  goto __pyx_L0;
-
-  /* "(tree fragment)":4
- *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
- *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
- * def __pyx_unpickle_Sleeper(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
- *     cdef object __pyx_result
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.__pyx_unpickle_Sleeper", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v___pyx_result);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":11
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
- *     return __pyx_result
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):             # <<<<<<<<<<<<<<
- *     __pyx_result.end = __pyx_state[0]; __pyx_result.index = __pyx_state[1]; __pyx_result.owner = __pyx_state[2]; __pyx_result.poll = __pyx_state[3]
- *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 4)
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_11stream_poll___pyx_unpickle_Sleeper__set_state(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_v___pyx_result, PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  Py_ssize_t __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__pyx_unpickle_Sleeper__set_state", 0);
-
-  /* "(tree fragment)":12
- *     return __pyx_result
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):
- *     __pyx_result.end = __pyx_state[0]; __pyx_result.index = __pyx_state[1]; __pyx_result.owner = __pyx_state[2]; __pyx_result.poll = __pyx_state[3]             # <<<<<<<<<<<<<<
- *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 4)
-*/
-  __pyx_t_1 = __Pyx_GetItemInt_Tuple(__pyx_v___pyx_state, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd))))) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v___pyx_result->end);
-  __Pyx_DECREF_SET(__pyx_v___pyx_result->end, ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_t_1));
-  __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_GetItemInt_Tuple(__pyx_v___pyx_state, 1, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_v___pyx_result->index = __pyx_t_2;
-  __pyx_t_1 = __Pyx_GetItemInt_Tuple(__pyx_v___pyx_state, 2, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF(__pyx_v___pyx_result->owner);
-  __Pyx_DECREF_SET(__pyx_v___pyx_result->owner, __pyx_t_1);
-  __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_GetItemInt_Tuple(__pyx_v___pyx_state, 3, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll))))) __PYX_ERR(1, 12, __pyx_L1_error)
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v___pyx_result->poll);
-  __Pyx_DECREF_SET(__pyx_v___pyx_result->poll, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "(tree fragment)":13
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):
- *     __pyx_result.end = __pyx_state[0]; __pyx_result.index = __pyx_state[1]; __pyx_result.owner = __pyx_state[2]; __pyx_result.poll = __pyx_state[3]
- *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 4)             # <<<<<<<<<<<<<<
-*/
-  __pyx_t_3 = __Pyx_UpdateUnpickledDict(((PyObject *)__pyx_v___pyx_result), __pyx_v___pyx_state, 4); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(1, 13, __pyx_L1_error)
-
-
-  /* "(tree fragment)":11
- *         __pyx_unpickle_Sleeper__set_state(<Sleeper> __pyx_result, __pyx_state)
- *     return __pyx_result
- * cdef __pyx_unpickle_Sleeper__set_state(Sleeper __pyx_result, __pyx_state: tuple):             # <<<<<<<<<<<<<<
- *     __pyx_result.end = __pyx_state[0]; __pyx_result.index = __pyx_state[1]; __pyx_result.owner = __pyx_state[2]; __pyx_result.poll = __pyx_state[3]
- *     __Pyx_UpdateUnpickledDict(__pyx_result, __pyx_state, 4)
-*/
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_AddTraceback("ivshmem.channel.stream_poll.__pyx_unpickle_Sleeper__set_state", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
@@ -9022,12 +8221,11 @@ static int __pyx_tp_traverse_7ivshmem_7channel_11stream_poll_StreamPoll(PyObject
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_11stream_poll_StreamPoll[] = {
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4fileno},
-  {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6add},
-  {"ready", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8ready},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_14__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce__},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno},
+  {"add", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_9add, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_8add},
+  {"ready", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_10StreamPoll_12close},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -9217,9 +8415,8 @@ static int __pyx_tp_traverse_7ivshmem_7channel_11stream_poll_Sleeper(PyObject *o
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_11stream_poll_Sleeper[] = {
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_2close},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_6__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_11stream_poll_7Sleeper_4close},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -9409,7 +8606,6 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9430,14 +8626,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
   __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.wake_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up;
   __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, int, int __pyx_skip_dispatch))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 162, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper);
@@ -9447,9 +8643,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -9466,7 +8661,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9476,9 +8671,9 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(1, 9, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 86, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9488,7 +8683,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(2, 86, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
@@ -9497,8 +8692,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(2, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(2, 93, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
@@ -9507,8 +8702,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(2, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(2, 117, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
@@ -9517,8 +8712,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(2, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(2, 127, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
@@ -9527,10 +8722,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(2, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(2, 134, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 30, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9540,10 +8735,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(4, 30, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(4, 30, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(3, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(3, 30, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 23, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9553,10 +8748,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(4, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(4, 23, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9566,8 +8761,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(5, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(5, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -9576,8 +8771,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 22, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 22, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(5, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(5, 22, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -9586,8 +8781,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 33, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 33, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(5, 33, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(5, 33, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -9596,8 +8791,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 37, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 37, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(5, 37, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(5, 37, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -9606,10 +8801,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 41, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 41, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(5, 41, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(5, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9619,10 +8814,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(6, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(6, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9632,10 +8827,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 29, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 29, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(7, 29, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(7, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.ends"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 11, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "Wakeup",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9645,8 +8840,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(9, 11, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(9, 11, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup) __PYX_ERR(8, 11, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_Wakeup) != 1)) __PYX_ERR(8, 11, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.ends", "ChannelEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
@@ -9655,10 +8850,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(9, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 17, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 17, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "StreamListener",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -9668,8 +8863,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(10, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(10, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(9, 17, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(9, 17, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "Stream",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
@@ -9678,8 +8873,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(9, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -10108,160 +9303,121 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   /* "ivshmem/channel/stream_poll.pyx":61
  *         free(self.entries)
  * 
- *     def fileno(self):             # <<<<<<<<<<<<<<
- *         """Return a descriptor, which stays this object's.
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":68
+  /* "ivshmem/channel/stream_poll.pyx":64
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+ *     def fileno(self):             # <<<<<<<<<<<<<<
+ *         """Return a descriptor, which stays this object's.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/stream_poll.pyx":71
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def add(self, ChannelEnd end not None, owner):
  *         """Return the Sleeper of a Stream or StreamListener; `owner` is what `ready` tells."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 68, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 68, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":100
+  /* "ivshmem/channel/stream_poll.pyx":103
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def ready(self):
  *         """Return a list of (owner, directions) of those that slept and can continue.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 100, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":147
+  /* "ivshmem/channel/stream_poll.pyx":150
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 147, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 147, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/stream_poll.pyx":164
+  /* "ivshmem/channel/stream_poll.pyx":167
  *     """An end in a StreamPoll."""
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/stream_poll.pyx":170
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 164, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":193
+  /* "ivshmem/channel/stream_poll.pyx":199
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     cdef tuple state
- *     cdef object _dict
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":17
- *     else:
- *         return __pyx_unpickle_Sleeper, (type(self), 0xff6390a, state)
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     __pyx_unpickle_Sleeper__set_state(self, __pyx_state)
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 17, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 17, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "(tree fragment)":4
- *     int __Pyx_CheckUnpickleChecksum(long, long, long, long, const char*) except -1
- *     int __Pyx_UpdateUnpickledDict(object, object, Py_ssize_t) except -1
- * def __pyx_unpickle_Sleeper(__pyx_type, long __pyx_checksum, tuple __pyx_state):             # <<<<<<<<<<<<<<
- *     cdef object __pyx_result
- *     __Pyx_CheckUnpickleChecksum(__pyx_checksum, 0xff6390a, 0x1d0fcf0, 0x8e7e157, b'end, index, owner, poll')
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_1__pyx_unpickle_Sleeper, 0, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Sleeper, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 4, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_unpickle_Sleeper, __pyx_t_2) < (0)) __PYX_ERR(1, 4, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/stream_poll.pyx":1
@@ -10346,38 +9502,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{1},{1},{179},{8},{7},{6},{2},{9},{14},{31},{50},{22},{30},{11},{9},{11},{8},{7},{25},{27},{13},{13},{10},{28},{30},{14},{16},{17},{16},{20},{12},{8},{8},{12},{8},{10},{8},{7},{14},{12},{11},{10},{22},{14},{12},{10},{17},{13},{12},{12},{19},{8},{5},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{5},{6},{12},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{9},{11},{55},{136},{130},{77},{15},{251},{232},{108}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{11},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{21},{130},{77},{15},{251},{232},{108}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1362 bytes) */
-static const char cstring[] = "x\332mS\315S\333F\024\307\215\0330\220\301\016&\037\244\323\310iS L\234:5I\2469t\034p\n\315\224\301\300\204\204\0344ki\215U\344\225\255]\031\273\355t8\372\270\307=\356QG\035}\3641G\216:\372O\340O\350[\311\006\032\352\031\353}\356\373\370\275\367\226\231\213\261Vs\321Q\003\023\266\222\377e\333aXcu\304\264\365.\253;D\263\250fb\333\252b\0271lw5\312\\\313`\330UND\333)\357<-\276*j\210\230\232\213\377\300\006\243\032\365\252\206\215(\305TsjZ\325\263lf\021\215u\233\230\346\265\255\232\326u<\215`lj\314\321\232\340w\365\001\253c\242Q\314\024\243-!B\034\206\230\345\020\035\236[\344hI3-\027\222Xm\254^\277E6\305yd\232:\370a\323\242\250jcL\324\367\310\260h\314\231V\233\326\033\270\221\307\256\353\270t$=3\240|\202\355g\320\017F\r\275\351\330v\276\331\355\020\007\332\255!\317f\232\256\273\330\364\014\254\353\232\351E\371\210C\236B\373m\013\331`5,b1]W\225bb6\035\2130\205\226a;\024\233\254\016\354\036T\323\004\250\352\210j6\256\201\031\340Q\231\326#\237\262*h\263\264\247\227\2677\312\033\277\227>\352\273\345\365\362\326\373\262b\367@9z?\"\371\213\202\214h4\272~i\000\310( u\335\024U3\026\250\242{Q\303;P\305%\367?\241\257\332\256G\277\264\002\372W\2448\335\245\\\263lL\234+\n`\314\256\256\357t;\360\337\200M\322\267q\207\355\342\232\256\217\246\rx\353\272\251,\360\253y\304P\364h\\\001\374\032\310\"\021uL\317\2164\0045b\212O\024\2011\352F\035\033\307\324k\304\222\213)L4\346Gq\024\253v2\346<\322\264\214c\2106\202*\326\266\231Z \025\262\345!{\234e\274\025\3270\273P\340\216\022\000\265\213\312\350\225\372\257\241\t;\204)\033wmQ\335p\\\307\203\243\001\254LD\273\304\260\234\374\205\216\0326|u\300\200\271\310\300Ud\034G\250\307{g8\036a\243#q\010\234\200\tw\355v\343\335\217\247Q\003\027\323\262L\213\341\306\370\034\362\243s\310_9\007\033\271G\330\205\303d\340\000\367O\353V\3239!\330U\306\246\323\214F\351\342\032E\226I\261]\203\276F\247\023\355\031\215\221\214Z\365\232\246\372R|\321|\033\331\036\246\047\030\035C\004u9\313\220\3313\340D\342\202\364\270\020\355\311\312\204\3558\307z\325a\365\323D""\230\234\356\255\362\212b\036\313\212\254\371\245\323\3040\371P\264\316\264\037\203\231\376\353\301\361Ye7L\316\363\227bY\346d!LN\236\376\rB.\234Z\3613\376\223`{\220\013\2233\275\302i\342|jb\372\2012dx\226\277\027E\321\221\314\177\025\024\203V8\225\346\223\274%n\n\333\317\251\010\355\336\001/\213\254\250\204S\2679\274\270\313[C\3700\261&\047\245\347\257\373,x\331_\032,\014\214\317\331\317\357\317\366\016\317\016?\251w\020i\356ln\331O\372%\377 x\327?\031\240\341\1775\255\323\322p\352\241`\2620\234\232\351\255\361\033\274\020\316\336\noAs\341\354<\377\211#\310\362ZV\375D8;\327c\320\311wPE:\3137EI\354\313E\277\350w\202V?\241T[\242\"L\371\304\337\010R\375L?\027f\026\305\367\302\222-\377\246o\005\254\017\201\323<\025w1\333\333\344%E\266\000\313\322\371\315\211\324l\257\330k)\217)\221PdF\274\220\267e!f\327dR\226\344.\204\232\364#\247i\300-\262\024EK\331T\256e\371\203\237\200`\323\023\251tT\351\222\314\2008;\221\312\311\033\262 7\240\007\350\361\005\237\347\033*\307\002\377(\216`\206\246\277\032\354\006n\377N\337\035\314\017\336\014\220\352\364\204\033\"\023\2463q\226B\\\330W\342\221x+\037A:\030\303\222\270\0473\022\2061\327\353p\0054\274A\212t!\370\230\244y\002\206\373\001\200\001\323\255\336\047\245\213\210\230\027%U\315\317\274\302\261\212\237\341\2131\371F\354\236=|\006\023\215\244\373\"\007\335\247\374\3140\362x.>B\275\271\330\257r\3510)[1\232\0070\226\212J\017\203=\2777\221\272/\022C0\274\343m\245\236\001\220\377\022\253\362\300/\007\331`\277\377`\360\333gh\3676_\215+\204rU\2302_\200\271S\210\014\360\206\263Y^\342\373\243n\001\032\017&\227\316\201\364X\376\031,\004(L\337\023\021\262P\360\267\002E\003y\347\237\004\030&\376E\260\177\374\303\340z@\306\327 \200\302:\313\177\025\005\000\006\224\2550\275(VdQv\203D\000\223\270\313;\020\031\334\026\240\30770\270\017~\334\347Y\362y\220;\277\023oP\233\357\251\321\216\033\2025\336\367\243\031&\371[\2652q\346\005Q\227\010\216-B\370\201\312\007\007,\277\226\207\276\027\224\276\254\"^\365\350\032\n\377\002\027\017d\004";
-    PyObject *data = __Pyx_DecompressString(cstring, 1362, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1117 bytes) */
+static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\330f\"F\216p2I\221\221\221\034\210\047\014\002&6Nq\263\272[\241\r\247[\351v\017\244d&C\251r\313-\267\274\362J\225\224)]\252\344\047\360\023\362\366N2\214S\350\336\356{o\277\367\276\367=!\033{\036\023\250I\220\315\272\2248\210\371\250K\355\023\2278\245\237w\231 H\264\261@[\003\321f\036\242\0349\304\245M\342cA\334\001\342\302\247\266 \276I\362\320^}\357\333\312\017\025\204=\007\371\344Ob\013\216x\320\264]\3149\341\210\265P3\240\256\240\036\022\203.\341%\264\323B\003\026 \217@]\301P\027\362n>\020m\342!N\2049\240\265\270Q,(\363,xN\275\3435\344P\037\212\320Sb^\277\302.\047%\214\260\343X\220I\034\312q\323%\3043\337c\233\362\344\344\320S\336\356\220N\211\370>\363\371\344\266a\003\001\217\270\033\300\210\340\216\325e\256[\352\016\372\2462\361\234.\243\2360\354m\227q\342\2106\034\017\000\273\013\324\333\230#\227\264 \014t\315\273\2558\247n\340\267\253\007V}\267V\257\375V=\262\366\353[\365\235\337\353\346x\000\316\311\373\211)Y\226O\234\300&\2265\365\304\265\246\027n\354A\334\334\036\324\270>\335|x\355\204!\334\270%H\327\367\026u\211\307n8\340\340\014,ko\320\207_\r$\265vI_\354\223\226eM\306\016\360\226\325\n<\333\330\016\246^l\231\023\270q\304\303\235\330\302\310\254Sa\346ln\275\000\273\323\310\264I\313\002E?\344\013\302\005\030\312-\233\371,\200\335\200N\034\314\007\236MY\351\203\217\333.|-\250*|l\223&\266ObN\211\0346\013<1\331\005\346\201\316\016\361\204?H\004N\270\266 \305\241\324\241\202t\246\232\227&\232\227nh\356b\377\230\370\260\177\002\022`\315y\233v\331\231G|\023\354\262n<(\237\2648\246\016\047n\013\2708\244\205\003W\304\002\361D\255S\354\006\204\237\021|\002\251fs\236@\211\300\206\025I*[IE\364\354\351\214\313\330\211\325d\242}^\035\247?\033R\331S\263\252\252\016u^?\326\275\363\352ezU\t]\276L\317\r7\345-Y\036g\347\307\363\217uc\234]\224\337I,\205\372I7\303\3248{o(\344\367\352+\325\030\347\nr;\206X\t+a?\352\215R\306\265\243\032\312\321\317\302Z\224\031\345G\305q~E}\255\250\356\205\267C\032\211\021\000\347dF\025\340}:;""\334\226Ucvd\343\274zu{&\223\035V\206=\223\221V)c\346\324\013\275\240\313\311qS\317\352\252\336\007\250;a\234tW\025\223HE\365L\314\324z\242\277\tS\000vw&\223\213;]\323y\270fg2E}K\227u\r8\000\307\027rQ\326L\215%y\244\216uC;\341z\264\037\371\243\373#\377b\361\342\345\0056L\317\244\255\362\343\\>\251RN\032\373D=R\257\364#(\227^\220kj\031&X\034\247\357\r\373\262g\314\231\304\306\014\000|jr2%\013\362-\014\006B\363\303?\214/6jQUM7?\312\206$\006?/W\022\363\205\332\177\277\272\021\212(\276=PE`\237\t\363\227q\306su\004\375\026\223\274\306u\302\035\335K\246\371\006di\230\362 \354\325\362L\346\201J]B\340\265<5\3569\030\362\337j]\277\t\353Q!:\034=\274\370\365_\240\273 \327\223\016\241]\003S\227K\240;\007d\030\3578[\220Uy8a\013\243\t@\271\\1\336\236\277\242\245\010\217s\313*\236,4\374\245\302\261 \257\303\263\210\200\342\037\201\375\023\276\213\376\017(\344&\000\230Y\027\344/\252\014\203\001go\234[QOuE\017\242T\004J|.\373\200\014iK\300\361%\010\3676Lx\276\237}\036\025\257\356\047\033t*\017\214\264SB\260\306\207a\254\341\254|eV&\251\274\244\332\032k\021\306\023~h\352\255\002\366\247\372]\030D\325\217\273HV=\3767\224\377\0035\376\241.";
+    PyObject *data = __Pyx_DecompressString(cstring, 1117, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1765 bytes) */
-static const char cstring[] = "\377(tree fr\377agment).\377?Note th\377at Cytho\377n is del\377iberatel\377y strict\373er!\001n PEP\377-484 and\377 rejects\377 subclas\377ses of b\377uiltin t\377ypes. If\377 you nee?d to p%\000%\t\377then set\376\200\000e \047anno\177tation_<\000\377ing\047 dir\366b\000iv\242\000o Fa\377lse.add_\376%\000edisabl\367een\002\001gcis\376\004\003divshme\377m.errors\356\007\004/ch[\000el/\376\315\000eam_pol\177l.pyxno\354\000\377fault __\377reduce__\367 duk\002non-\336\374\000vial\033\000ci\337nit__\260\000 e\177ndpoint\252!\377closedth\352\266 S\213\000p\250 has\217 lef\034\000\234 f\001C\372\037\002E\215\001HAS_E\377NDEDMAY_\177RECEIVE\007\001QS\022\0009\004@\004.\210\006c\226B\323__\017\007\260 s\247 e_\250\013\r\211\0029\005s\214\001S\360@a\003mP\355\000\000\007H\020\035\006t\000L\017\340\024\007\373 =\010i\0032\007fil\367eno^\010read\277y__Pyx\001\000D\376\307`_NextRe\347f__\347D\355 __d\376\026\001___func\236\004\000_get\332\003\021\000m\367ain\020\001modu\335l)\002nam\002\003ew\374)\001\304@_check\337sum__\n\001re\201s\317@\006\003A\004!\001\220\204\001\033\003u\037npickK\000\254D1\003\363vt\315a|\001qual\260^\005\216e\376.\250fex\260\001s\027et_\222\005s\265\010\233N\301`\363es\307`\360\003is_c\177oroutin\251 \377dasyncio].\013\006scl\027\000_\201 \377tracebac\371k\356b\362ccount\376\236\205\004onsendeOntry\366\204\003\210Cf \000\377diiditem\352\207\205\005.\210\205\004.\204\205\010lar\377gerlastm\377embershi\277powner\250\205\001p\373op\306Brefsa\377idselfse\007tde\266\205\002\343b\350b3\000\223\204\001\377updateus\373e_\241\204\005value\237sweak?\000\266\205\001(\177struct \247\206\004\375_\222\206\003 *)\000lo\377ok_both\200\377\001\330\004\n\210+\220Q\376\005\001%\240Q\240f\250A\377\200\001\340\004\037\230q\320\377 0\260\013\270;\300k\377\320QR\330\004\023\2207\377\230(\240!\2401\330\004\367\007\200|\n\000!\330\010)\377\250\021\250*\260N\300!\377\330\004\013\2101\200\001\360\337\010\000\n\033\230\026\000\021\220\377\024\220V\2304\230x\240\377t\2508\2604""\260q\330\377\010\020\220\007\220q\230\006\367\230l\250+\000\007\200v\210\377W\220E\230\024\230Q\330\367\010\022\220H\000\027\220q\340\377\010\027\220t\2305\240\007\377\240u\250C\250t\2607\377\270\047\300\025\300c\310\024\377\310V\320SZ\320Z[\374v\001G\000\017\320\017(\250\004\377\250A\250W\260K\270w\357\300a\340\010\005\nq\200A\377\340\010\037\230t\2401\340\377\010\013\2105\220\003\2201\337\330\014\r\330\r\332\000\330\014\337\023\2203\220ac\000;\240\377b\250\001\330\014\017\210t\372\324\000#\203\000\020\024\220H\230\377A\230T\240\032\2504\250\277x\260q\270\001\330\020\000I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\373\220\t\300\003\014\210H\220A\337\330\010\014\210I\311 A\360\377\006\000\t\014\2104\210q\277\330\014\020\220\010\230h\000\020\177\220\013\2306\240\022\240/\002}\013\344\000\004\240A\240RH\000K\007\250 \002\n\265 )\000\013\263 \363q\240\031\000h\001(\240&\250\377\001\200A\360\n\000\t\020\356\245\002\047\240\021\014\000\014\000\t\177!\240\003\2401\240D\301\000\276\341\0006\220\023\220D`\001\025\357\220Y\230g\301@d\250+\377\260R\260r\270\026\270r\277\300\023\300B\300a\346\001w\177\220c\230\021\330\020\021\216\001\373\013\230\266\002\010\230\002\230\"\337\230F\240\"\240\267\000\022\220\277\047\230\030\240\021\240\325@\017\367\210x\220\345!\210w\220a\037\330\010\017\210y\276\000\000\004\305@\345\001\332@X\226 \030\000\r\210[\334\027\001\002\002\230\023\230\375\000\013\210\337:\220Q\220e\\\001\021\220\375\032\001\003\034\230R\320\037/|\317@\206@\021\220\031\230!\342@\337\t\250\021\340\014\036\0012\230\247Y\240d\221`\n\000\034\213`\014.\031\005\007\240q\310#W\224@\243`\373\017\210\326@\360\030\000\t\031w\230\001\340\344 K\220v\271a\375\013\342 {\230+\240W\250\377E\260\024\260T\270\033\300\273J\310\354\000\022\220+\234\003\020\273\220\001\221AE\220\025\365@s\366x\0004\230\221@\024\220A\220iT\347\004\202`u\267@\020!\371\000\377%\240z\260\025\260a\330\333\020\030\356\001\013\210\267`\036\230""\373a\230\215AK\250w\260ex\357@\337@A\t~\250Z\260?\017\347t\2205\361@\350!\024\220G\363\2301\226 \350`q\330\020\032\377\230)\2404\240y\260\001\235\260\207@\027\220xW\000\345`\025o\220W\230B\266@X\250\342\003\177\320\0042\260!\360\026\274c\347v\220S\273a\311\005\r%\240;T\250\277B\004\220F\257a\305\003\377\025\230h\240a\240t\250\352\335\"\033l\001\037\263\000\005\240Z?\250u\260A\330\014x\013\345\204\003\005Q\212\205\0011";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1765, 2221);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1421 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\377ENDEDMAY\377_RECEIVE\342\007\001S\022\0009\004@\004.__\377reduce__\350\n\005g\002\027\005sj\001StrB\232\000P\231\000\000\007-\t\026\006.\202 \370\030\010D\003\024\007filen\371o9\010T\000dy__P\353yx\001\000D\320@_Ne\177xtRef__\360$\376\225\000__func_\177___main\003\002\357odul\025\002nam\234\035\002\260 _vt\364!$\001qgual\022\005\326\005__\317@\275_(\005testO\000i\177s_corou\231`\375e\275@asynci\373o.\013\006sclin\373e_s\000trace\317back\205B\211Cco\267unt\205don\345@d\237entry\333C\346\003f\376 \000diidite\325m\354E.\355D.\351Hla\377rgerlast\376\240`bership\337owner\215apo\375p\244\"refsai\377dselfset\177default\234B\376\241Bervalue\237sweak(\000\266a(\237struc\277`\366c_\376\340c *)\000loo\377k_both\200A\377\330\010\016\210i\220q\230\377\004\230A\230T\240\021\240\377%\240q\200A\340\010\037\377\230t\2401\340\010\013\210\3775\220\003\2201\330\014\r\377\330\r%\240Q\330\014\023\377\2203\220a\220t\230;\377\240b\250\001\330\014\017\210\377t\2207\230#\230Q\330\357\020\024\220H>\002\032\2504\277\250x\260q\270\001\017\001I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\357\220\t\230\024=\000\010\014\210\373H\220\213\000\014\210I\220Q\377\200A\360\006\000\t\014\210\3774\210q\330\014\020\220\010\375\230h\000\020\220\013\2306\240\373\022\240/\002\013\2305\240\004o\240A\240RH\000\007\250 \002\367\n\230!(\001\013\2304\230\371q\030\001h\001(\240&\250\001\336J""\000\n\000\t\020\245\002\047\240\375\021Y\000\014\000\t!\240\003\317\2401\240D\301\000\341\0006\220\367\023\220D`\001\025\220Y\230\377g\240Q\240d\250+\260\377R\260r\270\026\270r\300\337\023\300B\300a\346\001w\220?c\230\021\330\020\021`\003\266\002\377\010\230\002\230\"\230F\240\373\"\240\305 \022\220\047\230\030\376\277 !\330\010\017\210x\220]q\003\001w\220a\n\001y\276\000\374\022\000\002\002\020\220\001\220\024\2209X\226 \030\000\r\210[\027\001\002\002\367\230\023\230\213@\013\210:\220\357Q\220e\230\361 \021\220\032\376\001\003\034\230R\320\037/\250\273t\260\020\002\031\230!\373\000\t\357\250\021\340\014\036\0012\230Y\034\255\000\371\000\021\220\034\205@\021\000\033\003S\007\240\177\000\312!W\327@Q\220\001\376\326@\360\030\000\t\031\230\001]\340\353 K\220v\363!\013\342 \377{\230+\240W\250E\260\377\024\260T\270\033\300J\310N\354\000\022\220+\234\003\254\000\330\231@\227E\220\025\365@sx\000\334 \330?\014\024\220A\220T\347\004\202`\355u\267@\020!\271bz\260\025\337\260a\330\020\030\356\001\013\210\356\267`\036\230a\214BK\250w\363\260e\357@>\014~\250Z\260\235q@\016t\2205\361@\350!\024\317\220G\2301\226 \350`q\330\377\020\032\230)\2404\240yw\260\001\260\207@\027\220x\350@\276\345`\025\220W\230B\266@X\375\250\342\003\320\0042\260!\360\235\026\274cv\220S\273a\311\005\r\357%\240T\250\277B\004\220F\374\257a\305\003\025\230h\240a\240\253t\250\362\"\033l\001\037\304`\005?\240Z\250u\260A\354\001z\t\004\345\204\003\211\205\0021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1421, 1740);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2221 bytes) */
-static const char bytes[] = "(tree fragment).?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxno default __reduce__ due to non-trivial __cinit__the endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce_cython__Sleeper.__setstate_cython__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce_cython__StreamPoll.__setstate_cython__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____dict____func____getstate____main____module____name____new____pyx_checksum__pyx_result__pyx_state__pyx_type__pyx_unpickle_Sleeper__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___dict_is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleeperstateupdateuse_setstatevaluesweakrefint (struct ivshmem_stream *)\000look_both\200\001\330\004\n\210+\220Q\200\001\330\004%\240Q\240f\250A\200\001\340\004\037\230q\320 0\260\013\270;\300k\320QR\330\004\023\2207\230(\240!\2401\330\004\007\200|\2207\230!\330\010)\250\021\250*\260N\300!\330\004\013\2101\200\001\360\010\000\n\033\230!\330\010\021\220\024\220V\2304\230x\240t\2508\2604\260q\330\010\020\220\007\220q\230\006\230l\250!\330\004\007\200v\210W\220E\230\024\230Q\330\010\022\220!\330\010\027\220q\340\010\027\220t\2305\240\007\240u\250C\250t\2607\270\047\300\025\300c\310\024\310V\320SZ\320Z[\330\004\007\200q\330\010\017\320\017(\250\004\250A\250W\260K\270w\300a\340\010\017\320\017(\250\004\250A\250W\260K\270q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#""\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y""\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
+    #else /* compression: none (1740 bytes) */
+static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!""\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 89; i++) {
+    for (int i = 0; i < 71; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 14) PyUnicode_InternInPlace(&string);
@@ -10388,8 +9544,8 @@ static const char bytes[] = "(tree fragment).?Note that Cython is deliberately s
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 89; i < 100; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-89].length;
+    for (int i = 71; i < 79; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-71].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -10399,15 +9555,15 @@ static const char bytes[] = "(tree fragment).?Note that Cython is deliberately s
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 100; i++) {
+    for (Py_ssize_t i = 0; i < 79; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 89;
-      for (Py_ssize_t i=0; i<11; ++i) {
+      PyObject **table = stringtab + 71;
+      for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -10428,37 +9584,6 @@ static const char bytes[] = "(tree fragment).?Note that Cython is deliberately s
     }
     #endif
   }
-  {
-    PyObject **numbertab = __pyx_mstate->__pyx_number_tab + 0;
-    int32_t const cint_constants_4[] = {267794698L};
-    for (int i = 0; i < 1; i++) {
-      numbertab[i] = PyLong_FromLong(cint_constants_4[i - 0]);
-      if (unlikely(!numbertab[i])) __PYX_ERR(0, 1, __pyx_L1_error)
-    }
-  }
-  #if CYTHON_IMMORTAL_CONSTANTS
-  {
-    PyObject **table = __pyx_mstate->__pyx_number_tab;
-    for (Py_ssize_t i=0; i<1; ++i) {
-      #if PY_VERSION_HEX >= 0x030F0000
-      PyUnstable_SetImmortal(table[i]);
-      #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
-      if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
-      #if PY_VERSION_HEX < 0x030E0000
-      if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
-      #else
-      if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
-      #endif
-      {
-        Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
-      }
-      #else
-      if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
-      Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
-      #endif
-    }
-  }
-  #endif
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -10495,57 +9620,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 61};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 68};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_owner, __pyx_mstate->__pyx_n_u_larger, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_count};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 100};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_said, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_ready};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_ready, __pyx_mstate->__pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 147};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 64};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 71};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_owner, __pyx_mstate->__pyx_n_u_larger, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_count};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 164};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_said, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_ready};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_ready, __pyx_mstate->__pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 150};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_poll, __pyx_mstate->__pyx_n_u_last};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_state, __pyx_mstate->__pyx_n_u_dict_2, __pyx_mstate->__pyx_n_u_use_setstate};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_V4xt84q_q_l_vWE_Q_q_t5_uCt7_c_V, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 17};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_QfA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 4};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_pyx_type, __pyx_mstate->__pyx_n_u_pyx_checksum, __pyx_mstate->__pyx_n_u_pyx_state, __pyx_mstate->__pyx_n_u_pyx_result};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_pyx_unpickle_Sleeper, __pyx_mstate->__pyx_kp_b_iso88591_q_0_kQR_7_1_7_N_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -12016,6 +11126,191 @@ static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
     }
 }
 
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
+        #endif
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
+        }
+        char_pos += ulength;
+    }
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
+#endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
+
 /* PyObjectFastCallMethod */
 #if !CYTHON_VECTORCALL
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
@@ -12133,114 +11428,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
     return PyList_Append(list, x);
 }
 #endif
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
 
 /* PyFrozenDict (used by GetItemInt) */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -12533,56 +11720,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyList_Pop(PyObject* L) {
     return __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyList_Type_pop, L);
 }
 #endif
-
-/* GetAttr3 */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (unlikely(!__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        return NULL;
-    __Pyx_PyErr_Clear();
-    Py_INCREF(d);
-    return d;
-}
-#endif
-static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *o, PyObject *n, PyObject *d) {
-    PyObject *r;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    int res = PyObject_GetOptionalAttr(o, n, &r);
-    return (res != 0) ? r : __Pyx_NewRef(d);
-#else
-  #if CYTHON_USE_TYPE_SLOTS
-    if (likely(PyUnicode_Check(n))) {
-        r = __Pyx_PyObject_GetAttrStrNoError(o, n);
-        if (unlikely(!r) && likely(!PyErr_Occurred())) {
-            r = __Pyx_NewRef(d);
-        }
-        return r;
-    }
-  #endif
-    r = PyObject_GetAttr(o, n);
-    return (likely(r)) ? r : __Pyx_GetAttr3Default(d);
-#endif
-}
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
 
 /* CallNextTpDealloc */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc) {
@@ -12934,6 +12071,16 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
 }
 #endif
 
+/* RaiseErrorWithObjectType1 (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
 /* ValidateBasesTuple (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
 static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases) {
@@ -13235,182 +12382,6 @@ static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
 bad:
     Py_XDECREF(ob);
     return -1;
-}
-
-/* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
-    static Py_ssize_t tp_dictoffset = 0;
-    if (unlikely(tp_dictoffset == 0)) {
-        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
-        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
-            tp_dictoffset = 0; // try again next time?
-            return NULL;
-        }
-    }
-    return *(PyObject**)((char*)tp + tp_dictoffset);
-}
-#endif
-
-/* DelItemOnTypeDict (used by SetupReduce) */
-static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k) {
-    int result;
-    PyObject *tp_dict;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    tp_dict = __Pyx_GetTypeTypeDict(tp);
-    if (unlikely(!tp_dict)) return -1;
-#else
-    tp_dict = tp->tp_dict;
-#endif
-    result = PyDict_DelItem(tp_dict, k);
-    if (likely(!result)) PyType_Modified(tp);
-    return result;
-}
-
-/* SetItemOnTypeDict (used by SetupReduce) */
-static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
-    int result;
-    PyObject *tp_dict;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    tp_dict = __Pyx_GetTypeTypeDict(tp);
-    if (unlikely(!tp_dict)) return -1;
-#else
-    tp_dict = tp->tp_dict;
-#endif
-    result = PyDict_SetItem(tp_dict, k, v);
-    if (likely(!result)) {
-        PyType_Modified(tp);
-        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
-            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
-            if (!setNameResult) return -1;
-            Py_DECREF(setNameResult);
-        }
-    }
-    return result;
-}
-
-/* SetupReduce */
-static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
-  int ret;
-  PyObject *name_attr;
-  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
-  if (likely(name_attr)) {
-      ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
-  } else {
-      ret = -1;
-  }
-  if (unlikely(ret < 0) && __Pyx_IgnoreException(PyExc_Exception)) {
-      ret = 0;  // But BaseException is still propagated.
-  }
-  Py_XDECREF(name_attr);
-  return ret;
-}
-static PyObject *__Pyx_setup_reduce_get_reduce_attribute(PyObject *type_obj, PyObject *name, int allow_not_present) {
-#if CYTHON_USE_PYTYPE_LOOKUP
-    CYTHON_UNUSED_VAR(allow_not_present);
-    return _PyType_Lookup((PyTypeObject*)type_obj, name);
-#else
-    if (allow_not_present) {
-        return __Pyx_PyObject_GetAttrStrNoError(type_obj, name);
-    } else {
-        return __Pyx_PyObject_GetAttrStr(type_obj, name);
-    }
-#endif
-}
-static int __Pyx_setup_reduce(PyObject* type_obj) {
-    int ret = 0;
-    PyObject *object_reduce = NULL;
-    PyObject *object_getstate = NULL;
-    PyObject *object_reduce_ex = NULL;
-    PyObject *reduce = NULL;
-    PyObject *reduce_ex = NULL;
-    PyObject *reduce_cython = NULL;
-    PyObject *setstate = NULL;
-    PyObject *setstate_cython = NULL;
-    PyObject *getstate = NULL;
-    getstate = __Pyx_setup_reduce_get_reduce_attribute(type_obj, __pyx_mstate_global->__pyx_n_u_getstate, 1);
-    if (!getstate && PyErr_Occurred()) {
-        goto __PYX_BAD;
-    }
-    if (getstate) {
-        object_getstate = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_getstate, 1);
-        if (!object_getstate && PyErr_Occurred()) {
-            goto __PYX_BAD;
-        }
-        if (object_getstate != getstate) {
-            goto __PYX_GOOD;
-        }
-    }
-    object_reduce_ex = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce_ex, 0);
-    if (unlikely(!object_reduce_ex)) goto __PYX_BAD;
-    reduce_ex = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_ex); if (unlikely(!reduce_ex)) goto __PYX_BAD;
-    if (reduce_ex == object_reduce_ex) {
-        object_reduce = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce, 0);
-        if (!object_reduce) goto __PYX_BAD;
-        reduce = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce); if (unlikely(!reduce)) goto __PYX_BAD;
-        int try_to_replace_reduce = (reduce == object_reduce);
-        if (!try_to_replace_reduce) {
-            try_to_replace_reduce = __Pyx_setup_reduce_is_named(reduce, __pyx_mstate_global->__pyx_n_u_reduce_cython);
-            if (unlikely(try_to_replace_reduce < 0)) {
-                goto __PYX_BAD;
-            }
-        }
-        if (try_to_replace_reduce) {
-            reduce_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython);
-            if (likely(reduce_cython)) {
-                ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce, reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-            } else if (reduce == object_reduce || PyErr_Occurred()) {
-                goto __PYX_BAD;
-            }
-            setstate = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate);
-            int try_to_replace_setstate;
-            if (!setstate) {
-                PyObject *exc = PyErr_Occurred();
-                if (exc && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-                    goto __PYX_BAD;
-                }
-                try_to_replace_setstate = 1;
-            } else {
-                try_to_replace_setstate = __Pyx_setup_reduce_is_named(setstate, __pyx_mstate_global->__pyx_n_u_setstate_cython);
-                if (unlikely(try_to_replace_setstate < 0)) {
-                    goto __PYX_BAD;
-                }
-            }
-            if (try_to_replace_setstate) {
-                setstate_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython);
-                if (likely(setstate_cython)) {
-                    ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate, setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                    ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
-                } else if (!setstate || PyErr_Occurred()) {
-                    goto __PYX_BAD;
-                }
-            }
-            PyType_Modified((PyTypeObject*)type_obj);
-        }
-    }
-    goto __PYX_GOOD;
-__PYX_BAD:
-    if (!PyErr_Occurred()) {
-        __Pyx_RaiseErrorWithType(
-            PyExc_RuntimeError,
-            "Unable to initialize pickling for " __Pyx_FMT_TYPENAME,
-            (PyTypeObject*)type_obj);
-    }
-    ret = -1;
-__PYX_GOOD:
-#if !CYTHON_USE_PYTYPE_LOOKUP
-    Py_XDECREF(object_reduce);
-    Py_XDECREF(object_reduce_ex);
-    Py_XDECREF(object_getstate);
-    Py_XDECREF(getstate);
-#endif
-    Py_XDECREF(reduce);
-    Py_XDECREF(reduce_ex);
-    Py_XDECREF(reduce_cython);
-    Py_XDECREF(setstate);
-    Py_XDECREF(setstate_cython);
-    return ret;
 }
 
 /* PxdImportShared (used by FunctionImport) */
@@ -15158,6 +14129,43 @@ static PyTypeObject *__Pyx_Get_CyFunction_Type(void) {
     return tp;
 }
 
+/* LimitedApiGetTypeTypeDict (used by SetItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
+    static Py_ssize_t tp_dictoffset = 0;
+    if (unlikely(tp_dictoffset == 0)) {
+        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
+        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
+            tp_dictoffset = 0; // try again next time?
+            return NULL;
+        }
+    }
+    return *(PyObject**)((char*)tp + tp_dictoffset);
+}
+#endif
+
+/* SetItemOnTypeDict */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_SetItem(tp_dict, k, v);
+    if (likely(!result)) {
+        PyType_Modified(tp);
+        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
+            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
+            if (!setNameResult) return -1;
+            Py_DECREF(setNameResult);
+        }
+    }
+    return result;
+}
+
 /* CLineInTraceback (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
@@ -15451,38 +14459,6 @@ bad:
 }
 #endif
 
-/* PyObjectCallMethod1 */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod1(PyObject* obj, PyObject* method_name, PyObject* arg) {
-#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
-    PyObject *args[2] = {obj, arg};
-    return PyObject_VectorcallMethod(method_name, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-#elif CYTHON_COMPILING_IN_LIMITED_API
-    return PyObject_CallMethodObjArgs(obj, method_name, arg, NULL);
-#else
-    return PyObject_CallMethodOneArg(obj, method_name, arg);
-#endif
-}
-
-/* CheckUnpickleChecksumError */
-static void __Pyx_RaiseUnpickleChecksumError(long checksum, long checksum1, long checksum2, long checksum3, const char *members) {
-    PyObject *pickle_module = PyImport_ImportModule("pickle");
-    if (unlikely(!pickle_module)) return;
-    PyObject *pickle_error = PyObject_GetAttrString(pickle_module, "PickleError");
-    Py_DECREF(pickle_module);
-    if (unlikely(!pickle_error)) return;
-    if (checksum2 == checksum1) {
-        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x) = (%s))",
-            checksum, checksum1, members);
-    } else if (checksum3 == checksum2) {
-        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x, 0x%x) = (%s))",
-            checksum, checksum1, checksum2, members);
-    } else {
-        PyErr_Format(pickle_error, "Incompatible checksums (0x%x vs (0x%x, 0x%x, 0x%x) = (%s))",
-            checksum, checksum1, checksum2, checksum3, members);
-    }
-    Py_DECREF(pickle_error);
-}
-
 /* CIntFromPyVerify */
 #define __PYX_VERIFY_RETURN_INT(target_type, func_type, func_value)\
     __PYX__VERIFY_RETURN_INT(target_type, func_type, func_value, 0)
@@ -15504,68 +14480,6 @@ static void __Pyx_RaiseUnpickleChecksumError(long checksum, long checksum1, long
         }\
         return (target_type) value;\
     }
-
-/* UpdateUnpickledDict */
-static int __Pyx__UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index) {
-    PyObject *state_dict = __Pyx_PySequence_ITEM(state, index);
-    if (unlikely(!state_dict)) {
-        return -1;
-    }
-    int non_empty = PyObject_IsTrue(state_dict);
-    if (non_empty == 0) {
-        Py_DECREF(state_dict);
-        return 0;
-    } else if (unlikely(non_empty == -1)) {
-        return -1;
-    }
-    PyObject *dict;
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
-    dict = PyObject_GetAttrString(obj, "__dict__");
-    #else
-    dict = PyObject_GenericGetDict(obj, NULL);
-    #endif
-    if (unlikely(!dict)) {
-        Py_DECREF(state_dict);
-        return -1;
-    }
-    int result;
-    if (likely(PyDict_CheckExact(dict))) {
-        result = PyDict_Update(dict, state_dict);
-    } else {
-        PyObject *obj_result = __Pyx_PyObject_CallMethod1(dict, __pyx_mstate_global->__pyx_n_u_update, state_dict);
-        if (likely(obj_result)) {
-            Py_DECREF(obj_result);
-            result = 0;
-        } else {
-            result = -1;
-        }
-    }
-    Py_DECREF(state_dict);
-    Py_DECREF(dict);
-    return result;
-}
-static int __Pyx_UpdateUnpickledDict(PyObject *obj, PyObject *state, Py_ssize_t index) {
-    Py_ssize_t state_size = __Pyx_PyTuple_GET_SIZE(state);
-    #if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(state_size == -1)) return -1;
-    #endif
-    if (state_size <= index) {
-        return 0;
-    }
-    return __Pyx__UpdateUnpickledDict(obj, state, index);
-}
-
-/* CheckUnpickleChecksum */
-static int __Pyx_CheckUnpickleChecksum(long checksum, long checksum1, long checksum2, long checksum3, const char *members) {
-    int found = 0;
-    found |= checksum1 == checksum;
-    found |= checksum2 == checksum;
-    found |= checksum3 == checksum;
-    if (likely(found))
-        return 0;
-    __Pyx_RaiseUnpickleChecksumError(checksum, checksum1, checksum2, checksum3, members);
-    return -1;
-}
 
 /* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -15995,6 +14909,85 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
     }
 }
 
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
 /* CIntFromPy */
 static long __Pyx_LargePyLong___Pyx_PyLong_As_long(PyObject *x);
 static long __Pyx_raise_neg_overflow___Pyx_PyLong_As_long(void) {
@@ -16293,85 +15286,6 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
         return __Pyx_PyLong___Pyx_PyLong_As_long(x);
     } else {
         return __Pyx_NonPyLong___Pyx_PyLong_As_long(x);
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
     }
 }
 

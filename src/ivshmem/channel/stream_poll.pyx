@@ -58,6 +58,9 @@ cdef class StreamPoll(Dependent):
     def __dealloc__(self):
         free(self.entries)
 
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+
     def fileno(self):
         """Return a descriptor, which stays this object's.
 
@@ -160,6 +163,9 @@ cdef class StreamPoll(Dependent):
 @cython.no_gc_clear
 cdef class Sleeper:
     """An end in a StreamPoll."""
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
 
     cpdef int sleep(self, int directions) except -1:
         """Wait for these directions, until `ready` tells of one.
