@@ -25,6 +25,7 @@ from ivshmem._core import Doorbells
 from ivshmem.channel.ends import Wakeup
 from ivshmem.channel.queues import ClaimingEnd
 from ivshmem.channel.roles import ReaderEnd, WriterEnd
+from ivshmem.channel.stream_poll import StreamPoll
 from ivshmem.native import descriptors
 from ivshmem.native import mapping as _memory
 
@@ -142,6 +143,7 @@ def end_of_a_channel(kind: str) -> Any:
         "CallServer": calls.server,
         "Call": lambda: calls.server().take(),
         "StreamListener": lambda: channels.create_bytes("bytes", buffer=64, connections=1).listen(),
+        "StreamPoll": lambda: StreamPoll(channels._member),
     }
     return makers[kind]()
 
