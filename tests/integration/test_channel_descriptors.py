@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from support.waiting import until
 
-from ivshmem import ClosedError, Directory, Region, channel
+import ivshmem
+from ivshmem import ClosedError, Directory, Region, Server, channel
 from ivshmem.channel import Channels, Stream
 from ivshmem.channel.stream_poll import HAS_ENDED, MAY_RECEIVE, MAY_SEND, StreamPoll
 
@@ -250,3 +251,36 @@ def test_a_poll_tells_who_can_continue(channels: Channels) -> None:
     finally:
         poll.close()
         poll.close()
+
+
+def test_what_makes_room_rings_who_waits_for_room(socket_path: str) -> None:
+    with (
+        Server(socket_path, "1M", channels="512K").start(),
+        ivshmem.connect(socket_path, timeout=10) as a,
+        ivshmem.connect(socket_path, timeout=10) as b,
+        channel.open(a) as own,
+        channel.open(b) as others,
+    ):
+        room = own.create_bytes("c", buffer=64, connections=1)
+        with room.listen() as listener, others.open("c", "bytes").connect() as far:  # type: ignore[attr-defined]
+            near = listener.accept(0)
+            assert near is not None
+            poll = StreamPoll(own._member)
+            with near:
+                sleeper = poll.add(near, None)
+                near.send(bytes(64))
+                assert sleeper.sleep(MAY_RECEIVE) == 0
+                a.wait(0, timeout=0)
+                assert len(far.recv(32)) == 32
+                assert not a.wait(0, timeout=0)
+                far.send(b"x")
+                assert a.wait(0, timeout=10)
+                assert poll.ready() == [(None, MAY_RECEIVE)]
+                near.send(bytes(32))
+                assert sleeper.sleep(MAY_SEND) == 0
+                a.wait(0, timeout=0)
+                assert len(far.recv(1)) == 1
+                assert a.wait(0, timeout=10)
+                assert poll.ready() == [(None, MAY_SEND)]
+                sleeper.close()
+            poll.close()

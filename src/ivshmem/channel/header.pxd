@@ -29,6 +29,7 @@ cdef extern from "ivshmem_channel.h" nogil:
         IVSHMEM_PLACE_NAME
         IVSHMEM_NAME_WORDS
         IVSHMEM_LIVE
+        IVSHMEM_HAS_ROOM
         IVSHMEM_SLOT_FREE
         IVSHMEM_SLOT_OPEN
         IVSHMEM_MESSAGES
@@ -144,7 +145,7 @@ cdef extern from "ivshmem_channel.h" nogil:
         ivshmem_fault fault
 
     struct ivshmem_sleep:
-        pass
+        unsigned more
 
     struct ivshmem_rung:
         pass

@@ -4342,7 +4342,7 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[75]
 #define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[76]
 #define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[77]
-#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1 __pyx_string_tab[78]
+#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85 __pyx_string_tab[78]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -7417,6 +7417,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
   int __pyx_t_6;
+  unsigned int __pyx_t_7;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7505,7 +7506,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]             # <<<<<<<<<<<<<<
  *             entry.awaited = directions
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             if entry.stream != NULL:
 */
         __pyx_v_entry = (&(__pyx_v_self->poll->entries[__pyx_v_self->index]));
 
@@ -7513,22 +7514,62 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions             # <<<<<<<<<<<<<<
- *             ivshmem_sleep_begin(entry.channel, entry.sleep)
- *             found = look_at(entry)
+ *             if entry.stream != NULL:
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
 */
         __pyx_v_entry->awaited = __pyx_v_directions;
 
         /* "ivshmem/channel/stream_poll.pyx":187
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
+ *             if entry.stream != NULL:             # <<<<<<<<<<<<<<
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+*/
+        __pyx_t_1 = (__pyx_v_entry->stream != NULL);
+
+        if (__pyx_t_1) {
+
+
+          /* "ivshmem/channel/stream_poll.pyx":188
+ *             entry.awaited = directions
+ *             if entry.stream != NULL:
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM             # <<<<<<<<<<<<<<
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+ *             found = look_at(entry)
+*/
+          __pyx_t_1 = ((__pyx_v_directions & (1 << __pyx_e_7ivshmem_7channel_7streams_SEND)) != 0);
+
+          if (__pyx_t_1) {
+
+            __pyx_t_7 = 0;
+          } else {
+
+            __pyx_t_7 = IVSHMEM_HAS_ROOM;
+          }
+
+          __pyx_v_entry->sleep->more = __pyx_t_7;
+
+          /* "ivshmem/channel/stream_poll.pyx":187
+ *             entry = &self.poll.entries[self.index]
+ *             entry.awaited = directions
+ *             if entry.stream != NULL:             # <<<<<<<<<<<<<<
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
+ *             ivshmem_sleep_begin(entry.channel, entry.sleep)
+*/
+        }
+
+        /* "ivshmem/channel/stream_poll.pyx":189
+ *             if entry.stream != NULL:
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
  *             found = look_at(entry)
  *             if found:
 */
         ivshmem_sleep_begin(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-        /* "ivshmem/channel/stream_poll.pyx":188
- *             entry.awaited = directions
+        /* "ivshmem/channel/stream_poll.pyx":190
+ *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
  *             if found:
@@ -7536,7 +7577,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-        /* "ivshmem/channel/stream_poll.pyx":189
+        /* "ivshmem/channel/stream_poll.pyx":191
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7548,17 +7589,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":190
+          /* "ivshmem/channel/stream_poll.pyx":192
  *             found = look_at(entry)
  *             if found:
  *                 self.wake_up(entry)             # <<<<<<<<<<<<<<
  *             return found
  * 
 */
-          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 190, __pyx_L5_error)
+          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L5_error)
 
 
-          /* "ivshmem/channel/stream_poll.pyx":189
+          /* "ivshmem/channel/stream_poll.pyx":191
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7567,7 +7608,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":191
+        /* "ivshmem/channel/stream_poll.pyx":193
  *             if found:
  *                 self.wake_up(entry)
  *             return found             # <<<<<<<<<<<<<<
@@ -7749,7 +7790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":193
+/* "ivshmem/channel/stream_poll.pyx":195
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7761,7 +7802,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/stream_poll.pyx":194
+  /* "ivshmem/channel/stream_poll.pyx":196
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -7770,7 +7811,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   __pyx_v_entry->awaited = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":195
+  /* "ivshmem/channel/stream_poll.pyx":197
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7782,7 +7823,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":196
+    /* "ivshmem/channel/stream_poll.pyx":198
  *         entry.awaited = 0
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7791,7 +7832,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
     ivshmem_sleep_end(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-    /* "ivshmem/channel/stream_poll.pyx":195
+    /* "ivshmem/channel/stream_poll.pyx":197
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7800,7 +7841,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":197
+  /* "ivshmem/channel/stream_poll.pyx":199
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7813,7 +7854,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":193
+  /* "ivshmem/channel/stream_poll.pyx":195
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7827,7 +7868,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":199
+/* "ivshmem/channel/stream_poll.pyx":201
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7892,7 +7933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":201
+  /* "ivshmem/channel/stream_poll.pyx":203
  *     def close(self):
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll             # <<<<<<<<<<<<<<
@@ -7904,7 +7945,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __pyx_v_poll = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":203
+  /* "ivshmem/channel/stream_poll.pyx":205
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7915,7 +7956,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":204
+    /* "ivshmem/channel/stream_poll.pyx":206
  *         cdef Py_ssize_t last
  *         if poll is None:
  *             return             # <<<<<<<<<<<<<<
@@ -7932,7 +7973,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/stream_poll.pyx":203
+    /* "ivshmem/channel/stream_poll.pyx":205
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7941,7 +7982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":205
+  /* "ivshmem/channel/stream_poll.pyx":207
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -7950,13 +7991,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 205, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 207, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_poll);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":206
+        /* "ivshmem/channel/stream_poll.pyx":208
  *             return
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1             # <<<<<<<<<<<<<<
@@ -7967,14 +8008,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
         __Pyx_INCREF(__pyx_t_3);
         if (unlikely(__pyx_t_3 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 206, __pyx_L5_error)
+          __PYX_ERR(0, 208, __pyx_L5_error)
         }
-        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 206, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 208, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __pyx_v_last = (__pyx_t_4 - 1);
 
 
-        /* "ivshmem/channel/stream_poll.pyx":207
+        /* "ivshmem/channel/stream_poll.pyx":209
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -7986,7 +8027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":208
+          /* "ivshmem/channel/stream_poll.pyx":210
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]             # <<<<<<<<<<<<<<
@@ -7995,7 +8036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
           (__pyx_v_poll->entries[__pyx_v_self->index]) = (__pyx_v_poll->entries[__pyx_v_last]);
 
-          /* "ivshmem/channel/stream_poll.pyx":209
+          /* "ivshmem/channel/stream_poll.pyx":211
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]             # <<<<<<<<<<<<<<
@@ -8004,18 +8045,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 209, __pyx_L5_error)
+            __PYX_ERR(0, 211, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 209, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 209, __pyx_L5_error)
+            __PYX_ERR(0, 211, __pyx_L5_error)
           }
-          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 209, __pyx_L5_error)
+          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 211, __pyx_L5_error)
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":210
+          /* "ivshmem/channel/stream_poll.pyx":212
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index             # <<<<<<<<<<<<<<
@@ -8026,14 +8067,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 210, __pyx_L5_error)
+            __PYX_ERR(0, 212, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 210, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_3)->index = __pyx_t_4;
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":207
+          /* "ivshmem/channel/stream_poll.pyx":209
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -8042,7 +8083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":211
+        /* "ivshmem/channel/stream_poll.pyx":213
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()             # <<<<<<<<<<<<<<
@@ -8051,14 +8092,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
         if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 211, __pyx_L5_error)
+          __PYX_ERR(0, 213, __pyx_L5_error)
         }
-        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 213, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":205
+      /* "ivshmem/channel/stream_poll.pyx":207
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -8079,7 +8120,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":212
+  /* "ivshmem/channel/stream_poll.pyx":214
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()
  *         self.poll = None             # <<<<<<<<<<<<<<
@@ -8090,7 +8131,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->poll);
   __Pyx_DECREF_SET(__pyx_v_self->poll, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)Py_None));
 
-  /* "ivshmem/channel/stream_poll.pyx":213
+  /* "ivshmem/channel/stream_poll.pyx":215
  *             poll.sleepers.pop()
  *         self.poll = None
  *         self.owner = None             # <<<<<<<<<<<<<<
@@ -8100,7 +8141,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __Pyx_GOTREF(__pyx_v_self->owner);
   __Pyx_DECREF_SET(__pyx_v_self->owner, Py_None);
 
-  /* "ivshmem/channel/stream_poll.pyx":199
+  /* "ivshmem/channel/stream_poll.pyx":201
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9405,19 +9446,19 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":199
+  /* "ivshmem/channel/stream_poll.pyx":201
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 199, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/stream_poll.pyx":1
@@ -9503,30 +9544,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{11},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{21},{130},{77},{15},{251},{232},{108}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{21},{130},{77},{15},{251},{232},{140}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1117 bytes) */
-static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\330f\"F\216p2I\221\221\221\034\210\047\014\002&6Nq\263\272[\241\r\247[\351v\017\244d&C\251r\313-\267\274\362J\225\224)]\252\344\047\360\023\362\366N2\214S\350\336\356{o\277\367\276\367=!\033{\036\023\250I\220\315\272\2248\210\371\250K\355\023\2278\245\237w\231 H\264\261@[\003\321f\036\242\0349\304\245M\342cA\334\001\342\302\247\266 \276I\362\320^}\357\333\312\017\025\204=\007\371\344Ob\013\216x\320\264]\3149\341\210\265P3\240\256\240\036\022\203.\341%\264\323B\003\026 \217@]\301P\027\362n>\020m\342!N\2049\240\265\270Q,(\363,xN\275\3435\344P\037\212\320Sb^\277\302.\047%\214\260\343X\220I\034\312q\323%\3043\337c\233\362\344\344\320S\336\356\220N\211\370>\363\371\344\266a\003\001\217\270\033\300\210\340\216\325e\256[\352\016\372\2462\361\234.\243\2360\354m\227q\342\2106\034\017\000\273\013\324\333\230#\227\264 \014t\315\273\2558\247n\340\267\253\007V}\267V\257\375V=\262\366\353[\365\235\337\353\346x\000\316\311\373\211)Y\226O\234\300&\2265\365\304\265\246\027n\354A\334\334\036\324\270>\335|x\355\204!\334\270%H\327\367\026u\211\307n8\340\340\014,ko\320\207_\r$\265vI_\354\223\226eM\306\016\360\226\325\n<\333\330\016\246^l\231\023\270q\304\303\235\330\302\310\254Sa\346ln\275\000\273\323\310\264I\313\002E?\344\013\302\005\030\312-\233\371,\200\335\200N\034\314\007\236MY\351\203\217\333.|-\250*|l\223&\266ObN\211\0346\013<1\331\005\346\201\316\016\361\204?H\004N\270\266 \305\241\324\241\202t\246\232\227&\232\227nh\356b\377\230\370\260\177\002\022`\315y\233v\331\231G|\023\354\262n<(\237\2648\246\016\047n\013\2708\244\205\003W\304\002\361D\255S\354\006\204\237\021|\002\251fs\236@\211\300\206\025I*[IE\364\354\351\214\313\330\211\325d\242}^\035\247?\033R\331S\263\252\252\016u^?\326\275\363\352ezU\t]\276L\317\r7\345-Y\036g\347\307\363\217uc\234]\224\337I,\205\372I7\303\3248{o(\344\367\352+\325\030\347\nr;\206X\t+a?\352\215R\306\265\243\032\312\321\317\302Z\224\031\345G\305q~E}\255\250\356\205\267C\032\211\021\000\347dF\025\340}:;""\334\226Ucvd\343\274zu{&\223\035V\206=\223\221V)c\346\324\013\275\240\313\311qS\317\352\252\336\007\250;a\234tW\025\223HE\365L\314\324z\242\277\tS\000vw&\223\213;]\323y\270fg2E}K\227u\r8\000\307\027rQ\326L\215%y\244\216uC;\341z\264\037\371\243\373#\377b\361\342\345\0056L\317\244\255\362\343\\>\251RN\032\373D=R\257\364#(\227^\220kj\031&X\034\247\357\r\373\262g\314\231\304\306\014\000|jr2%\013\362-\014\006B\363\303?\214/6jQUM7?\312\206$\006?/W\022\363\205\332\177\277\272\021\212(\276=PE`\237\t\363\227q\306su\004\375\026\223\274\306u\302\035\335K\246\371\006di\230\362 \354\325\362L\346\201J]B\340\265<5\3569\030\362\337j]\277\t\353Q!:\034=\274\370\365_\240\273 \327\223\016\241]\003S\227K\240;\007d\030\3578[\220Uy8a\013\243\t@\271\\1\336\236\277\242\245\010\217s\313*\236,4\374\245\302\261 \257\303\263\210\200\342\037\201\375\023\276\213\376\017(\344&\000\230Y\027\344/\252\014\203\001go\234[QOuE\017\242T\004J|.\373\200\014iK\300\361%\010\3676Lx\276\237}\036\025\257\356\047\033t*\017\214\264SB\260\306\207a\254\341\254|eV&\251\274\244\332\032k\021\306\023~h\352\255\002\366\247\372]\030D\325\217\273HV=\3767\224\377\0035\376\241.";
-    PyObject *data = __Pyx_DecompressString(cstring, 1117, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1139 bytes) */
+static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\3300\021#\002\216\047)22\210@<a\0200\266q\212\233\325\335\nm8\335J\267{ %3\031J\225[n\271\345\225W\252\244L\351R%?\201\237\220\267w\222a\234Bz\273\357\275\375\336\373\336\367\016\331\330\363\230@u\202l\326\246\304A\314Gmj\237\272\304)\375\262\307\004A\242\211\005\332\354\211&\363\020\345\310!.\255\023\037\013\342\366\020\027>\265\005\361M\222\207\366\253\373\337\257\277\\G\330s\220O\376$\266\340\210\007u\333\305\234\023\216X\003\325\003\352\n\352!\321k\023^B\273\r\324c\001\362\010\324\025\014\265!\357\366\003\321$\036\342D\230\003Z\212\033\305\2022\317\202\347\324;YB\016\365\241\010=#\346\3656v9)a\204\035\307\202L\342P\216\353.!\236\371?\261)ON\016=\343\315\026i\225\210\3573\237\217n\2536\020\360\210\273\n\214\010nYm\346\272\245v\257k*\023\317i3\352\t\303\336v\031\047\216h\302\361\020\260\333@\275\2119rI\003\302@\327\274\333\214s\252\006~\247rhU\367\266\252[\277W\216\255\203\352fu\367M\325\034\017\3019z?2%\313\362\211\023\330\304\262\306\236\270\326\370\302\215=\214\233\333\207\0327\247\333\017o\2340\204[\267\004\351\346\336\240.\361\330-\007\034\234\236e\355\367\272\360\333\002I\255=\322\025\007\244aY\243\261\003\274e5\002\3176\266\205\251\027[\346\004n\034\361p+\26602\353L\2309\233[\047\300\35682n\322\262@\321\217\371\202p\001\206r\313f>\013`7\240\023\007\363\236gSV\372\350\343\266\013\377\026T\025>\266I\035\333\2471\247D\016\233\005\236\030\355\002\363@g\207x\302\357%\002\047\\\033\220\342P\352PAZc\315K#\315K\2674w\261\177B|\330?\001\t\260\346\274I\333\354\334#\276\t\266Y;\036\224O\032\034S\207\023\267\001\\\034\322\300\201+b\201x\242\326\031v\003\302\317\t>\205T\2639\317\240D`\303\212$\225\255\244\"Z~>\3412vj\325\231h^T\206\351/\372Tv\324\244\252\250#\235\327Ou\347\242r\225^TB\227\257\322S\375\ryG\226\207\331\351\341\364S]\033fg\345\017\022K\241~\326\36505\314>\350\013\371\243\372F\325\206\271\202\334\211!\026\302\365\260\033u\006)\343\332U5\345\350\345p+\312\014\362\203\3420\277\240\276UTw\302\273!\215\304\000""\200s2\243\n\360>\235\355\357\310\2121\273\262vQ\271\276;\221\311\366\327\373\035\223\221V)c\246\324\013=\243\313\311qCO\352\212>\000\250{a\234t_\025\223\310\272\352\230\230\251\365L\177\027\246\000\354\376D&\027w\272\244\363p\315Nd\212\372\216.\353-\340\000\034_\310Y\271ej\314\311cu\242k\332\tW\242\203\310\037<\034\370\227\263\227\257.\261az.m\225\037\346\362I\225r\322\330g\352\211\332\326O\240\\zF.\251y\230`q\230~\320\357\312\2161\347\022\033\323\003\360\261\311\311\224,\310w0\030\010M\367\3770\276\330\250YU1\335\374$k\222\030\374\274\\H\314W\352\340\303\342j(\242\370\366H\025\201}&\314_\305\031k\352\030\372-&y\265\233\204{\272\223L\363-\310R3\345A\330\353\371\211\314#\225\272\202\300kyf\334S0\344\277\325\212~\033V\243Bt4x|\371\333\277@wF\256$\035B\273\006\246*\347@w\016\3100\336a\266 +\362h\304\026F\023\200r\271b\274=\177Es\021\036\346\346U<Yh\370k\205cA^\207\347\021\001\305?\001\373\047|\037\375\037P\310\r\0000\263.\310_U\031\006\003\316\3160\267\240\236\353u\335\213R\021(\361\245\354\0022\244\315\001\307W \334\2730\341\371ar-*^?L6\350L\036\032i\307\204`\215\217\302X\303I\271mV&\251<\247\232\032k\021\306\023~\234\324\013`\2437\201-\340\277Q/\365F8\025\255\301Z\360\301\362%\304\027\241\366\347\372}\030D\225O\273L>\205\370k)\377\007e\047\256\377";
+    PyObject *data = __Pyx_DecompressString(cstring, 1139, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1421 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\377ENDEDMAY\377_RECEIVE\342\007\001S\022\0009\004@\004.__\377reduce__\350\n\005g\002\027\005sj\001StrB\232\000P\231\000\000\007-\t\026\006.\202 \370\030\010D\003\024\007filen\371o9\010T\000dy__P\353yx\001\000D\320@_Ne\177xtRef__\360$\376\225\000__func_\177___main\003\002\357odul\025\002nam\234\035\002\260 _vt\364!$\001qgual\022\005\326\005__\317@\275_(\005testO\000i\177s_corou\231`\375e\275@asynci\373o.\013\006sclin\373e_s\000trace\317back\205B\211Cco\267unt\205don\345@d\237entry\333C\346\003f\376 \000diidite\325m\354E.\355D.\351Hla\377rgerlast\376\240`bership\337owner\215apo\375p\244\"refsai\377dselfset\177default\234B\376\241Bervalue\237sweak(\000\266a(\237struc\277`\366c_\376\340c *)\000loo\377k_both\200A\377\330\010\016\210i\220q\230\377\004\230A\230T\240\021\240\377%\240q\200A\340\010\037\377\230t\2401\340\010\013\210\3775\220\003\2201\330\014\r\377\330\r%\240Q\330\014\023\377\2203\220a\220t\230;\377\240b\250\001\330\014\017\210\377t\2207\230#\230Q\330\357\020\024\220H>\002\032\2504\277\250x\260q\270\001\017\001I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\357\220\t\230\024=\000\010\014\210\373H\220\213\000\014\210I\220Q\377\200A\360\006\000\t\014\210\3774\210q\330\014\020\220\010\375\230h\000\020\220\013\2306\240\373\022\240/\002\013\2305\240\004o\240A\240RH\000\007\250 \002\367\n\230!(\001\013\2304\230\371q\030\001h\001(\240&\250\001\336J""\000\n\000\t\020\245\002\047\240\375\021Y\000\014\000\t!\240\003\317\2401\240D\301\000\341\0006\220\367\023\220D`\001\025\220Y\230\377g\240Q\240d\250+\260\377R\260r\270\026\270r\300\337\023\300B\300a\346\001w\220?c\230\021\330\020\021`\003\266\002\377\010\230\002\230\"\230F\240\373\"\240\305 \022\220\047\230\030\376\277 !\330\010\017\210x\220]q\003\001w\220a\n\001y\276\000\374\022\000\002\002\020\220\001\220\024\2209X\226 \030\000\r\210[\027\001\002\002\367\230\023\230\213@\013\210:\220\357Q\220e\230\361 \021\220\032\376\001\003\034\230R\320\037/\250\273t\260\020\002\031\230!\373\000\t\357\250\021\340\014\036\0012\230Y\034\255\000\371\000\021\220\034\205@\021\000\033\003S\007\240\177\000\312!W\327@Q\220\001\376\326@\360\030\000\t\031\230\001]\340\353 K\220v\363!\013\342 \377{\230+\240W\250E\260\377\024\260T\270\033\300J\310N\354\000\022\220+\234\003\254\000\330\231@\227E\220\025\365@sx\000\334 \330?\014\024\220A\220T\347\004\202`\355u\267@\020!\271bz\260\025\337\260a\330\020\030\356\001\013\210\356\267`\036\230a\214BK\250w\363\260e\357@>\014~\250Z\260\235q@\016t\2205\361@\350!\024\317\220G\2301\226 \350`q\330\377\020\032\230)\2404\240yw\260\001\260\207@\027\220x\350@\276\345`\025\220W\230B\266@X\375\250\342\003\320\0042\260!\360\235\026\274cv\220S\273a\311\005\r\357%\240T\250\277B\004\220F\374\257a\305\003\025\230h\240a\240\253t\250\362\"\033l\001\037\304`\005?\240Z\250u\260A\354\001z\t\004\345\204\003\211\205\0021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1421, 1740);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1451 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\377ENDEDMAY\377_RECEIVE\342\007\001S\022\0009\004@\004.__\377reduce__\350\n\005g\002\027\005sj\001StrB\232\000P\231\000\000\007-\t\026\006.\202 \370\030\010D\003\024\007filen\371o9\010T\000dy__P\353yx\001\000D\320@_Ne\177xtRef__\360$\376\225\000__func_\177___main\003\002\357odul\025\002nam\234\035\002\260 _vt\364!$\001qgual\022\005\326\005__\317@\275_(\005testO\000i\177s_corou\231`\375e\275@asynci\373o.\013\006sclin\373e_s\000trace\317back\205B\211Cco\267unt\205don\345@d\237entry\333C\346\003f\376 \000diidite\325m\354E.\355D.\351Hla\377rgerlast\376\240`bership\337owner\215apo\375p\244\"refsai\377dselfset\177default\234B\376\241Bervalue\237sweak(\000\266a(\237struc\277`\366c_\376\340c *)\000loo\377k_both\200A\377\330\010\016\210i\220q\230\377\004\230A\230T\240\021\240\377%\240q\200A\340\010\037\377\230t\2401\340\010\013\210\3775\220\003\2201\330\014\r\377\330\r%\240Q\330\014\023\377\2203\220a\220t\230;\377\240b\250\001\330\014\017\210\377t\2207\230#\230Q\330\357\020\024\220H>\002\032\2504\277\250x\260q\270\001\017\001I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\357\220\t\230\024=\000\010\014\210\373H\220\213\000\014\210I\220Q\377\200A\360\006\000\t\014\210\3774\210q\330\014\020\220\010\375\230h\000\020\220\013\2306\240\373\022\240/\002\013\2305\240\004o\240A\240RH\000\007\250 \002\367\n\230!(\001\013\2304\230\371q\030\001h\001(\240&\250\001\336J""\000\n\000\t\020\245\002\047\240\375\021Y\000\014\000\t!\240\003\317\2401\240D\301\000\341\0006\220\367\023\220D`\001\025\220Y\230\377g\240Q\240d\250+\260\377R\260r\270\026\270r\300\337\023\300B\300a\346\001w\220?c\230\021\330\020\021`\003\266\002\377\010\230\002\230\"\230F\240\373\"\240\305 \022\220\047\230\030\376\277 !\330\010\017\210x\220]q\003\001w\220a\n\001y\276\000\374\022\000\002\002\020\220\001\220\024\2209X\226 \030\000\r\210[\027\001\002\002\367\230\023\230\213@\013\210:\220\357Q\220e\230\361 \021\220\032\376\001\003\034\230R\320\037/\250\273t\260\020\002\031\230!\373\000\t\357\250\021\340\014\036\0012\230Y\034\255\000\371\000\021\220\034\205@\021\000\033\003S\007\240\177\000\312!W\327@Q\220\001\376\326@\360\030\000\t\031\230\001]\340\353 K\220v\363!\013\342 \377{\230+\240W\250E\260\377\024\260T\270\033\300J\310N\354\000\022\220+\234\003\254\000\330\231@\227E\220\025\365@sx\000\334 \330?\014\024\220A\220T\347\004\202`\355u\267@\020!\271bz\260\025\337\260a\330\020\030\356\001\013\210\356\267`\036\230a\214BK\250w\363\260e\357@>\014~\250Z\260\235q@\016t\2205\361@\350!\024\317\220G\2301\226 \350`q\330\377\020\032\230)\2404\240yw\260\001\260\207@\027\220x\350@\276\345`\025\220W\230B\266@X\375\250\342\003\320\0042\260!\360\235\026\274cv\220S\273a\311\005\r\357%\240T\250\277B\004\220F\374\257a\305\003\025\230h\240a\240\353t\250\362\"\033j\003u\220H\367\230C\230s\000\025\220V\230\1778\2405\250\013\2602\224`\377s\270*\300A\330\014\037~\344`\005\240Z\250u\260\n\000\010\230\013\205\205\003\251\205\0021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1451, 1772);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1740 bytes) */
-static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!""\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
+    #else /* compression: none (1772 bytes) */
+static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!""\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\017\210u\220H\230C\230q\330\020\025\220V\2308\2405\250\013\2602\260R\260s\270*\300A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -9650,10 +9691,10 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_q_ZuA_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 199};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 201};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_poll, __pyx_mstate->__pyx_n_u_last};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

@@ -184,6 +184,8 @@ cdef class Sleeper:
             self.end.enter()
             entry = &self.poll.entries[self.index]
             entry.awaited = directions
+            if entry.stream != NULL:
+                entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
             ivshmem_sleep_begin(entry.channel, entry.sleep)
             found = look_at(entry)
             if found:

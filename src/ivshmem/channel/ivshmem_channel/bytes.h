@@ -11,7 +11,7 @@
  *     64  the caller's own words   128  the acceptor's own words:
  *           0  head     bytes that it has sent; IVSHMEM_FIN: it sends no more
  *           8  tail     bytes that it has received; IVSHMEM_FIN: it receives no more
- *          16  sleeper
+ *          16  sleeper  with IVSHMEM_HAS_ROOM: what only makes room does not ring it
  *
  * Both begin at 0 with each connection. A connection can be used again when both its owner words
  * are free. A caller that closed before anybody accepted it is IVSHMEM_SLOT_CLOSING: it can still
@@ -71,14 +71,24 @@ static inline void ivshmem_stream_store(const struct ivshmem_stream *stream)
                      ivshmem_word(stream->received, stream->receives_no_more, stream->epoch));
 }
 
-static inline void ivshmem_stream_wake(struct ivshmem_stream *stream)
+/* Ring the other end, if it sleeps; after what only makes room: if it waits for that. */
+static inline void ivshmem_stream_wake_for(struct ivshmem_stream *stream, int room)
 {
     const struct ivshmem_channel *channel = stream->channel;
     unsigned other = 1u - stream->end;
     ivshmem_full_fence(&channel->area.memory);
+    if (room && (ivshmem_flags(ivshmem_get(channel, ivshmem_end_at(channel, stream->connection,
+                                                                   other) + 16u)) &
+                 IVSHMEM_HAS_ROOM))
+        return;
     ivshmem_wake_one(stream->member, channel,
                      ivshmem_end_owner_at(channel, stream->connection, other),
                      ivshmem_end_at(channel, stream->connection, other) + 16u, &stream->rung);
+}
+
+static inline void ivshmem_stream_wake(struct ivshmem_stream *stream)
+{
+    ivshmem_stream_wake_for(stream, 0);
 }
 
 static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
@@ -89,6 +99,7 @@ static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
     stream->sleep.at = ivshmem_end_at(channel, stream->connection, stream->end) + 16u;
     stream->sleep.epoch = stream->epoch;
     stream->sleep.count = ivshmem_value(ivshmem_get(channel, stream->sleep.at));
+    stream->sleep.more = 0;
     stream->rung = 0;
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
         stream->rung_listeners.words[i] = 0;
@@ -392,7 +403,7 @@ static inline void ivshmem_receive_end(struct ivshmem_stream *stream, uint64_t s
 {
     stream->received = (stream->received + size) & IVSHMEM_VALUE_MASK;
     ivshmem_stream_store(stream);
-    ivshmem_stream_wake(stream);
+    ivshmem_stream_wake_for(stream, 1);
 }
 
 /* Send as much as there is room for; how many bytes. Errors as of ivshmem_send_begin. */
@@ -437,6 +448,7 @@ static inline void ivshmem_stream_shutdown(struct ivshmem_stream *stream, int se
  * calls ivshmem_sleep_end. */
 static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
 {
+    stream->sleep.more = 0;
     ivshmem_sleep_begin(stream->channel, &stream->sleep);
 }
 

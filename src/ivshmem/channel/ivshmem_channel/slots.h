@@ -134,6 +134,8 @@ static inline int ivshmem_corrupt(struct ivshmem_channel *channel, const char *w
 }
 
 #define IVSHMEM_SLEEPING 1u
+/* With it, of a connection's end: it waits for no room. What only makes room does not ring it. */
+#define IVSHMEM_HAS_ROOM 2u
 
 /* What one end of a channel remembers of the sleepers that it rang, so that it rings each sleep
  * once: the sleeper words as it saw them then. */
@@ -227,6 +229,7 @@ struct ivshmem_sleep {
     uint64_t at; /* of its sleeper word, in the channel */
     uint64_t count;
     unsigned epoch;
+    unsigned more; /* IVSHMEM_HAS_ROOM, or 0 */
 };
 
 /* Take a free slot among those of readers (for bytes: of listeners). */
@@ -249,6 +252,7 @@ static inline int ivshmem_take_reader_slot(const struct ivshmem_channel *channel
         sleep->at = channel->layout.reader_sleepers + 8u * i;
         sleep->epoch = *epoch;
         sleep->count = ivshmem_value(ivshmem_get(channel, sleep->at));
+        sleep->more = 0;
         return 0;
     }
     return IVSHMEM_TAKEN;
@@ -272,7 +276,7 @@ static inline void ivshmem_sleep_say(const struct ivshmem_channel *channel,
 {
     sleep->count++;
     ivshmem_announce(&channel->area.memory, channel->at + sleep->at,
-                     ivshmem_word(sleep->count, IVSHMEM_SLEEPING, sleep->epoch));
+                     ivshmem_word(sleep->count, IVSHMEM_SLEEPING | sleep->more, sleep->epoch));
 }
 
 /* The same, with the fence. */

@@ -245,6 +245,7 @@ static inline int ivshmem_writer_open(struct ivshmem_writer *writer)
     writer->sleep.at = channel->layout.writer_sleepers + 8u * writer->slot;
     writer->sleep.epoch = writer->epoch;
     writer->sleep.count = ivshmem_value(ivshmem_get(channel, writer->sleep.at));
+    writer->sleep.more = 0;
     for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
         writer->rung.words[i] = writer->blocks[i] = 0;
     /* Positions never begin anew: readers' tails stay right. */
