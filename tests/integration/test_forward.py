@@ -213,6 +213,15 @@ def test_who_waits_costs_nothing(pair: Pair) -> None:
 # -- what goes wrong ------------------------------------------------------------------------------
 
 
+def is_refused(port: int) -> bool:
+    """Whether who connects is reset, which can be so soon that connect(2) tells of it."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+            return is_reset(sock)
+    except ConnectionResetError:
+        return True
+
+
 def test_a_refusal_at_the_other_side(place: tuple[Path, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         free = sock.getsockname()[1]
@@ -221,15 +230,13 @@ def test_a_refusal_at_the_other_side(place: tuple[Path, str]) -> None:
         forward(place, "refusing", "refused", "--listen", "tcp:127.0.0.1:0") as near,
     ):
         far.says("connects to")
-        with socket.create_connection(("127.0.0.1", near.port()), timeout=PATIENCE) as sock:
-            assert is_reset(sock)
+        assert is_refused(near.port())
         far.says(rf"refused: tcp:127.0.0.1:{free} cannot be connected to: connection refused")
 
 
 def test_nobody_at_the_other_side(place: tuple[Path, str]) -> None:
     with forward(place, "alone", "alone", "--listen", "tcp:127.0.0.1:0") as near:
-        with socket.create_connection(("127.0.0.1", near.port()), timeout=PATIENCE) as sock:
-            assert is_reset(sock)
+        assert is_refused(near.port())
         near.says(r"no process connects at the other side \(start `ivshmem forward alone --connect")
 
 
