@@ -30,10 +30,19 @@ pytestmark = pytest.mark.usefixtures("commands")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder, and the socket of a server in a process of its own.
+
+    In this process, its descriptors for the next peer would look as if a test had left them.
+    """
     directory = tmp_path_factory.mktemp("forward")
     path = str(directory / "s")
-    with Server(path, "512M", channels="400M").start():
+    words = ["serve", "-S", path, "--size", "512M", "--channels", "400M", "-q"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ivshmem", *words], stdout=subprocess.DEVNULL
+    ) as process:
+        ivshmem.connect(path, timeout=PATIENCE, wait_for_server=True).close()
         yield directory, path
+        process.terminate()
 
 
 @pytest.fixture(scope="module")
