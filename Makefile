@@ -23,7 +23,7 @@ CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core \
 INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* src/ivshmem/*/*/*.h systemd/*/*)
 
-.PHONY: help serve test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports cython clean
+.PHONY: help serve test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips bench-channels bench-transports bench-recordings cython clean
 
 help:
 	@echo "make serve   build, install into $(VENV), and run a server (ARGS='--vectors 4 ...')"
@@ -41,8 +41,9 @@ help:
 	@echo "make bench   measure; bench/README.md says what the figures mean. It does these in turn:"
 	@echo "    make bench ARGS='-k call'                     those under pytest-benchmark (-k guest, ...)"
 	@echo "    make bench-roundtrips ARGS='--pinning two'    round trips, beside C and other libraries"
-	@echo "    make bench-transports       bytes between a guest and its host, beside virtio"
 	@echo "    make bench-channels ARGS='streams readers'    messages, beside C and other libraries"
+	@echo "make bench-transports   measure bytes between a guest and its host, beside virtio"
+	@echo "make bench-recordings   measure recording, beside the library mcap alone (ARGS=FOLDER)"
 	@echo "make cython  generate the C files in src/ivshmem from those in Cython afresh"
 	@echo "make clean   remove what these made"
 
@@ -152,6 +153,9 @@ bench-channels: $(VENV)/measured
 
 bench-transports: $(VENV)/measured
 	PYTHONPATH=tests $(BIN)/python -m bench.transports $(ARGS)
+
+bench-recordings: $(VENV)/measured
+	$(BIN)/python -m bench.recordings $(ARGS)
 
 # The C code under AddressSanitizer and UndefinedBehaviorSanitizer: the tests that bring it into states that
 # the others do not. Left out are tests that hardly touch it, and take long then: command lines, the

@@ -218,6 +218,6 @@ COMMANDS = (
         "show the rates of all channels, again and again",
         "It reads positions only: it takes no message, and needs no reader's slot. RATE: messages"
         " per second. LOST/S: messages per second that readers lost. q or Ctrl-C ends it. If the"
-        " output is no terminal, one table follows the other.",
+        " output is not a terminal, one table follows the other.",
     ),
 )
