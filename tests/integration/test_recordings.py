@@ -474,7 +474,7 @@ def test_without_the_library(socket_path: str, channels: Channels, directory: Pa
         )
         assert (done.returncode, done.stderr) == (
             1,
-            "ivshmem: recordings need the library mcap: pip install 'ivshmem[record]'\n",
+            "ivshmem: recordings need the library mcap: pip install mcap rich\n",
         )
     assert not (directory / "a.mcap").exists()
 

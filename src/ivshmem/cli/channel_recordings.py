@@ -248,7 +248,7 @@ COMMANDS = (
         "record messages and values into a file (MCAP)",
         "It ends with Ctrl-C, and never slows who writes: what the disk, or this command, is too"
         " slow for is lost, and counted. After a full disk or SIGKILL the file can be read up to"
-        " the last second before. Needs: pip install 'ivshmem[record]'.",
+        " the last second before. Needs: pip install mcap rich.",
     ),
     ChannelCommand(
         "replay",
@@ -257,6 +257,6 @@ COMMANDS = (
         "send the messages of a file (MCAP) to channels, at the pace at which they were recorded",
         "Channels that are missing are created. Files of other programs are replayed as bytes, into"
         " channels of messages whose schema is the name and the encoding of the file's. Needs: pip"
-        " install 'ivshmem[record]'.",
+        " install mcap rich.",
     ),
 )
