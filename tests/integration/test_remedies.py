@@ -120,8 +120,11 @@ def test_no_message_installs_what_is_on_no_index() -> None:
 def test_libraries_in_messages_are_the_ones_that_are_missing() -> None:
     named = {name for _, text in said() for name in re.findall(r"pip install ([a-z][\w.-]*)", text)}
     modules = {
-        **{"prometheus-client": "prometheus_client", "qemu.qmp": "qemu.qmp", "tomli": "tomli"},
-        **{"mcap": "mcap", "numpy": "numpy"},
+        "prometheus-client": "prometheus_client",
+        "qemu.qmp": "qemu.qmp",
+        "tomli": "tomli",
+        "mcap": "mcap",
+        "numpy": "numpy",
     }
     assert named == set(modules)
     for name in named - {"tomli"}:  # which Python before 3.11 needs
