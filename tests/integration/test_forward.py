@@ -498,6 +498,19 @@ def test_stdio_that_is_reset(place: tuple[Path, str], pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_stdio_that_is_interrupted(place: tuple[Path, str], pair: Pair, number: int) -> None:
+    """ssh sends SIGHUP to its ProxyCommand when a session is over, and shows what that says."""
+    words = [sys.executable, "-m", "ivshmem", "forward", "-S", place[1], "shared", "--stdio"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with pair.accept() as far:
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == 1
+            assert is_reset(far)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -531,6 +544,7 @@ def test_stdio_that_is_reset(place: tuple[Path, str], pair: Pair) -> None:
         (("nothing", "--stdio"), 1, "no channel 'nothing'"),
         (("--connect", "tcp:[::1]:1"), 1, "give the NAME of the forward that the options belong"),
         (("a", "--conect", "tcp:[::1]:1"), 2, "unrecognized arguments: --conect: did you mean"),
+        (("a", "--stdio", "--silence", "0"), 2, "0: allowed are 0.1 seconds or more"),
         (("--config", "/nonexistent", "a", "--stdio"), 1, "--config excludes forwards on the"),
         (("--config", "/nonexistent"), 1, "/nonexistent: no such file or directory"),
     ],

@@ -92,7 +92,7 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--silence",
         metavar="SECONDS",
-        type=seconds,
+        type=_silence,
         help="reset connections whose other side has shown no sign of life for so long (default:"
         f" {SILENCE:g}); a virtual machine that is paused shows none",
     )
@@ -106,6 +106,13 @@ def _address(text: str) -> addresses.Address:
         return addresses.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _silence(text: str) -> float:
+    number = seconds(text)
+    if number < 0.1:  # it is looked for four times in this time: the loop would do nothing else
+        raise argparse.ArgumentTypeError(f"{text}: allowed are 0.1 seconds or more")
+    return number
 
 
 def _connections(text: str) -> int:
@@ -205,9 +212,10 @@ def _run(options: argparse.Namespace) -> int:
         relay = forwarder.connect_stdio(stdio[0]) if stdio else None
         with _told(forwarder, len(configs)), signals.calling(forwarder.stop):
             forwarder.run()
-        if relay is not None and (not relay.over or relay.failed):
-            why = relay.failed or "it was interrupted"
-            raise ChannelError(f"forward {stdio[0]}: the connection ended early: {why}")
+        if relay is not None and not relay.over:
+            return 1  # who interrupts it knows; ssh does so, by SIGHUP, when a session is over
+        if relay is not None and relay.failed:
+            raise ChannelError(f"forward {stdio[0]}: the connection ended early: {relay.failed}")
     return 0
 
 
