@@ -17,7 +17,7 @@ MESSAGES = 50
 
 
 def _share(wait: float, reader: channel.Reader | None) -> float:
-    """The share of a core that this process takes meanwhile."""
+    """Return the share of a core that this process takes while it waits so long."""
     before = time.process_time()
     if reader is None:
         time.sleep(wait)

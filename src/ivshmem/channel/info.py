@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+POSITIONS = 1 << 40  # positions of messages are counted modulo this
+
 
 @dataclass(frozen=True)
 class WriterInfo:

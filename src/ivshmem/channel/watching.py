@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ChannelTypeError, Overtaken
 from ..system.uncopied import Uncopied
+from .info import POSITIONS
 from .kinds import Messages, Value
 from .readers import ValueReader
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from .readers import Reader
     from .views import View
-
-_MODULUS = 1 << 40  # of a position
 
 
 class Seen(NamedTuple):
@@ -85,14 +84,14 @@ class Watcher(Uncopied):
                 return None
             position, writer = view.position, view.writer
             # Where the count begins, also if this message is overwritten before it is copied.
-            expected = self._next.setdefault(writer, (position - view.lost) % _MODULUS)
+            expected = self._next.setdefault(writer, (position - view.lost) % POSITIONS)
             try:
                 with view:
                     data = bytes(view) if copied else b""
             except Overtaken:
                 continue  # the next one tells how many were lost
-            lost = (position - expected) % _MODULUS
-            self._next[writer] = (position + 1) % _MODULUS
+            lost = (position - expected) % POSITIONS
+            self._next[writer] = (position + 1) % POSITIONS
             self.lost += lost
             return Seen(data, view.size, writer, position, view.time, lost)
 
@@ -118,7 +117,7 @@ def way_of(found: Messages) -> Literal["overwrite", "discard"]:
     """Return how a reader of the channel overflows that slows no writer.
 
     Raises:
-        ChannelTypeError: there is no such way.
+        ChannelTypeError: all readers of the channel block its writers.
     """
     if "overwrite" in found.overflow or found._membership.readonly:
         return "overwrite"

@@ -13,10 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 from ..channel import ChannelInfo
+from ..channel.info import POSITIONS
 from ..errors import IvshmemError
 from ..memory.sizes import roughly
-
-_MODULUS = 1 << 40  # of a position
 
 
 class Arrivals:
@@ -78,7 +77,7 @@ class Positions:
         before, self._before = self._before, (now, info.published, info.unfinished)
         facts: dict[str, Any] = {"rate": None, "done": None, "waiting": info.unfinished}
         if before is not None and now > before[0]:
-            put = (info.published - before[1]) % _MODULUS
+            put = (info.published - before[1]) % POSITIONS
             done = max(put - (info.unfinished - before[2]), 0)
             facts.update(rate=put / (now - before[0]), done=done / (now - before[0]))
         return facts
@@ -108,7 +107,7 @@ class Rates:
             earlier = before.get(key)
             rate = lost_rate = None
             if earlier is not None and seconds > 0 and info.kind != "bytes":
-                rate = (info.published - earlier.published) % _MODULUS / seconds
+                rate = (info.published - earlier.published) % POSITIONS / seconds
                 # A reader that left takes its count along.
                 lost_rate = max(lost(info) - lost(earlier), 0) / seconds
             rows.append(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _LOOK = 0.2  # seconds between two looks at which channels there are
 _FOREVER = (1 << 64) - 1  # the largest time in MCAP
-_BUFFER = 256 << 20  # bytes
 
 
 def _add_record(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +50,8 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         "--buffer",
         metavar="SIZE",
         type=_size,
-        default=_BUFFER,
-        help=f"memory for messages that wait for the disk (default: {format_size(_BUFFER)})",
+        default=library.BUFFER,
+        help=f"memory for messages that wait for the disk (default: {format_size(library.BUFFER)})",
     )
     parser.add_argument("--force", action="store_true", help="write over a FILE that is there")
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 Knows: the one address, and connects that take time. Does not know: what a connection carries.
 
-Who connects through the channel says nothing of where to: only the address of the settings is ever
-connected to.
+A peer that connects through the channel cannot choose the target: this side connects only to the
+address of its settings.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Connecting(Uncopied):
         self._name = config.name
         self._join = join
         self._complaints = Complaints()
-        self._spare: socket.socket | None = None  # for who comes next
+        self._spare: socket.socket | None = None  # for the next connection
         self._paused = False
         self._dials: set[_Dial] = set()
         self.channel = open_channel()  # last: it stays when something else fails

@@ -84,7 +84,7 @@ class Forwarder(Uncopied):
         """Connect standard input and output to a forward's other side; at the end `run` returns.
 
         Raises:
-            NoSuchChannel, ChannelTypeError: there is no such forward.
+            NoSuchChannel, ChannelTypeError: the region has no forward of that name.
             ConnectionRefusedError: no process connects at the other side.
             ChannelError: all connections are in use.
         """

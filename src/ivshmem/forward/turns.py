@@ -1,6 +1,6 @@
 """Internal: the one loop of all connections: whose turn it is.
 
-Knows: what is ready, and that nobody waits for another. Does not know: what a turn does.
+Knows: what is ready, and that no connection waits for another. Does not know: what a turn does.
 
 Sockets are watched for edges, and so is the descriptor that a ring makes readable: a connection
 that continues in each turn costs one epoll_wait(2) for all, and no epoll_ctl(2).
@@ -79,7 +79,8 @@ class Turns(Uncopied):
         with woken_by_signals(self.poller):
             while not self._stopping:
                 self.poller.dispatch(self.poller.wait(self._pause()))
-                while self._timers and self._timers[0][0] <= time.monotonic():
+                now = time.monotonic()  # once: what a timer sets for now comes in the next round
+                while self._timers and self._timers[0][0] <= now:
                     heapq.heappop(self._timers)[2]()
                 for _ in range(len(self._queue)):
                     waiting = self._queue.popleft()

@@ -1,12 +1,14 @@
 """Internal: the library `mcap`, which an extra brings.
 
-Knows: what to say if it is missing, and which compressions it can use. Does not know: files.
+Knows: what to say if it is missing, and the choices that a command offers before it is imported.
+Does not know: files.
 """
 
 from __future__ import annotations
 
 import importlib.util
 
+BUFFER = 256 << 20  # bytes that wait for the disk
 COMPRESSIONS = {"none": None, "lz4": "lz4", "zstd": "zstandard"}  # and the module of each
 
 

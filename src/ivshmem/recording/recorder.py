@@ -27,6 +27,7 @@ from ..system.uncopied import Uncopied
 from ..text import plain
 from . import facts
 from .buffer import Buffer
+from .library import BUFFER
 from .sink import Sink
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 # about 100 bytes of each chunk.
 CHUNK = 1 << 20  # bytes after which a chunk ends; a longer message has one of its own
 FLUSH = 1.0  # seconds after which a chunk ends that is not full
-BUFFER = 256 << 20  # bytes that wait for the disk
 _LOOK = 0.1  # seconds after which a thread looks whether it is to end
 _SEQUENCES = 1 << 32
 

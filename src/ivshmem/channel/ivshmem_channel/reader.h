@@ -261,8 +261,7 @@ static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer
                 break;
             source->epoch = ivshmem_epoch(head);
             if (ahead > IVSHMEM_VALUE_MASK / 2)
-                return ivshmem_corrupt(channel, "head", head_at, head,
-                                       ivshmem_writer_owner(channel, writer));
+                return ivshmem_corrupt(channel, "head", head_at, head, owner);
             source->head = ivshmem_value(head);
         }
         if (ahead > most) { /* the more rounds, the nearer to the newest */
