@@ -8,10 +8,10 @@ unexport $(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES)))
 # The QEMU that the guests run on: a path or a name. Empty: qemu-system-x86_64.
 QEMU ?=
 export QEMU
-# How many tests run at once: two more than there are processors, as many tests wait for most of
+# How many tests run at once: one more than there are processors, as many tests wait for most of
 # their time. A worker keeps to files that stand side by side, whose fixtures last, and takes half of
 # what another has left when it has none.
-JOBS ?= $(shell echo $$(($$(nproc) + 2)))
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 AT_ONCE = -n $(JOBS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
