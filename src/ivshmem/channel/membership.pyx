@@ -549,8 +549,9 @@ cdef class Membership:
         of = f"channel {name!r}: " if name else ""
         if code == IVSHMEM_CORRUPT and channel != NULL:
             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
+            whose = self.whose(channel.fault.owner)
             return ChannelCorrupt(
-                f"{of}the {word} at {channel.fault.offset:#x}, {self.whose(channel.fault.owner)}, is"
+                f"{of}the {word} at {channel.fault.offset:#x}, {whose}, is"
                 f" impossible ({channel.fault.seen:#x}): some process that can write to the memory"
                 " has spoiled it"
             )
