@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import tempfile
 from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from ivshmem.bench.roundtrip import End, python_end
 from ivshmem.bench.worker import Steps
 
+from .. import in_memory
 from ..ways import ROOT, Shared, Way
 
 ANSWER = 64  # bytes of an answer, at most
@@ -78,7 +78,7 @@ class Exchange(Way):
     @contextlib.contextmanager
     def shared(self) -> Iterator[Shared]:
         """A directory in memory, of which both ends know."""
-        with tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm") as directory:
+        with in_memory.folder() as directory:
             yield Shared([directory], [directory])
 
     @contextlib.contextmanager

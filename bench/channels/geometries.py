@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ivshmem
 from ivshmem import channel
 from ivshmem.channel import Channels
+
+from .. import in_memory
 
 LIMIT = 4096  # bytes of each message
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -119,7 +120,7 @@ def used() -> list[Used]:
     """Make and fill a channel of each geometry."""
     found = []
     for kind, fill, geometry in GEOMETRIES:
-        with tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm") as directory:
+        with in_memory.folder() as directory:
             path = f"{directory}/memory"
             with open(path, "wb") as file:
                 file.truncate(_MEMORY)  # `Region.create` would fill it with pages

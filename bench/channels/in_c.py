@@ -6,14 +6,13 @@ Knows: how channel.c is called. Does not know: what it does.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ivshmem import channel
 from ivshmem.bench.roundtrip import End
 
-from .. import floor
+from .. import floor, in_memory
 from .exchange import Exchange
 from .ours import made, slots_of
 
@@ -41,7 +40,7 @@ class InC(Exchange):
 
     @contextlib.contextmanager
     def ends(self) -> Iterator[tuple[End, End]]:
-        with tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm") as directory:
+        with in_memory.folder() as directory:
             path = Path(directory) / "memory"
             words = [str(path), str(self.share(path)), str(self.size), str(self.count)]
             command = [str(self.program), self.kind]

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, repeat
@@ -24,7 +23,7 @@ import ivshmem
 from ivshmem import channel
 from ivshmem.bench.cores import cores_for
 
-from .. import floor
+from .. import floor, in_memory
 from ..ways import serving
 
 SIZE = 1 << 20  # bytes of a message that is copied
@@ -82,7 +81,7 @@ def _library(directory: Path) -> Any:
 @contextlib.contextmanager
 def copies() -> Iterator[dict[str, Round]]:
     """The rounds of copies of a message, by the names of rows."""
-    with tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm") as name:
+    with in_memory.folder() as name:
         library = _library(Path(name))
         source, into = bytearray(os.urandom(SIZE)), bytearray(SIZE)
         addresses = [
@@ -132,7 +131,7 @@ def copies() -> Iterator[dict[str, Round]]:
 def loans() -> Iterator[dict[str, Round]]:
     """The rounds of loan, publish and view, by the names of rows; first the ring of a doorbell."""
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm"))
+        name = stack.enter_context(in_memory.folder())
         socket = Path(name) / "socket"
         stack.enter_context(serving(socket))
         clients = [stack.enter_context(ivshmem.connect(socket)) for _ in range(2)]

@@ -14,7 +14,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from itertools import repeat
@@ -25,6 +24,7 @@ import ivshmem
 from ivshmem import channel
 from ivshmem.bench.cores import cores_for
 
+from .. import in_memory
 from ..ways import ROOT
 
 READERS = (1, 4, 16)
@@ -45,7 +45,7 @@ class Crowd:
     """The processes of the readers, and the writer, which is this process."""
 
     def __init__(self, stack: contextlib.ExitStack, most: int) -> None:
-        self._name = stack.enter_context(tempfile.TemporaryDirectory(prefix="ivb", dir="/dev/shm"))
+        self._name = stack.enter_context(in_memory.folder())
         region = stack.enter_context(ivshmem.Region.create("1M", path=f"{self._name}/memory"))
         ivshmem.Directory.create(region, channels="512K").close()
         channels = stack.enter_context(channel.open(region))

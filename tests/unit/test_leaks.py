@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from support.leaks import OWN, SHM, Guard
+from bench import in_memory
+from support.leaks import OWN, SHM, Guard, names_in
 
 
 def a_mapping() -> mmap.mmap:
@@ -70,3 +72,20 @@ def test_private_memory_is_no_matter() -> None:
     memory = bytearray(64 << 20)
     assert guard.left() == []
     assert len(memory) == 64 << 20
+
+
+def test_temporary_names_in_memory_tell_whose_they_are() -> None:
+    """Elsewhere a name that comes while a test runs would count as the test's."""
+    root = Path(__file__).parents[2]
+    made = re.compile(r"Temporary\w+\(|mkd?s?temp\(")
+    files = [*(root / "bench").rglob("*.py"), *(root / "tests").rglob("*.py")]
+    found = [
+        f"{file.relative_to(root)}: {line.strip()}"
+        for file in files
+        for line in file.read_text().splitlines()
+        if made.search(line) and re.search(r"dir=(SHM|\"/dev/shm)", line)
+    ]
+    assert [each.partition(":")[0] for each in found] == ["bench/in_memory.py"]
+    with in_memory.folder() as folder:
+        assert folder in [os.path.join(SHM, name) for name in names_in()]
+        assert re.match(rf"ivshmem-bench-{os.getpid()}-", os.path.basename(folder))
