@@ -1,6 +1,6 @@
 """Bytes between a guest and its host: virtio-net, virtio-serial, a channel of bytes, a forward.
 
-    python -m bench.transports [--rounds 3] [--buffer 256K] [--cpu max,-erms,-fsrm]
+    python -m bench.transports [--rounds 3] [--buffer 1M] [--cpu max,-erms,-fsrm]
 
 One guest of one processor, one boot; each round measures all ways in turn. The guest is emulated
 (TCG) where there is no KVM, and then without ERMS and FSRM: TCG copies by `rep movsb` a byte at a
@@ -157,7 +157,7 @@ def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--buffer", default="256K", help="of each direction of a connection")
+    parser.add_argument("--buffer", default="1M", help="of each direction of a connection")
     parser.add_argument("--cpu", default="max,-erms,-fsrm", help="the guest's, as QEMU has it")
     options = parser.parse_args()
     print(*table(measured(options.rounds, options.buffer, options.cpu)), sep="\n")

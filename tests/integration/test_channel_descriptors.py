@@ -284,3 +284,31 @@ def test_what_makes_room_rings_who_waits_for_room(socket_path: str) -> None:
                 assert poll.ready() == [(None, MAY_SEND)]
                 sleeper.close()
             poll.close()
+
+
+@pytest.mark.parametrize("buffer", [1 << 12, 1 << 16, 1 << 19])
+def test_one_call_fills_or_empties_the_ring(channels: Channels, buffer: int) -> None:
+    """Although it copies in parts, of which the other end learns one after the other."""
+    data = os.urandom(buffer + 1000)
+    room = channels.create_bytes("c", buffer=buffer, connections=1)
+    with room.listen() as listener, room.connect() as one:
+        other = listener.accept(0)
+        assert other is not None
+        with other:
+            one.setblocking(False)
+            other.setblocking(False)
+            for shift in (0, buffer // 2 - 1):  # in the second round the ring wraps
+                assert one.send(data[:shift]) == shift
+                assert not shift or other.recv(buffer) == data[:shift]
+                assert one.send(data) == buffer
+                with pytest.raises(BlockingIOError):
+                    one.send(data)
+                into = bytearray(2 * buffer)
+                assert other.recv_into(into) == buffer
+                assert into[:buffer] == data[:buffer]
+                with pytest.raises(BlockingIOError):
+                    other.recv_into(into)
+            assert one.send(data[:300]) == 300
+            one.close()
+            assert other.recv(buffer) == data[:300]  # what follows is for the next call
+            assert other.recv(buffer) == b""

@@ -30,10 +30,9 @@ from ..system.time_limits import deadline_of, seconds_of
 from ..text import all_of
 from . import stream_files
 
-# What `_fill` and `_drain` return for ends of every day.
-RING_WAITS = IVSHMEM_AGAIN
-DESCRIPTOR_WAITS = FD_WAITS
-BROKEN = IVSHMEM_CLOSED
+cdef enum:
+    LEAST_PART = 1 << 12  # bytes: less is not worth a look at the other end's words
+    MOST_PART = 1 << 17  # more would leave the caches nearest to the core
 
 
 @cython.no_gc_clear
@@ -149,6 +148,14 @@ def connect(channels, Membership membership not None, unsigned index, str name):
     stream.begin()
     membership.flush()
     return stream
+
+
+cdef uint64_t part_of(const ivshmem_channel *channel) noexcept nogil:
+    """Return how many bytes to copy at most before the other end is told of them.
+
+    It works on the first ones while the next ones are copied.
+    """
+    return min(max(channel.layout.cell_bytes // 4, LEAST_PART), MOST_PART)
 
 
 cdef struct Probed:
@@ -344,14 +351,20 @@ cdef class Stream(ChannelEnd):
         self, const char *data, uint64_t size, object timeout, object deadline
     ) except -1:
         cdef int64_t n
+        cdef uint64_t done = 0
         while True:
             self.enter()
             self.check_alone(SEND)
-            n = ivshmem_send(&self.stream, data, size)
+            n = ivshmem_send(&self.stream, data + done, min(size - done, part_of(&self.channel)))
             if self.membership.rings.count:
                 self.membership.flush()
-            if n >= 0:
-                return n
+            if n > 0:
+                done += <uint64_t>n
+                if done == size:
+                    return <int64_t>done
+                continue
+            if done:
+                return <int64_t>done  # what is wrong, the next call finds
             if n == IVSHMEM_CLOSED:
                 raise self.broken(SEND)
             if n != IVSHMEM_AGAIN:
@@ -393,15 +406,21 @@ cdef class Stream(ChannelEnd):
 
     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
         cdef int64_t n
+        cdef uint64_t done = 0
         deadline = deadline_of(timeout)
         while True:
             self.enter()
             self.check_alone(RECEIVE)
-            n = ivshmem_receive(&self.stream, into, room)
+            n = ivshmem_receive(&self.stream, into + done, min(room - done, part_of(&self.channel)))
             if self.membership.rings.count:
                 self.membership.flush()
-            if n >= 0:
-                return n
+            if n > 0:
+                done += <uint64_t>n
+                if done == room:
+                    return <int64_t>done
+                continue
+            if n == 0 or done:
+                return <int64_t>done  # what is wrong, the next call finds
             if n == IVSHMEM_CLOSED:
                 raise self.broken(RECEIVE)
             if n != IVSHMEM_AGAIN:
@@ -605,25 +624,6 @@ cdef class Stream(ChannelEnd):
             ChannelCorrupt, ClosedError: as of all calls.
         """
         return self.move_in_time(RECEIVE, fd, size)
-
-    def _fill(self, int fd, uint64_t size):
-        """As `read_from`, for a loop: without waiting, and without an exception for what is usual.
-
-        Returns:
-            How many bytes, or RING_WAITS, DESCRIPTOR_WAITS or BROKEN; and whether these are fewer
-            than there was room for: the descriptor of a stream has no more then.
-        """
-        cdef int64_t n
-        with cython.critical_section(self):
-            n = self.move(SEND, fd, size)
-            return n, self.partly
-
-    def _drain(self, int fd, uint64_t size):
-        """As `write_to`, in the same way."""
-        cdef int64_t n
-        with cython.critical_section(self):
-            n = self.move(RECEIVE, fd, size)
-            return n, self.partly
 
     @cython.critical_section
     def _silence(self):
