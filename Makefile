@@ -179,6 +179,8 @@ REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
 
 sanitize: $(VENV)-sanitize/installed
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
+# What embeds the library is compiled by a test.
+	$(if $(NIGHTLY),$(VENV)-sanitize/bin/python $(INSTALL) Cython)
 	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
 	    $(or $(ARGS),$(AT_ONCE) $(wildcard $(patsubst %,tests/%.py,$(SANITIZED) $(if $(NIGHTLY),$(SANITIZED_NIGHTLY))))) || \
 	    { $(REPORTED); exit 1; }

@@ -381,7 +381,7 @@ def test_a_file_of_another_size(path: str, tmp_path: Path) -> None:
 
 # What is used is imported first: the interpreter may be in a home of root's.
 AS_NOBODY = """
-import os, sys
+import inspect, os, sys  # Python 3.15 imports inspect late, perhaps from a home of root's
 import ivshmem.cli.log_queue
 import ivshmem.cli.serve_process
 from ivshmem.cli.main import SUBCOMMANDS, main
