@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from support import commands
-from support.forwards import Forward, Pair, exchanged, is_reset, received
+from support.forwards import Forward, Pair, exchanged, fill, is_reset, received, reset
 from support.waiting import PATIENCE, until
 
 import ivshmem
@@ -56,9 +56,11 @@ def pair(place: tuple[Path, str]) -> Iterator[Pair]:
 
 
 @contextlib.contextmanager
-def own_pair(place: tuple[Path, str], name: str, *words: object) -> Iterator[Pair]:
+def own_pair(
+    place: tuple[Path, str], name: str, *words: object, unix: bool = False
+) -> Iterator[Pair]:
     """Two sides that a test may kill."""
-    pair = Pair(*place, name, *words)
+    pair = Pair(*place, name, *words, unix=unix)
     try:
         yield pair
     finally:
@@ -99,11 +101,6 @@ def test_each_side_can_end_first(pair: Pair) -> None:
         assert received(far) == b"still here"
 
 
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    sock.close()
-
-
 def test_a_reset_is_passed_on(pair: Pair) -> None:
     with pair.joined() as (near, far):
         near.sendall(b"half a requ")
@@ -113,6 +110,81 @@ def test_a_reset_is_passed_on(pair: Pair) -> None:
     with pair.joined() as (near, far):
         reset(far)
         assert is_reset(near)
+
+
+def give_up(sock: socket.socket, other: socket.socket) -> None:
+    """Reset a connection; a Unix socket has no reset but this: not to read what came."""
+    if sock.family == socket.AF_UNIX:
+        other.sendall(b"x")
+        select.select([sock], [], [], PATIENCE)
+    reset(sock)
+
+
+@pytest.mark.parametrize("unix", [False, True])
+def test_resets_beside_a_socket_that_takes_nothing(place: tuple[Path, str], unix: bool) -> None:
+    """Of either side: who gives up frees the connection, although the other one is stopped."""
+    with own_pair(place, f"stopped-{unix}", "--connections", 4, unix=unix) as pair:
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(pair.joined()) for _ in range(4)]
+            for number, (near, far) in enumerate(ends):
+                fill(near if number < 2 else far)
+            began = time.monotonic()
+            for near, far in ends[:2]:
+                give_up(near, far)
+            for near, far in ends[2:]:
+                give_up(far, near)
+            for _ in range(4):
+                near, far = stack.enter_context(pair.joined())
+                assert exchanged(near, far, 1000, 9)
+            assert time.monotonic() - began < 10
+            for _, far in ends[:2]:
+                assert is_reset(far) or unix
+            for near, _ in ends[2:]:
+                assert is_reset(near) or unix
+
+
+def test_an_end_in_order_has_no_limit(place: tuple[Path, str], pair: Pair) -> None:
+    """Who takes what was sent before a close may be slower than after a reset."""
+    with pair.joined() as (near, far):
+        sent = fill(near)
+        near.close()
+        time.sleep(2.5)
+        assert len(received(far)) == sent
+
+
+def test_a_reset_while_the_target_is_connected_to(place: tuple[Path, str]) -> None:
+    """Who gives up frees the connection also if the target accepts nobody."""
+    directory, _ = place
+    with socket.socket(socket.AF_UNIX) as target, contextlib.ExitStack() as stack:
+        target.bind(f"{directory}/nobody")
+        target.listen(0)
+        blocked = stack.enter_context(socket.socket(socket.AF_UNIX))
+        blocked.connect(f"{directory}/nobody")
+        words = ("--connect", f"unix:{directory}/nobody", "--connections", 2)
+        far = stack.enter_context(forward(place, "nobody-far", "nobody", *words))
+        far.says("connects to")
+        near = stack.enter_context(
+            forward(place, "nobody-near", "nobody", "--listen", "tcp:127.0.0.1:0")
+        )
+        at = "127.0.0.1", near.port()
+        client = stack.enter_context(ivshmem.connect(place[1], timeout=PATIENCE))
+        channels = stack.enter_context(channel.open(client))
+
+        def connections() -> int:
+            return sum(info.connections for info in channels.list() if info.name == "nobody")
+
+        for _ in range(3):
+            held = [socket.create_connection(at, timeout=PATIENCE) for _ in range(2)]
+            until(lambda: connections() == 2)
+            for sock in held:
+                reset(sock)
+            until(lambda: connections() == 0)
+        last = stack.enter_context(socket.create_connection(at, timeout=PATIENCE))
+        last.sendall(b"last")
+        target.settimeout(PATIENCE)
+        target.accept()[0].close()  # that was the one that blocked
+        with target.accept()[0] as end:
+            assert received(end, 4) == b"last"
 
 
 def test_who_sends_to_a_closed_socket_is_reset(pair: Pair) -> None:
@@ -136,19 +208,9 @@ def test_what_was_sent_before_a_close_arrives(pair: Pair) -> None:
 
 def test_a_slow_reader_holds_up_nobody_else(pair: Pair) -> None:
     with pair.joined() as (near, far):
-        near.setblocking(False)
-        sent = 0
-        quiet = 0
-        while quiet < 20:  # until back pressure has come all the way
-            try:
-                sent += near.send(bytes(1 << 16))
-                quiet = 0
-            except BlockingIOError:
-                quiet += 1
-                select.select([], [near], [], 0.01)
+        sent = fill(near)
         with pair.joined() as (other, other_far):
             assert exchanged(other, other_far, 500_000, 2)
-        near.settimeout(PATIENCE)
         near.shutdown(socket.SHUT_WR)
         assert len(received(far)) == sent
 
@@ -496,6 +558,35 @@ def test_stdio_that_is_reset(place: tuple[Path, str], pair: Pair) -> None:
         b"ivshmem: forward shared: the connection ended early: the other side reset it, or is"
         b" gone\n"
     )
+
+
+def test_stdio_whose_user_is_killed(place: tuple[Path, str]) -> None:
+    """Nobody reads its output, nobody writes its input, and the target takes nothing."""
+    words = [sys.executable, "-m", "ivshmem", "forward", "-S", place[1], "user", "--stdio"]
+    with own_pair(place, "user", "--connections", 1) as pair:
+        with subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            with pair.accept() as far:
+                sent = quiet = 0
+                os.set_blocking(process.stdin.fileno(), False)
+                while quiet < 20:
+                    try:
+                        sent += os.write(process.stdin.fileno(), bytes(1 << 16))
+                        quiet = 0
+                    except BlockingIOError:
+                        quiet += 1
+                        time.sleep(0.01)
+                process.stdout.close()
+                process.stdin.close()
+                assert process.wait(PATIENCE) == 1
+                assert b"nobody reads standard output any more" in process.stderr.read()
+                assert is_reset(far)
+        with pair.joined() as (near, far):
+            assert exchanged(near, far, 1000, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -70,22 +71,39 @@ class Forward:
 
 
 class Pair:
-    """A forward of TCP: a side that listens, and one that connects to a socket of the test."""
+    """A forward: a side that listens, and one that connects to a socket of the test.
 
-    def __init__(self, directory: Path, path: str, name: str, *words: object) -> None:
-        self.target = socket.create_server(("127.0.0.1", 0), backlog=1000)
+    Args:
+        unix: of Unix sockets. Else of TCP, and `port` is where it listens.
+    """
+
+    def __init__(
+        self, directory: Path, path: str, name: str, *words: object, unix: bool = False
+    ) -> None:
+        self.at = str(directory / f"{name}-listens") if unix else ""
+        if unix:
+            self.target = socket.socket(socket.AF_UNIX)
+            self.target.bind(str(directory / f"{name}-target"))
+            self.target.listen(1000)
+            at, where = f"unix:{self.target.getsockname()}", f"unix:{self.at}"
+        else:
+            self.target = socket.create_server(("127.0.0.1", 0), backlog=1000)
+            at, where = f"tcp:127.0.0.1:{self.target.getsockname()[1]}", "tcp:127.0.0.1:0"
         self.target.settimeout(PATIENCE)
-        at = f"tcp:127.0.0.1:{self.target.getsockname()[1]}"
         self.far = Forward(directory, f"{name}-far", path, "-v", name, "--connect", at, *words)
         self.far.says("connects to")
-        self.near = Forward(
-            directory, f"{name}-near", path, "-v", name, "--listen", "tcp:127.0.0.1:0"
-        )
-        self.port = self.near.port()
+        self.near = Forward(directory, f"{name}-near", path, "-v", name, "--listen", where)
+        self.near.says("listens at")
+        self.port = 0 if unix else self.near.port()
         self.path = path
 
     def dial(self, **how: object) -> socket.socket:
         """Connect to the side that listens."""
+        if self.at:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(PATIENCE)
+            sock.connect(self.at)
+            return sock
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE, **how)  # type: ignore[arg-type]
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
@@ -107,6 +125,27 @@ class Pair:
         self.target.close()
         statuses = [side.end() for side in (self.near, self.far)]
         assert all(status in (0, -signal.SIGKILL) for status in statuses), statuses
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a socket by a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until back pressure has come all the way; how many bytes."""
+    sock.setblocking(False)
+    sent = quiet = 0
+    while quiet < 20:
+        try:
+            sent += sock.send(bytes(1 << 16))
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+            select.select([], [sock], [], 0.01)
+    sock.settimeout(PATIENCE)
+    return sent
 
 
 def received(sock: socket.socket, size: int | None = None) -> bytes:

@@ -2232,6 +2232,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_SEND = 0,
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
   __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
+  __pyx_e_7ivshmem_7channel_7streams_ABORTED = 3,
   __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
 };
 
@@ -2249,9 +2250,12 @@ enum  {
   __pyx_e_7ivshmem_7channel_5pumps_NO_STREAM = 3,
   __pyx_e_7ivshmem_7channel_5pumps_RESET = 4,
   __pyx_e_7ivshmem_7channel_5pumps_BLOCKED = 5,
+  __pyx_e_7ivshmem_7channel_5pumps_LEFT = 6,
+  __pyx_e_7ivshmem_7channel_5pumps_HANGUP = 7,
   __pyx_e_7ivshmem_7channel_5pumps_IN = 1,
   __pyx_e_7ivshmem_7channel_5pumps_OUT = 4,
   __pyx_e_7ivshmem_7channel_5pumps_HUNG = 0x2018,
+  __pyx_e_7ivshmem_7channel_5pumps_HUP_OR_ERROR = 0x18,
   __pyx_e_7ivshmem_7channel_5pumps_OUT_OR_ERROR = 0x1c
 };
 
@@ -2608,7 +2612,7 @@ struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper {
 };
 
 
-/* "streams.pxd":17
+/* "streams.pxd":18
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2621,7 +2625,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "streams.pxd":21
+/* "streams.pxd":22
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2638,7 +2642,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
 };
 
 
-/* "ivshmem/channel/pumps.pyx":44
+/* "ivshmem/channel/pumps.pyx":49
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2659,6 +2663,8 @@ struct __pyx_obj_7ivshmem_7channel_5pumps_Pump {
   int writable;
   int to_the_end;
   int watched;
+  int aborted;
+  int abort_told;
   int inward;
   int outward;
   int failed;
@@ -3011,7 +3017,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper {
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper;
 
 
-/* "streams.pxd":17
+/* "streams.pxd":18
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3025,7 +3031,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":21
+/* "streams.pxd":22
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3050,7 +3056,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
 
 
-/* "ivshmem/channel/pumps.pyx":44
+/* "ivshmem/channel/pumps.pyx":49
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -4263,7 +4269,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[5];
-    PyObject *__pyx_string_tab[67];
+    PyObject *__pyx_string_tab[69];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4323,57 +4329,59 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_EPOLLOUT __pyx_string_tab[13]
 #define __pyx_n_u_EPOLLRDHUP __pyx_string_tab[14]
 #define __pyx_n_u_HAS_MORE __pyx_string_tab[15]
-#define __pyx_n_u_Pump __pyx_string_tab[16]
-#define __pyx_n_u_Pump___reduce __pyx_string_tab[17]
-#define __pyx_n_u_Pump_awaken __pyx_string_tab[18]
-#define __pyx_n_u_Pump_close __pyx_string_tab[19]
-#define __pyx_n_u_Pump_noted __pyx_string_tab[20]
-#define __pyx_n_u_Pump_turn __pyx_string_tab[21]
-#define __pyx_n_u_SOURCE_ENDED __pyx_string_tab[22]
-#define __pyx_n_u_STREAM_ENDED __pyx_string_tab[23]
-#define __pyx_n_u_STREAM_RESET __pyx_string_tab[24]
-#define __pyx_n_u_TARGET_BLOCKS __pyx_string_tab[25]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[26]
-#define __pyx_n_u_annotate __pyx_string_tab[27]
-#define __pyx_n_u_func __pyx_string_tab[28]
-#define __pyx_n_u_main __pyx_string_tab[29]
-#define __pyx_n_u_module __pyx_string_tab[30]
-#define __pyx_n_u_name __pyx_string_tab[31]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[32]
-#define __pyx_n_u_qualname __pyx_string_tab[33]
-#define __pyx_n_u_reduce __pyx_string_tab[34]
-#define __pyx_n_u_set_name __pyx_string_tab[35]
-#define __pyx_n_u_test __pyx_string_tab[36]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[37]
-#define __pyx_n_u_add __pyx_string_tab[38]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[39]
-#define __pyx_n_u_awaken __pyx_string_tab[40]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[41]
-#define __pyx_n_u_close __pyx_string_tab[42]
-#define __pyx_n_u_directions __pyx_string_tab[43]
-#define __pyx_n_u_events __pyx_string_tab[44]
-#define __pyx_n_u_items __pyx_string_tab[45]
-#define __pyx_n_u_ivshmem_channel_pumps __pyx_string_tab[46]
-#define __pyx_n_u_noted __pyx_string_tab[47]
-#define __pyx_n_u_piece __pyx_string_tab[48]
-#define __pyx_n_u_poll __pyx_string_tab[49]
-#define __pyx_n_u_pop __pyx_string_tab[50]
-#define __pyx_n_u_select __pyx_string_tab[51]
-#define __pyx_n_u_self __pyx_string_tab[52]
-#define __pyx_n_u_setdefault __pyx_string_tab[53]
-#define __pyx_n_u_share __pyx_string_tab[54]
-#define __pyx_n_u_short_is_empty __pyx_string_tab[55]
-#define __pyx_n_u_source __pyx_string_tab[56]
-#define __pyx_n_u_stream __pyx_string_tab[57]
-#define __pyx_n_u_target __pyx_string_tab[58]
-#define __pyx_n_u_told __pyx_string_tab[59]
-#define __pyx_n_u_turn __pyx_string_tab[60]
-#define __pyx_n_u_values __pyx_string_tab[61]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[62]
-#define __pyx_kp_b_iso88591_A_4y_q_a_1 __pyx_string_tab[63]
-#define __pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E __pyx_string_tab[64]
-#define __pyx_kp_b_iso88591_A_E __pyx_string_tab[65]
-#define __pyx_kp_b_iso88591_A_HAQ_E __pyx_string_tab[66]
+#define __pyx_n_u_HUNG_UP __pyx_string_tab[16]
+#define __pyx_n_u_Pump __pyx_string_tab[17]
+#define __pyx_n_u_Pump___reduce __pyx_string_tab[18]
+#define __pyx_n_u_Pump_awaken __pyx_string_tab[19]
+#define __pyx_n_u_Pump_close __pyx_string_tab[20]
+#define __pyx_n_u_Pump_noted __pyx_string_tab[21]
+#define __pyx_n_u_Pump_turn __pyx_string_tab[22]
+#define __pyx_n_u_RESET_WAITS __pyx_string_tab[23]
+#define __pyx_n_u_SOURCE_ENDED __pyx_string_tab[24]
+#define __pyx_n_u_STREAM_ENDED __pyx_string_tab[25]
+#define __pyx_n_u_STREAM_RESET __pyx_string_tab[26]
+#define __pyx_n_u_TARGET_BLOCKS __pyx_string_tab[27]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
+#define __pyx_n_u_annotate __pyx_string_tab[29]
+#define __pyx_n_u_func __pyx_string_tab[30]
+#define __pyx_n_u_main __pyx_string_tab[31]
+#define __pyx_n_u_module __pyx_string_tab[32]
+#define __pyx_n_u_name __pyx_string_tab[33]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[34]
+#define __pyx_n_u_qualname __pyx_string_tab[35]
+#define __pyx_n_u_reduce __pyx_string_tab[36]
+#define __pyx_n_u_set_name __pyx_string_tab[37]
+#define __pyx_n_u_test __pyx_string_tab[38]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[39]
+#define __pyx_n_u_add __pyx_string_tab[40]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[41]
+#define __pyx_n_u_awaken __pyx_string_tab[42]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[43]
+#define __pyx_n_u_close __pyx_string_tab[44]
+#define __pyx_n_u_directions __pyx_string_tab[45]
+#define __pyx_n_u_events __pyx_string_tab[46]
+#define __pyx_n_u_items __pyx_string_tab[47]
+#define __pyx_n_u_ivshmem_channel_pumps __pyx_string_tab[48]
+#define __pyx_n_u_noted __pyx_string_tab[49]
+#define __pyx_n_u_piece __pyx_string_tab[50]
+#define __pyx_n_u_poll __pyx_string_tab[51]
+#define __pyx_n_u_pop __pyx_string_tab[52]
+#define __pyx_n_u_select __pyx_string_tab[53]
+#define __pyx_n_u_self __pyx_string_tab[54]
+#define __pyx_n_u_setdefault __pyx_string_tab[55]
+#define __pyx_n_u_share __pyx_string_tab[56]
+#define __pyx_n_u_short_is_empty __pyx_string_tab[57]
+#define __pyx_n_u_source __pyx_string_tab[58]
+#define __pyx_n_u_stream __pyx_string_tab[59]
+#define __pyx_n_u_target __pyx_string_tab[60]
+#define __pyx_n_u_told __pyx_string_tab[61]
+#define __pyx_n_u_turn __pyx_string_tab[62]
+#define __pyx_n_u_values __pyx_string_tab[63]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[64]
+#define __pyx_kp_b_iso88591_A_4y_q_a_1 __pyx_string_tab[65]
+#define __pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E_7_M_T_Qha __pyx_string_tab[66]
+#define __pyx_kp_b_iso88591_A_E __pyx_string_tab[67]
+#define __pyx_kp_b_iso88591_A_HAQ_E __pyx_string_tab[68]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4416,7 +4424,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<67; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<69; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4467,7 +4475,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<67; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<69; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5214,7 +5222,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/pumps.pyx":81
+/* "ivshmem/channel/pumps.pyx":88
  *     cdef readonly uint64_t out
  * 
  *     def __init__(             # <<<<<<<<<<<<<<
@@ -5267,53 +5275,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_poll,&__pyx_mstate_global->__pyx_n_u_stream,&__pyx_mstate_global->__pyx_n_u_source,&__pyx_mstate_global->__pyx_n_u_target,&__pyx_mstate_global->__pyx_n_u_share,&__pyx_mstate_global->__pyx_n_u_piece,&__pyx_mstate_global->__pyx_n_u_short_is_empty,&__pyx_mstate_global->__pyx_n_u_told,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 81, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 88, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 88, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 88, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 88, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 81, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 88, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__init__", 0) < (0)) __PYX_ERR(0, 81, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__init__", 0) < (0)) __PYX_ERR(0, 88, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__init__", 1, 4, 4, i); __PYX_ERR(0, 81, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__init__", 1, 4, 4, i); __PYX_ERR(0, 88, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 4; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("__init__", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 81, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("__init__", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 88, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("__init__", __pyx_mstate_global->__pyx_n_u_share); __PYX_ERR(0, 81, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("__init__", __pyx_mstate_global->__pyx_n_u_share); __PYX_ERR(0, 88, __pyx_L3_error)
     }
     __pyx_v_poll = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)values[0]);
     __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)values[1]);
-    __pyx_v_source = __Pyx_PyLong_As_int(values[2]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L3_error)
-    __pyx_v_target = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_target == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 86, __pyx_L3_error)
-    __pyx_v_share = __Pyx_PyLong_As_uint64_t(values[4]); if (unlikely((__pyx_v_share == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 88, __pyx_L3_error)
-    __pyx_v_piece = __Pyx_PyLong_As_uint64_t(values[5]); if (unlikely((__pyx_v_piece == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 89, __pyx_L3_error)
-    __pyx_v_short_is_empty = __Pyx_PyObject_IsTrue(values[6]); if (unlikely((__pyx_v_short_is_empty == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 90, __pyx_L3_error)
+    __pyx_v_source = __Pyx_PyLong_As_int(values[2]); if (unlikely((__pyx_v_source == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 92, __pyx_L3_error)
+    __pyx_v_target = __Pyx_PyLong_As_int(values[3]); if (unlikely((__pyx_v_target == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 93, __pyx_L3_error)
+    __pyx_v_share = __Pyx_PyLong_As_uint64_t(values[4]); if (unlikely((__pyx_v_share == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 95, __pyx_L3_error)
+    __pyx_v_piece = __Pyx_PyLong_As_uint64_t(values[5]); if (unlikely((__pyx_v_piece == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 96, __pyx_L3_error)
+    __pyx_v_short_is_empty = __Pyx_PyObject_IsTrue(values[6]); if (unlikely((__pyx_v_short_is_empty == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 97, __pyx_L3_error)
     __pyx_v_told = values[7];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__init__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 81, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__init__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 88, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5324,8 +5332,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_poll), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, 0, "poll", 0))) __PYX_ERR(0, 83, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_stream), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, 0, "stream", 0))) __PYX_ERR(0, 84, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_poll), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, 0, "poll", 0))) __PYX_ERR(0, 90, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_stream), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, 0, "stream", 0))) __PYX_ERR(0, 91, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(((struct __pyx_obj_7ivshmem_7channel_5pumps_Pump *)__pyx_v_self), __pyx_v_poll, __pyx_v_stream, __pyx_v_source, __pyx_v_target, __pyx_v_share, __pyx_v_piece, __pyx_v_short_is_empty, __pyx_v_told);
 
   /* function exit code */
@@ -5361,7 +5369,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/pumps.pyx":93
+  /* "ivshmem/channel/pumps.pyx":100
  *         told,
  *     ):
  *         self.stream = stream             # <<<<<<<<<<<<<<
@@ -5373,7 +5381,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
   __Pyx_GOTREF((PyObject *)__pyx_v_self->stream);
   __Pyx_DECREF_SET(__pyx_v_self->stream, __pyx_v_stream);
 
-  /* "ivshmem/channel/pumps.pyx":94
+  /* "ivshmem/channel/pumps.pyx":101
  *     ):
  *         self.stream = stream
  *         self.source = source             # <<<<<<<<<<<<<<
@@ -5382,7 +5390,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
 */
   __pyx_v_self->source = __pyx_v_source;
 
-  /* "ivshmem/channel/pumps.pyx":95
+  /* "ivshmem/channel/pumps.pyx":102
  *         self.stream = stream
  *         self.source = source
  *         self.target = target             # <<<<<<<<<<<<<<
@@ -5391,7 +5399,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
 */
   __pyx_v_self->target = __pyx_v_target;
 
-  /* "ivshmem/channel/pumps.pyx":96
+  /* "ivshmem/channel/pumps.pyx":103
  *         self.source = source
  *         self.target = target
  *         self.share = share             # <<<<<<<<<<<<<<
@@ -5400,7 +5408,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
 */
   __pyx_v_self->share = __pyx_v_share;
 
-  /* "ivshmem/channel/pumps.pyx":97
+  /* "ivshmem/channel/pumps.pyx":104
  *         self.target = target
  *         self.share = share
  *         self.piece = piece             # <<<<<<<<<<<<<<
@@ -5409,7 +5417,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
 */
   __pyx_v_self->piece = __pyx_v_piece;
 
-  /* "ivshmem/channel/pumps.pyx":98
+  /* "ivshmem/channel/pumps.pyx":105
  *         self.share = share
  *         self.piece = piece
  *         self.to_the_end = not short_is_empty             # <<<<<<<<<<<<<<
@@ -5418,7 +5426,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
 */
   __pyx_v_self->to_the_end = (!__pyx_v_short_is_empty);
 
-  /* "ivshmem/channel/pumps.pyx":99
+  /* "ivshmem/channel/pumps.pyx":106
  *         self.piece = piece
  *         self.to_the_end = not short_is_empty
  *         self.told = told             # <<<<<<<<<<<<<<
@@ -5430,7 +5438,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
   __Pyx_GOTREF(__pyx_v_self->told);
   __Pyx_DECREF_SET(__pyx_v_self->told, __pyx_v_told);
 
-  /* "ivshmem/channel/pumps.pyx":100
+  /* "ivshmem/channel/pumps.pyx":107
  *         self.to_the_end = not short_is_empty
  *         self.told = told
  *         self.inward = self.outward = self.readable = self.writable = True             # <<<<<<<<<<<<<<
@@ -5442,7 +5450,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
   __pyx_v_self->readable = 1;
   __pyx_v_self->writable = 1;
 
-  /* "ivshmem/channel/pumps.pyx":101
+  /* "ivshmem/channel/pumps.pyx":108
  *         self.told = told
  *         self.inward = self.outward = self.readable = self.writable = True
  *         self.sleeper = poll.add(stream, self)             # <<<<<<<<<<<<<<
@@ -5456,16 +5464,16 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
     PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_stream), ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (3-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 101, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper))))) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper))))) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->sleeper);
   __Pyx_DECREF_SET(__pyx_v_self->sleeper, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":81
+  /* "ivshmem/channel/pumps.pyx":88
  *     cdef readonly uint64_t out
  * 
  *     def __init__(             # <<<<<<<<<<<<<<
@@ -5487,7 +5495,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump___init__(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":103
+/* "ivshmem/channel/pumps.pyx":110
  *         self.sleeper = poll.add(stream, self)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5554,7 +5562,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_2__reduce__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/pumps.pyx":104
+  /* "ivshmem/channel/pumps.pyx":111
  * 
  *     def __reduce__(self):
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -5562,9 +5570,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_2__reduce__(struct __py
  *     def noted(self, int events):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5579,7 +5587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_2__reduce__(struct __py
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5588,14 +5596,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_2__reduce__(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 111, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 104, __pyx_L1_error)
+  __PYX_ERR(0, 111, __pyx_L1_error)
 
-  /* "ivshmem/channel/pumps.pyx":103
+  /* "ivshmem/channel/pumps.pyx":110
  *         self.sleeper = poll.add(stream, self)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5616,7 +5624,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_2__reduce__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":106
+/* "ivshmem/channel/pumps.pyx":113
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def noted(self, int events):             # <<<<<<<<<<<<<<
@@ -5664,32 +5672,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_events,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 106, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 113, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "noted", 0) < (0)) __PYX_ERR(0, 106, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "noted", 0) < (0)) __PYX_ERR(0, 113, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("noted", 1, 1, 1, i); __PYX_ERR(0, 106, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("noted", 1, 1, 1, i); __PYX_ERR(0, 113, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 106, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 113, __pyx_L3_error)
     }
-    __pyx_v_events = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_events == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 106, __pyx_L3_error)
+    __pyx_v_events = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_events == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 113, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("noted", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 106, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("noted", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 113, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5716,12 +5724,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("noted", 0);
 
-  /* "ivshmem/channel/pumps.pyx":108
+  /* "ivshmem/channel/pumps.pyx":115
  *     def noted(self, int events):
  *         """Take in what epoll(7) says of the descriptors, and have a turn."""
  *         if events & (IN | HUNG):             # <<<<<<<<<<<<<<
@@ -5733,7 +5747,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":109
+    /* "ivshmem/channel/pumps.pyx":116
  *         """Take in what epoll(7) says of the descriptors, and have a turn."""
  *         if events & (IN | HUNG):
  *             self.readable = True             # <<<<<<<<<<<<<<
@@ -5742,7 +5756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
 */
     __pyx_v_self->readable = 1;
 
-    /* "ivshmem/channel/pumps.pyx":108
+    /* "ivshmem/channel/pumps.pyx":115
  *     def noted(self, int events):
  *         """Take in what epoll(7) says of the descriptors, and have a turn."""
  *         if events & (IN | HUNG):             # <<<<<<<<<<<<<<
@@ -5751,7 +5765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":110
+  /* "ivshmem/channel/pumps.pyx":117
  *         if events & (IN | HUNG):
  *             self.readable = True
  *         if events & OUT_OR_ERROR:             # <<<<<<<<<<<<<<
@@ -5763,7 +5777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":111
+    /* "ivshmem/channel/pumps.pyx":118
  *             self.readable = True
  *         if events & OUT_OR_ERROR:
  *             self.writable = True             # <<<<<<<<<<<<<<
@@ -5772,7 +5786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
 */
     __pyx_v_self->writable = 1;
 
-    /* "ivshmem/channel/pumps.pyx":110
+    /* "ivshmem/channel/pumps.pyx":117
  *         if events & (IN | HUNG):
  *             self.readable = True
  *         if events & OUT_OR_ERROR:             # <<<<<<<<<<<<<<
@@ -5781,7 +5795,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":112
+  /* "ivshmem/channel/pumps.pyx":119
  *         if events & OUT_OR_ERROR:
  *             self.writable = True
  *         if events & HUNG:             # <<<<<<<<<<<<<<
@@ -5793,16 +5807,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":113
+    /* "ivshmem/channel/pumps.pyx":120
  *             self.writable = True
  *         if events & HUNG:
  *             self.to_the_end = True             # <<<<<<<<<<<<<<
  *         self.step()
- * 
+ *         if events & HUP_OR_ERROR and self.sleeper is not None:
 */
     __pyx_v_self->to_the_end = 1;
 
-    /* "ivshmem/channel/pumps.pyx":112
+    /* "ivshmem/channel/pumps.pyx":119
  *         if events & OUT_OR_ERROR:
  *             self.writable = True
  *         if events & HUNG:             # <<<<<<<<<<<<<<
@@ -5811,17 +5825,86 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":114
+  /* "ivshmem/channel/pumps.pyx":121
  *         if events & HUNG:
  *             self.to_the_end = True
  *         self.step()             # <<<<<<<<<<<<<<
+ *         if events & HUP_OR_ERROR and self.sleeper is not None:
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
+*/
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/pumps.pyx":122
+ *             self.to_the_end = True
+ *         self.step()
+ *         if events & HUP_OR_ERROR and self.sleeper is not None:             # <<<<<<<<<<<<<<
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
+ * 
+*/
+  __pyx_t_3 = ((__pyx_v_events & __pyx_e_7ivshmem_7channel_5pumps_HUP_OR_ERROR) != 0);
+
+  if (__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_3;
+
+    goto __pyx_L7_bool_binop_done;
+  }
+  __pyx_t_3 = (((PyObject *)__pyx_v_self->sleeper) != Py_None);
+
+  __pyx_t_1 = __pyx_t_3;
+
+  __pyx_L7_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/pumps.pyx":123
+ *         self.step()
+ *         if events & HUP_OR_ERROR and self.sleeper is not None:
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out             # <<<<<<<<<<<<<<
  * 
  *     def awaken(self, int directions):
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 114, __pyx_L1_error)
+    __pyx_t_5 = NULL;
+    __Pyx_INCREF(__pyx_v_self->told);
+    __pyx_t_6 = __pyx_v_self->told; 
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_HANGUP); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 123, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (likely(PyMethod_Check(__pyx_t_6))) {
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+      assert(__pyx_t_5);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+      __pyx_t_8 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, Py_None};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
+    /* "ivshmem/channel/pumps.pyx":122
+ *             self.to_the_end = True
+ *         self.step()
+ *         if events & HUP_OR_ERROR and self.sleeper is not None:             # <<<<<<<<<<<<<<
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
+ * 
+*/
+  }
 
-  /* "ivshmem/channel/pumps.pyx":106
+  /* "ivshmem/channel/pumps.pyx":113
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def noted(self, int events):             # <<<<<<<<<<<<<<
@@ -5833,6 +5916,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.pumps.Pump.noted", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -5841,8 +5928,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4noted(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":116
- *         self.step()
+/* "ivshmem/channel/pumps.pyx":125
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
  * 
  *     def awaken(self, int directions):             # <<<<<<<<<<<<<<
  *         """Take in what the poll says of the stream, and have a turn."""
@@ -5889,32 +5976,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directions,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 116, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 125, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 116, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 125, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "awaken", 0) < (0)) __PYX_ERR(0, 116, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "awaken", 0) < (0)) __PYX_ERR(0, 125, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("awaken", 1, 1, 1, i); __PYX_ERR(0, 116, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("awaken", 1, 1, 1, i); __PYX_ERR(0, 125, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 116, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 125, __pyx_L3_error)
     }
-    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 116, __pyx_L3_error)
+    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 125, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("awaken", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 116, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("awaken", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 125, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5945,7 +6032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6awaken(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("awaken", 0);
 
-  /* "ivshmem/channel/pumps.pyx":118
+  /* "ivshmem/channel/pumps.pyx":127
  *     def awaken(self, int directions):
  *         """Take in what the poll says of the stream, and have a turn."""
  *         self.take_in(directions)             # <<<<<<<<<<<<<<
@@ -5954,18 +6041,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6awaken(struct __pyx_ob
 */
   __pyx_f_7ivshmem_7channel_5pumps_4Pump_take_in(__pyx_v_self, __pyx_v_directions);
 
-  /* "ivshmem/channel/pumps.pyx":119
+  /* "ivshmem/channel/pumps.pyx":128
  *         """Take in what the poll says of the stream, and have a turn."""
  *         self.take_in(directions)
  *         self.step()             # <<<<<<<<<<<<<<
  * 
  *     cdef void take_in(self, int directions) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/pumps.pyx":116
- *         self.step()
+  /* "ivshmem/channel/pumps.pyx":125
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
  * 
  *     def awaken(self, int directions):             # <<<<<<<<<<<<<<
  *         """Take in what the poll says of the stream, and have a turn."""
@@ -5984,7 +6071,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6awaken(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":121
+/* "ivshmem/channel/pumps.pyx":130
  *         self.step()
  * 
  *     cdef void take_in(self, int directions) noexcept:             # <<<<<<<<<<<<<<
@@ -5995,37 +6082,67 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6awaken(struct __pyx_ob
 static void __pyx_f_7ivshmem_7channel_5pumps_4Pump_take_in(struct __pyx_obj_7ivshmem_7channel_5pumps_Pump *__pyx_v_self, int __pyx_v_directions) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/pumps.pyx":122
+  /* "ivshmem/channel/pumps.pyx":131
  * 
  *     cdef void take_in(self, int directions) noexcept:
  *         if directions & 1 << ENDED:             # <<<<<<<<<<<<<<
  *             self.inward = False  # what the descriptor still has reaches nobody
- * 
+ *         if directions & 1 << ABORTED:
 */
   __pyx_t_1 = ((__pyx_v_directions & (1 << __pyx_e_7ivshmem_7channel_7streams_ENDED)) != 0);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":123
+    /* "ivshmem/channel/pumps.pyx":132
  *     cdef void take_in(self, int directions) noexcept:
  *         if directions & 1 << ENDED:
  *             self.inward = False  # what the descriptor still has reaches nobody             # <<<<<<<<<<<<<<
- * 
- *     def turn(self):
+ *         if directions & 1 << ABORTED:
+ *             self.aborted = True
 */
     __pyx_v_self->inward = 0;
 
-    /* "ivshmem/channel/pumps.pyx":122
+    /* "ivshmem/channel/pumps.pyx":131
  * 
  *     cdef void take_in(self, int directions) noexcept:
  *         if directions & 1 << ENDED:             # <<<<<<<<<<<<<<
  *             self.inward = False  # what the descriptor still has reaches nobody
+ *         if directions & 1 << ABORTED:
+*/
+  }
+
+  /* "ivshmem/channel/pumps.pyx":133
+ *         if directions & 1 << ENDED:
+ *             self.inward = False  # what the descriptor still has reaches nobody
+ *         if directions & 1 << ABORTED:             # <<<<<<<<<<<<<<
+ *             self.aborted = True
+ * 
+*/
+  __pyx_t_1 = ((__pyx_v_directions & (1 << __pyx_e_7ivshmem_7channel_7streams_ABORTED)) != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/pumps.pyx":134
+ *             self.inward = False  # what the descriptor still has reaches nobody
+ *         if directions & 1 << ABORTED:
+ *             self.aborted = True             # <<<<<<<<<<<<<<
+ * 
+ *     def turn(self):
+*/
+    __pyx_v_self->aborted = 1;
+
+    /* "ivshmem/channel/pumps.pyx":133
+ *         if directions & 1 << ENDED:
+ *             self.inward = False  # what the descriptor still has reaches nobody
+ *         if directions & 1 << ABORTED:             # <<<<<<<<<<<<<<
+ *             self.aborted = True
  * 
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":121
+  /* "ivshmem/channel/pumps.pyx":130
  *         self.step()
  * 
  *     cdef void take_in(self, int directions) noexcept:             # <<<<<<<<<<<<<<
@@ -6037,8 +6154,8 @@ static void __pyx_f_7ivshmem_7channel_5pumps_4Pump_take_in(struct __pyx_obj_7ivs
 
 }
 
-/* "ivshmem/channel/pumps.pyx":125
- *             self.inward = False  # what the descriptor still has reaches nobody
+/* "ivshmem/channel/pumps.pyx":136
+ *             self.aborted = True
  * 
  *     def turn(self):             # <<<<<<<<<<<<<<
  *         """Move a fair share, in both directions."""
@@ -6097,18 +6214,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_8turn(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("turn", 0);
 
-  /* "ivshmem/channel/pumps.pyx":127
+  /* "ivshmem/channel/pumps.pyx":138
  *     def turn(self):
  *         """Move a fair share, in both directions."""
  *         self.step()             # <<<<<<<<<<<<<<
  * 
  *     cdef int step(self) except -1:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/pumps.pyx":125
- *             self.inward = False  # what the descriptor still has reaches nobody
+  /* "ivshmem/channel/pumps.pyx":136
+ *             self.aborted = True
  * 
  *     def turn(self):             # <<<<<<<<<<<<<<
  *         """Move a fair share, in both directions."""
@@ -6127,7 +6244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_8turn(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":129
+/* "ivshmem/channel/pumps.pyx":140
  *         self.step()
  * 
  *     cdef int step(self) except -1:             # <<<<<<<<<<<<<<
@@ -6166,7 +6283,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("step", 0);
 
-  /* "ivshmem/channel/pumps.pyx":131
+  /* "ivshmem/channel/pumps.pyx":142
  *     cdef int step(self) except -1:
  *         cdef int result
  *         if self.sleeper is None:             # <<<<<<<<<<<<<<
@@ -6177,7 +6294,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":132
+    /* "ivshmem/channel/pumps.pyx":143
  *         cdef int result
  *         if self.sleeper is None:
  *             return 0  # it was closed             # <<<<<<<<<<<<<<
@@ -6190,7 +6307,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/pumps.pyx":131
+    /* "ivshmem/channel/pumps.pyx":142
  *     cdef int step(self) except -1:
  *         cdef int result
  *         if self.sleeper is None:             # <<<<<<<<<<<<<<
@@ -6199,7 +6316,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":133
+  /* "ivshmem/channel/pumps.pyx":144
  *         if self.sleeper is None:
  *             return 0  # it was closed
  *         try:             # <<<<<<<<<<<<<<
@@ -6215,17 +6332,17 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/pumps.pyx":134
+      /* "ivshmem/channel/pumps.pyx":145
  *             return 0  # it was closed
  *         try:
  *             result = self.move()             # <<<<<<<<<<<<<<
  *         except Exception as error:
  *             self.told(SLEEPING, error)
 */
-      __pyx_t_5 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L4_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L4_error)
       __pyx_v_result = __pyx_t_5;
 
-      /* "ivshmem/channel/pumps.pyx":133
+      /* "ivshmem/channel/pumps.pyx":144
  *         if self.sleeper is None:
  *             return 0  # it was closed
  *         try:             # <<<<<<<<<<<<<<
@@ -6234,7 +6351,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":138
+    /* "ivshmem/channel/pumps.pyx":149
  *             self.told(SLEEPING, error)
  *         else:
  *             if result != SLEEPING:             # <<<<<<<<<<<<<<
@@ -6247,7 +6364,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/pumps.pyx":139
+        /* "ivshmem/channel/pumps.pyx":150
  *         else:
  *             if result != SLEEPING:
  *                 self.told(result, None)             # <<<<<<<<<<<<<<
@@ -6257,7 +6374,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
         __pyx_t_7 = NULL;
         __Pyx_INCREF(__pyx_v_self->told);
         __pyx_t_8 = __pyx_v_self->told; 
-        __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_result); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 139, __pyx_L6_except_error)
+        __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_result); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 150, __pyx_L6_except_error)
         __Pyx_GOTREF(__pyx_t_9);
         __pyx_t_10 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -6277,12 +6394,12 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 139, __pyx_L6_except_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 150, __pyx_L6_except_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-        /* "ivshmem/channel/pumps.pyx":138
+        /* "ivshmem/channel/pumps.pyx":149
  *             self.told(SLEEPING, error)
  *         else:
  *             if result != SLEEPING:             # <<<<<<<<<<<<<<
@@ -6297,7 +6414,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     goto __pyx_L9_try_end;
     __pyx_L4_error:;
 
-    /* "ivshmem/channel/pumps.pyx":135
+    /* "ivshmem/channel/pumps.pyx":146
  *         try:
  *             result = self.move()
  *         except Exception as error:             # <<<<<<<<<<<<<<
@@ -6307,7 +6424,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     __pyx_t_5 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
     if (__pyx_t_5) {
       __Pyx_AddTraceback("ivshmem.channel.pumps.Pump.step", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 135, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 146, __pyx_L6_except_error)
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_8);
       __Pyx_XGOTREF(__pyx_t_9);
@@ -6315,7 +6432,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
       __pyx_v_error = __pyx_t_8;
       /*try:*/ {
 
-        /* "ivshmem/channel/pumps.pyx":136
+        /* "ivshmem/channel/pumps.pyx":147
  *             result = self.move()
  *         except Exception as error:
  *             self.told(SLEEPING, error)             # <<<<<<<<<<<<<<
@@ -6325,7 +6442,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
         __pyx_t_11 = NULL;
         __Pyx_INCREF(__pyx_v_self->told);
         __pyx_t_12 = __pyx_v_self->told; 
-        __pyx_t_13 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_SLEEPING); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 136, __pyx_L16_error)
+        __pyx_t_13 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_SLEEPING); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 147, __pyx_L16_error)
         __Pyx_GOTREF(__pyx_t_13);
         __pyx_t_10 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -6345,13 +6462,13 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
           __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 136, __pyx_L16_error)
+          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 147, __pyx_L16_error)
           __Pyx_GOTREF(__pyx_t_7);
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       }
 
-      /* "ivshmem/channel/pumps.pyx":135
+      /* "ivshmem/channel/pumps.pyx":146
  *         try:
  *             result = self.move()
  *         except Exception as error:             # <<<<<<<<<<<<<<
@@ -6405,7 +6522,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L6_except_error;
 
-    /* "ivshmem/channel/pumps.pyx":133
+    /* "ivshmem/channel/pumps.pyx":144
  *         if self.sleeper is None:
  *             return 0  # it was closed
  *         try:             # <<<<<<<<<<<<<<
@@ -6426,7 +6543,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
     __pyx_L9_try_end:;
   }
 
-  /* "ivshmem/channel/pumps.pyx":140
+  /* "ivshmem/channel/pumps.pyx":151
  *             if result != SLEEPING:
  *                 self.told(result, None)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6439,7 +6556,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/pumps.pyx":129
+  /* "ivshmem/channel/pumps.pyx":140
  *         self.step()
  * 
  *     cdef int step(self) except -1:             # <<<<<<<<<<<<<<
@@ -6466,7 +6583,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_step(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":142
+/* "ivshmem/channel/pumps.pyx":153
  *         return 0
  * 
  *     cdef int move(self) except -1:             # <<<<<<<<<<<<<<
@@ -6484,11 +6601,12 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   int __pyx_t_3;
   int __pyx_t_4;
   long __pyx_t_5;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/pumps.pyx":144
+  /* "ivshmem/channel/pumps.pyx":155
  *     cdef int move(self) except -1:
  *         """Move a fair share; what that came to."""
  *         cdef int found = SLEEPING             # <<<<<<<<<<<<<<
@@ -6497,7 +6615,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   __pyx_v_found = __pyx_e_7ivshmem_7channel_5pumps_SLEEPING;
 
-  /* "ivshmem/channel/pumps.pyx":145
+  /* "ivshmem/channel/pumps.pyx":156
  *         """Move a fair share; what that came to."""
  *         cdef int found = SLEEPING
  *         cdef int result = SLEEPING             # <<<<<<<<<<<<<<
@@ -6506,7 +6624,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   __pyx_v_result = __pyx_e_7ivshmem_7channel_5pumps_SLEEPING;
 
-  /* "ivshmem/channel/pumps.pyx":146
+  /* "ivshmem/channel/pumps.pyx":157
  *         cdef int found = SLEEPING
  *         cdef int result = SLEEPING
  *         cdef int awaited = 0             # <<<<<<<<<<<<<<
@@ -6515,7 +6633,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   __pyx_v_awaited = 0;
 
-  /* "ivshmem/channel/pumps.pyx":147
+  /* "ivshmem/channel/pumps.pyx":158
  *         cdef int result = SLEEPING
  *         cdef int awaited = 0
  *         if self.inward and self.readable:             # <<<<<<<<<<<<<<
@@ -6534,7 +6652,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":148
+    /* "ivshmem/channel/pumps.pyx":159
  *         cdef int awaited = 0
  *         if self.inward and self.readable:
  *             self.failed = True             # <<<<<<<<<<<<<<
@@ -6543,17 +6661,17 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
     __pyx_v_self->failed = 1;
 
-    /* "ivshmem/channel/pumps.pyx":149
+    /* "ivshmem/channel/pumps.pyx":160
  *         if self.inward and self.readable:
  *             self.failed = True
  *             result = self.fill()             # <<<<<<<<<<<<<<
  *             if result > MORE:
  *                 return result
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 149, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L1_error)
     __pyx_v_result = __pyx_t_2;
 
-    /* "ivshmem/channel/pumps.pyx":150
+    /* "ivshmem/channel/pumps.pyx":161
  *             self.failed = True
  *             result = self.fill()
  *             if result > MORE:             # <<<<<<<<<<<<<<
@@ -6565,7 +6683,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":151
+      /* "ivshmem/channel/pumps.pyx":162
  *             result = self.fill()
  *             if result > MORE:
  *                 return result             # <<<<<<<<<<<<<<
@@ -6578,7 +6696,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":150
+      /* "ivshmem/channel/pumps.pyx":161
  *             self.failed = True
  *             result = self.fill()
  *             if result > MORE:             # <<<<<<<<<<<<<<
@@ -6587,7 +6705,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":147
+    /* "ivshmem/channel/pumps.pyx":158
  *         cdef int result = SLEEPING
  *         cdef int awaited = 0
  *         if self.inward and self.readable:             # <<<<<<<<<<<<<<
@@ -6596,7 +6714,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":152
+  /* "ivshmem/channel/pumps.pyx":163
  *             if result > MORE:
  *                 return result
  *         if self.outward and self.writable:             # <<<<<<<<<<<<<<
@@ -6615,7 +6733,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":153
+    /* "ivshmem/channel/pumps.pyx":164
  *                 return result
  *         if self.outward and self.writable:
  *             self.failed = False             # <<<<<<<<<<<<<<
@@ -6624,17 +6742,17 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
     __pyx_v_self->failed = 0;
 
-    /* "ivshmem/channel/pumps.pyx":154
+    /* "ivshmem/channel/pumps.pyx":165
  *         if self.outward and self.writable:
  *             self.failed = False
  *             found = self.drain()             # <<<<<<<<<<<<<<
  *             if found > MORE:
  *                 return found
 */
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
+    __pyx_t_2 = __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L1_error)
     __pyx_v_found = __pyx_t_2;
 
-    /* "ivshmem/channel/pumps.pyx":155
+    /* "ivshmem/channel/pumps.pyx":166
  *             self.failed = False
  *             found = self.drain()
  *             if found > MORE:             # <<<<<<<<<<<<<<
@@ -6646,7 +6764,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":156
+      /* "ivshmem/channel/pumps.pyx":167
  *             found = self.drain()
  *             if found > MORE:
  *                 return found             # <<<<<<<<<<<<<<
@@ -6659,7 +6777,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":155
+      /* "ivshmem/channel/pumps.pyx":166
  *             self.failed = False
  *             found = self.drain()
  *             if found > MORE:             # <<<<<<<<<<<<<<
@@ -6668,7 +6786,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":152
+    /* "ivshmem/channel/pumps.pyx":163
  *             if result > MORE:
  *                 return result
  *         if self.outward and self.writable:             # <<<<<<<<<<<<<<
@@ -6677,12 +6795,12 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":157
+  /* "ivshmem/channel/pumps.pyx":168
  *             if found > MORE:
  *                 return found
  *         if result or found or not (self.inward or self.outward):             # <<<<<<<<<<<<<<
  *             return MORE
- *         if self.inward:
+ *         if self.aborted and not self.abort_told:
 */
   __pyx_t_3 = (__pyx_v_result != 0);
 
@@ -6723,12 +6841,12 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":158
+    /* "ivshmem/channel/pumps.pyx":169
  *                 return found
  *         if result or found or not (self.inward or self.outward):
  *             return MORE             # <<<<<<<<<<<<<<
- *         if self.inward:
- *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
+ *         if self.aborted and not self.abort_told:
+ *             self.abort_told = True
 */
     {
 
@@ -6736,30 +6854,83 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/pumps.pyx":157
+    /* "ivshmem/channel/pumps.pyx":168
  *             if found > MORE:
  *                 return found
  *         if result or found or not (self.inward or self.outward):             # <<<<<<<<<<<<<<
  *             return MORE
- *         if self.inward:
+ *         if self.aborted and not self.abort_told:
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":159
+  /* "ivshmem/channel/pumps.pyx":170
  *         if result or found or not (self.inward or self.outward):
  *             return MORE
+ *         if self.aborted and not self.abort_told:             # <<<<<<<<<<<<<<
+ *             self.abort_told = True
+ *             return LEFT
+*/
+  if (__pyx_v_self->aborted) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->aborted;
+    goto __pyx_L18_bool_binop_done;
+  }
+  __pyx_t_4 = (!__pyx_v_self->abort_told);
+
+
+  __pyx_t_1 = __pyx_t_4;
+
+  __pyx_L18_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/pumps.pyx":171
+ *             return MORE
+ *         if self.aborted and not self.abort_told:
+ *             self.abort_told = True             # <<<<<<<<<<<<<<
+ *             return LEFT
+ *         if self.inward:
+*/
+    __pyx_v_self->abort_told = 1;
+
+    /* "ivshmem/channel/pumps.pyx":172
+ *         if self.aborted and not self.abort_told:
+ *             self.abort_told = True
+ *             return LEFT             # <<<<<<<<<<<<<<
+ *         if self.inward:
+ *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
+*/
+    {
+
+      __pyx_r = __pyx_e_7ivshmem_7channel_5pumps_LEFT;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/pumps.pyx":170
+ *         if result or found or not (self.inward or self.outward):
+ *             return MORE
+ *         if self.aborted and not self.abort_told:             # <<<<<<<<<<<<<<
+ *             self.abort_told = True
+ *             return LEFT
+*/
+  }
+
+  /* "ivshmem/channel/pumps.pyx":173
+ *             self.abort_told = True
+ *             return LEFT
  *         if self.inward:             # <<<<<<<<<<<<<<
  *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
- *         if self.outward and self.writable:
+ *         if self.outward:
 */
   if (__pyx_v_self->inward) {
 
-    /* "ivshmem/channel/pumps.pyx":160
- *             return MORE
+    /* "ivshmem/channel/pumps.pyx":174
+ *             return LEFT
  *         if self.inward:
  *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)             # <<<<<<<<<<<<<<
- *         if self.outward and self.writable:
- *             awaited |= 1 << RECEIVE
+ *         if self.outward:
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
 */
     if (__pyx_v_self->readable) {
 
@@ -6771,64 +6942,89 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
     __pyx_v_awaited = ((1 << __pyx_e_7ivshmem_7channel_7streams_ENDED) | __pyx_t_5);
 
 
-    /* "ivshmem/channel/pumps.pyx":159
- *         if result or found or not (self.inward or self.outward):
- *             return MORE
+    /* "ivshmem/channel/pumps.pyx":173
+ *             self.abort_told = True
+ *             return LEFT
  *         if self.inward:             # <<<<<<<<<<<<<<
  *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
- *         if self.outward and self.writable:
+ *         if self.outward:
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":161
+  /* "ivshmem/channel/pumps.pyx":175
  *         if self.inward:
  *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
- *         if self.outward and self.writable:             # <<<<<<<<<<<<<<
- *             awaited |= 1 << RECEIVE
- *         found = self.sleeper.sleep(awaited)
+ *         if self.outward:             # <<<<<<<<<<<<<<
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+ *         if self.aborted:
 */
   if (__pyx_v_self->outward) {
-  } else {
 
-    __pyx_t_1 = __pyx_v_self->outward;
-    goto __pyx_L19_bool_binop_done;
+    /* "ivshmem/channel/pumps.pyx":176
+ *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
+ *         if self.outward:
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)             # <<<<<<<<<<<<<<
+ *         if self.aborted:
+ *             awaited &= ~(1 << ABORTED)
+*/
+    if (__pyx_v_self->writable) {
+
+      __pyx_t_6 = __pyx_e_7ivshmem_7channel_7streams_RECEIVE;
+    } else {
+
+      __pyx_t_6 = __pyx_e_7ivshmem_7channel_7streams_ABORTED;
+    }
+    __pyx_v_awaited = (__pyx_v_awaited | (1 << __pyx_t_6));
+
+
+    /* "ivshmem/channel/pumps.pyx":175
+ *         if self.inward:
+ *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
+ *         if self.outward:             # <<<<<<<<<<<<<<
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+ *         if self.aborted:
+*/
   }
 
-  __pyx_t_1 = __pyx_v_self->writable;
-  __pyx_L19_bool_binop_done:;
-  if (__pyx_t_1) {
+  /* "ivshmem/channel/pumps.pyx":177
+ *         if self.outward:
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+ *         if self.aborted:             # <<<<<<<<<<<<<<
+ *             awaited &= ~(1 << ABORTED)
+ *         found = self.sleeper.sleep(awaited)
+*/
+  if (__pyx_v_self->aborted) {
 
-
-    /* "ivshmem/channel/pumps.pyx":162
- *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
- *         if self.outward and self.writable:
- *             awaited |= 1 << RECEIVE             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/pumps.pyx":178
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+ *         if self.aborted:
+ *             awaited &= ~(1 << ABORTED)             # <<<<<<<<<<<<<<
  *         found = self.sleeper.sleep(awaited)
  *         if found:
 */
-    __pyx_v_awaited = (__pyx_v_awaited | (1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE));
+    __pyx_v_awaited = (__pyx_v_awaited & (~(1 << __pyx_e_7ivshmem_7channel_7streams_ABORTED)));
 
-    /* "ivshmem/channel/pumps.pyx":161
- *         if self.inward:
- *             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
- *         if self.outward and self.writable:             # <<<<<<<<<<<<<<
- *             awaited |= 1 << RECEIVE
+    /* "ivshmem/channel/pumps.pyx":177
+ *         if self.outward:
+ *             awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+ *         if self.aborted:             # <<<<<<<<<<<<<<
+ *             awaited &= ~(1 << ABORTED)
  *         found = self.sleeper.sleep(awaited)
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":163
- *         if self.outward and self.writable:
- *             awaited |= 1 << RECEIVE
+  /* "ivshmem/channel/pumps.pyx":179
+ *         if self.aborted:
+ *             awaited &= ~(1 << ABORTED)
  *         found = self.sleeper.sleep(awaited)             # <<<<<<<<<<<<<<
  *         if found:
  *             self.take_in(found)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self->sleeper->__pyx_vtab)->sleep(__pyx_v_self->sleeper, __pyx_v_awaited, 0); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 163, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_v_self->sleeper->__pyx_vtab)->sleep(__pyx_v_self->sleeper, __pyx_v_awaited, 0); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
   __pyx_v_found = __pyx_t_2;
 
-  /* "ivshmem/channel/pumps.pyx":164
- *             awaited |= 1 << RECEIVE
+  /* "ivshmem/channel/pumps.pyx":180
+ *             awaited &= ~(1 << ABORTED)
  *         found = self.sleeper.sleep(awaited)
  *         if found:             # <<<<<<<<<<<<<<
  *             self.take_in(found)
@@ -6839,7 +7035,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":165
+    /* "ivshmem/channel/pumps.pyx":181
  *         found = self.sleeper.sleep(awaited)
  *         if found:
  *             self.take_in(found)             # <<<<<<<<<<<<<<
@@ -6848,7 +7044,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
     __pyx_f_7ivshmem_7channel_5pumps_4Pump_take_in(__pyx_v_self, __pyx_v_found);
 
-    /* "ivshmem/channel/pumps.pyx":166
+    /* "ivshmem/channel/pumps.pyx":182
  *         if found:
  *             self.take_in(found)
  *             return MORE             # <<<<<<<<<<<<<<
@@ -6861,8 +7057,8 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/pumps.pyx":164
- *             awaited |= 1 << RECEIVE
+    /* "ivshmem/channel/pumps.pyx":180
+ *             awaited &= ~(1 << ABORTED)
  *         found = self.sleeper.sleep(awaited)
  *         if found:             # <<<<<<<<<<<<<<
  *             self.take_in(found)
@@ -6870,7 +7066,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":167
+  /* "ivshmem/channel/pumps.pyx":183
  *             self.take_in(found)
  *             return MORE
  *         return SLEEPING             # <<<<<<<<<<<<<<
@@ -6883,7 +7079,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/pumps.pyx":142
+  /* "ivshmem/channel/pumps.pyx":153
  *         return 0
  * 
  *     cdef int move(self) except -1:             # <<<<<<<<<<<<<<
@@ -6903,7 +7099,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_move(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":169
+/* "ivshmem/channel/pumps.pyx":185
  *         return SLEEPING
  * 
  *     cdef int fill(self) except -1:             # <<<<<<<<<<<<<<
@@ -6922,7 +7118,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/pumps.pyx":170
+  /* "ivshmem/channel/pumps.pyx":186
  * 
  *     cdef int fill(self) except -1:
  *         cdef uint64_t moved = 0             # <<<<<<<<<<<<<<
@@ -6931,7 +7127,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
   __pyx_v_moved = 0;
 
-  /* "ivshmem/channel/pumps.pyx":172
+  /* "ivshmem/channel/pumps.pyx":188
  *         cdef uint64_t moved = 0
  *         cdef int64_t n
  *         while moved < self.share:             # <<<<<<<<<<<<<<
@@ -6944,17 +7140,17 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/pumps.pyx":173
+    /* "ivshmem/channel/pumps.pyx":189
  *         cdef int64_t n
  *         while moved < self.share:
  *             n = self.stream.move(SEND, self.source, self.piece)             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 self.into += n
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->move(__pyx_v_self->stream, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_self->source, __pyx_v_self->piece); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 173, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->move(__pyx_v_self->stream, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_self->source, __pyx_v_self->piece); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 189, __pyx_L1_error)
     __pyx_v_n = __pyx_t_2;
 
-    /* "ivshmem/channel/pumps.pyx":174
+    /* "ivshmem/channel/pumps.pyx":190
  *         while moved < self.share:
  *             n = self.stream.move(SEND, self.source, self.piece)
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -6966,7 +7162,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":175
+      /* "ivshmem/channel/pumps.pyx":191
  *             n = self.stream.move(SEND, self.source, self.piece)
  *             if n > 0:
  *                 self.into += n             # <<<<<<<<<<<<<<
@@ -6975,7 +7171,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
       __pyx_v_self->into = (__pyx_v_self->into + __pyx_v_n);
 
-      /* "ivshmem/channel/pumps.pyx":176
+      /* "ivshmem/channel/pumps.pyx":192
  *             if n > 0:
  *                 self.into += n
  *                 moved += n             # <<<<<<<<<<<<<<
@@ -6984,7 +7180,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
       __pyx_v_moved = (__pyx_v_moved + __pyx_v_n);
 
-      /* "ivshmem/channel/pumps.pyx":177
+      /* "ivshmem/channel/pumps.pyx":193
  *                 self.into += n
  *                 moved += n
  *                 if self.stream.partly and not self.to_the_end:             # <<<<<<<<<<<<<<
@@ -7006,7 +7202,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/pumps.pyx":178
+        /* "ivshmem/channel/pumps.pyx":194
  *                 moved += n
  *                 if self.stream.partly and not self.to_the_end:
  *                     self.readable = False             # <<<<<<<<<<<<<<
@@ -7015,7 +7211,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
         __pyx_v_self->readable = 0;
 
-        /* "ivshmem/channel/pumps.pyx":179
+        /* "ivshmem/channel/pumps.pyx":195
  *                 if self.stream.partly and not self.to_the_end:
  *                     self.readable = False
  *                     return SLEEPING             # <<<<<<<<<<<<<<
@@ -7028,7 +7224,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/pumps.pyx":177
+        /* "ivshmem/channel/pumps.pyx":193
  *                 self.into += n
  *                 moved += n
  *                 if self.stream.partly and not self.to_the_end:             # <<<<<<<<<<<<<<
@@ -7037,7 +7233,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
       }
 
-      /* "ivshmem/channel/pumps.pyx":174
+      /* "ivshmem/channel/pumps.pyx":190
  *         while moved < self.share:
  *             n = self.stream.move(SEND, self.source, self.piece)
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -7047,7 +7243,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/pumps.pyx":180
+    /* "ivshmem/channel/pumps.pyx":196
  *                     self.readable = False
  *                     return SLEEPING
  *             elif n == 0:             # <<<<<<<<<<<<<<
@@ -7059,7 +7255,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":181
+      /* "ivshmem/channel/pumps.pyx":197
  *                     return SLEEPING
  *             elif n == 0:
  *                 return NO_SOURCE             # <<<<<<<<<<<<<<
@@ -7072,7 +7268,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":180
+      /* "ivshmem/channel/pumps.pyx":196
  *                     self.readable = False
  *                     return SLEEPING
  *             elif n == 0:             # <<<<<<<<<<<<<<
@@ -7081,7 +7277,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":183
+    /* "ivshmem/channel/pumps.pyx":199
  *                 return NO_SOURCE
  *             else:
  *                 if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -7090,7 +7286,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
     /*else*/ {
 
-      /* "ivshmem/channel/pumps.pyx":185
+      /* "ivshmem/channel/pumps.pyx":201
  *                 if n == FD_WAITS:
  *                     self.readable = False
  *                 elif n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -7100,7 +7296,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
       switch (__pyx_v_n) {
         case __pyx_e_7ivshmem_7channel_7streams_FD_WAITS:
 
-        /* "ivshmem/channel/pumps.pyx":184
+        /* "ivshmem/channel/pumps.pyx":200
  *             else:
  *                 if n == FD_WAITS:
  *                     self.readable = False             # <<<<<<<<<<<<<<
@@ -7109,7 +7305,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
         __pyx_v_self->readable = 0;
 
-        /* "ivshmem/channel/pumps.pyx":183
+        /* "ivshmem/channel/pumps.pyx":199
  *                 return NO_SOURCE
  *             else:
  *                 if n == FD_WAITS:             # <<<<<<<<<<<<<<
@@ -7119,7 +7315,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
         break;
         case IVSHMEM_CLOSED:
 
-        /* "ivshmem/channel/pumps.pyx":186
+        /* "ivshmem/channel/pumps.pyx":202
  *                     self.readable = False
  *                 elif n == IVSHMEM_CLOSED:
  *                     self.inward = False             # <<<<<<<<<<<<<<
@@ -7128,7 +7324,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
 */
         __pyx_v_self->inward = 0;
 
-        /* "ivshmem/channel/pumps.pyx":185
+        /* "ivshmem/channel/pumps.pyx":201
  *                 if n == FD_WAITS:
  *                     self.readable = False
  *                 elif n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -7139,7 +7335,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
         default: break;
       }
 
-      /* "ivshmem/channel/pumps.pyx":187
+      /* "ivshmem/channel/pumps.pyx":203
  *                 elif n == IVSHMEM_CLOSED:
  *                     self.inward = False
  *                 return SLEEPING             # <<<<<<<<<<<<<<
@@ -7155,7 +7351,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
     __pyx_L5:;
   }
 
-  /* "ivshmem/channel/pumps.pyx":188
+  /* "ivshmem/channel/pumps.pyx":204
  *                     self.inward = False
  *                 return SLEEPING
  *         return MORE             # <<<<<<<<<<<<<<
@@ -7168,7 +7364,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/pumps.pyx":169
+  /* "ivshmem/channel/pumps.pyx":185
  *         return SLEEPING
  * 
  *     cdef int fill(self) except -1:             # <<<<<<<<<<<<<<
@@ -7187,7 +7383,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_fill(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":190
+/* "ivshmem/channel/pumps.pyx":206
  *         return MORE
  * 
  *     cdef int drain(self) except -1:             # <<<<<<<<<<<<<<
@@ -7205,7 +7401,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/pumps.pyx":191
+  /* "ivshmem/channel/pumps.pyx":207
  * 
  *     cdef int drain(self) except -1:
  *         cdef uint64_t moved = 0             # <<<<<<<<<<<<<<
@@ -7214,7 +7410,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
   __pyx_v_moved = 0;
 
-  /* "ivshmem/channel/pumps.pyx":193
+  /* "ivshmem/channel/pumps.pyx":209
  *         cdef uint64_t moved = 0
  *         cdef int64_t n
  *         while moved < self.share:             # <<<<<<<<<<<<<<
@@ -7227,17 +7423,17 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/pumps.pyx":194
+    /* "ivshmem/channel/pumps.pyx":210
  *         cdef int64_t n
  *         while moved < self.share:
  *             n = self.stream.move(RECEIVE, self.target, self.piece)             # <<<<<<<<<<<<<<
  *             if n > 0:
  *                 self.out += n
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->move(__pyx_v_self->stream, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_self->target, __pyx_v_self->piece); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 194, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_base.__pyx_vtab)->move(__pyx_v_self->stream, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_self->target, __pyx_v_self->piece); if (unlikely(__pyx_t_2 == ((int64_t)-100L))) __PYX_ERR(0, 210, __pyx_L1_error)
     __pyx_v_n = __pyx_t_2;
 
-    /* "ivshmem/channel/pumps.pyx":195
+    /* "ivshmem/channel/pumps.pyx":211
  *         while moved < self.share:
  *             n = self.stream.move(RECEIVE, self.target, self.piece)
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -7249,7 +7445,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":196
+      /* "ivshmem/channel/pumps.pyx":212
  *             n = self.stream.move(RECEIVE, self.target, self.piece)
  *             if n > 0:
  *                 self.out += n             # <<<<<<<<<<<<<<
@@ -7258,7 +7454,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
       __pyx_v_self->out = (__pyx_v_self->out + __pyx_v_n);
 
-      /* "ivshmem/channel/pumps.pyx":197
+      /* "ivshmem/channel/pumps.pyx":213
  *             if n > 0:
  *                 self.out += n
  *                 moved += n             # <<<<<<<<<<<<<<
@@ -7267,7 +7463,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
       __pyx_v_moved = (__pyx_v_moved + __pyx_v_n);
 
-      /* "ivshmem/channel/pumps.pyx":198
+      /* "ivshmem/channel/pumps.pyx":214
  *                 self.out += n
  *                 moved += n
  *                 if not self.stream.partly:             # <<<<<<<<<<<<<<
@@ -7279,7 +7475,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/pumps.pyx":199
+        /* "ivshmem/channel/pumps.pyx":215
  *                 moved += n
  *                 if not self.stream.partly:
  *                     continue             # <<<<<<<<<<<<<<
@@ -7288,7 +7484,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
         goto __pyx_L3_continue;
 
-        /* "ivshmem/channel/pumps.pyx":198
+        /* "ivshmem/channel/pumps.pyx":214
  *                 self.out += n
  *                 moved += n
  *                 if not self.stream.partly:             # <<<<<<<<<<<<<<
@@ -7297,7 +7493,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
       }
 
-      /* "ivshmem/channel/pumps.pyx":195
+      /* "ivshmem/channel/pumps.pyx":211
  *         while moved < self.share:
  *             n = self.stream.move(RECEIVE, self.target, self.piece)
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -7307,7 +7503,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/pumps.pyx":200
+    /* "ivshmem/channel/pumps.pyx":216
  *                 if not self.stream.partly:
  *                     continue
  *             elif n == 0:             # <<<<<<<<<<<<<<
@@ -7319,7 +7515,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":201
+      /* "ivshmem/channel/pumps.pyx":217
  *                     continue
  *             elif n == 0:
  *                 return NO_STREAM             # <<<<<<<<<<<<<<
@@ -7332,7 +7528,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":200
+      /* "ivshmem/channel/pumps.pyx":216
  *                 if not self.stream.partly:
  *                     continue
  *             elif n == 0:             # <<<<<<<<<<<<<<
@@ -7341,7 +7537,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":202
+    /* "ivshmem/channel/pumps.pyx":218
  *             elif n == 0:
  *                 return NO_STREAM
  *             elif n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -7353,7 +7549,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":203
+      /* "ivshmem/channel/pumps.pyx":219
  *                 return NO_STREAM
  *             elif n == IVSHMEM_CLOSED:
  *                 return RESET             # <<<<<<<<<<<<<<
@@ -7366,7 +7562,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":202
+      /* "ivshmem/channel/pumps.pyx":218
  *             elif n == 0:
  *                 return NO_STREAM
  *             elif n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -7375,7 +7571,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":204
+    /* "ivshmem/channel/pumps.pyx":220
  *             elif n == IVSHMEM_CLOSED:
  *                 return RESET
  *             elif n == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7387,7 +7583,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/pumps.pyx":205
+      /* "ivshmem/channel/pumps.pyx":221
  *                 return RESET
  *             elif n == IVSHMEM_AGAIN:
  *                 return SLEEPING             # <<<<<<<<<<<<<<
@@ -7400,7 +7596,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":204
+      /* "ivshmem/channel/pumps.pyx":220
  *             elif n == IVSHMEM_CLOSED:
  *                 return RESET
  *             elif n == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7410,7 +7606,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     }
     __pyx_L5:;
 
-    /* "ivshmem/channel/pumps.pyx":206
+    /* "ivshmem/channel/pumps.pyx":222
  *             elif n == IVSHMEM_AGAIN:
  *                 return SLEEPING
  *             self.writable = False             # <<<<<<<<<<<<<<
@@ -7419,7 +7615,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     __pyx_v_self->writable = 0;
 
-    /* "ivshmem/channel/pumps.pyx":207
+    /* "ivshmem/channel/pumps.pyx":223
  *                 return SLEEPING
  *             self.writable = False
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7428,7 +7624,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/pumps.pyx":208
+      /* "ivshmem/channel/pumps.pyx":224
  *             self.writable = False
  *             if self.watched:
  *                 return SLEEPING             # <<<<<<<<<<<<<<
@@ -7441,7 +7637,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/pumps.pyx":207
+      /* "ivshmem/channel/pumps.pyx":223
  *                 return SLEEPING
  *             self.writable = False
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -7450,7 +7646,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/channel/pumps.pyx":209
+    /* "ivshmem/channel/pumps.pyx":225
  *             if self.watched:
  *                 return SLEEPING
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -7459,7 +7655,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
 */
     __pyx_v_self->watched = 1;
 
-    /* "ivshmem/channel/pumps.pyx":210
+    /* "ivshmem/channel/pumps.pyx":226
  *                 return SLEEPING
  *             self.watched = True
  *             return BLOCKED             # <<<<<<<<<<<<<<
@@ -7474,7 +7670,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
     __pyx_L3_continue:;
   }
 
-  /* "ivshmem/channel/pumps.pyx":211
+  /* "ivshmem/channel/pumps.pyx":227
  *             self.watched = True
  *             return BLOCKED
  *         return MORE             # <<<<<<<<<<<<<<
@@ -7487,7 +7683,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/pumps.pyx":190
+  /* "ivshmem/channel/pumps.pyx":206
  *         return MORE
  * 
  *     cdef int drain(self) except -1:             # <<<<<<<<<<<<<<
@@ -7506,7 +7702,7 @@ static int __pyx_f_7ivshmem_7channel_5pumps_4Pump_drain(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":213
+/* "ivshmem/channel/pumps.pyx":229
  *         return MORE
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7569,7 +7765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/pumps.pyx":215
+  /* "ivshmem/channel/pumps.pyx":231
  *     def close(self):
  *         """Move no more; may be called twice."""
  *         if self.sleeper is not None:             # <<<<<<<<<<<<<<
@@ -7580,7 +7776,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/pumps.pyx":216
+    /* "ivshmem/channel/pumps.pyx":232
  *         """Move no more; may be called twice."""
  *         if self.sleeper is not None:
  *             self.sleeper.close()             # <<<<<<<<<<<<<<
@@ -7594,12 +7790,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 216, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/pumps.pyx":217
+    /* "ivshmem/channel/pumps.pyx":233
  *         if self.sleeper is not None:
  *             self.sleeper.close()
  *             self.sleeper = None             # <<<<<<<<<<<<<<
@@ -7610,7 +7806,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
     __Pyx_GOTREF((PyObject *)__pyx_v_self->sleeper);
     __Pyx_DECREF_SET(__pyx_v_self->sleeper, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)Py_None));
 
-    /* "ivshmem/channel/pumps.pyx":218
+    /* "ivshmem/channel/pumps.pyx":234
  *             self.sleeper.close()
  *             self.sleeper = None
  *             self.told = None             # <<<<<<<<<<<<<<
@@ -7620,7 +7816,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
     __Pyx_GOTREF(__pyx_v_self->told);
     __Pyx_DECREF_SET(__pyx_v_self->told, Py_None);
 
-    /* "ivshmem/channel/pumps.pyx":215
+    /* "ivshmem/channel/pumps.pyx":231
  *     def close(self):
  *         """Move no more; may be called twice."""
  *         if self.sleeper is not None:             # <<<<<<<<<<<<<<
@@ -7629,7 +7825,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/pumps.pyx":213
+  /* "ivshmem/channel/pumps.pyx":229
  *         return MORE
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7651,7 +7847,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_10close(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":71
+/* "ivshmem/channel/pumps.pyx":76
  *     cdef uint64_t share
  *     cdef uint64_t piece
  *     cdef public bint readable  # until it turns out that it is not             # <<<<<<<<<<<<<<
@@ -7690,7 +7886,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_8readable___get__(struc
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->readable); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->readable); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -7763,7 +7959,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_8readable_2__set__(struct __p
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 71, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 76, __pyx_L4_error)
         __pyx_v_self->readable = __pyx_t_2;
       }
       /*finally:*/ {
@@ -7793,9 +7989,9 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_8readable_2__set__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":75
- *     cdef bint to_the_end  # a short read is followed by another one
- *     cdef bint watched  # that the target blocks has been told
+/* "ivshmem/channel/pumps.pyx":82
+ *     cdef bint aborted  # the other end is gone by a reset
+ *     cdef bint abort_told
  *     cdef public bint inward             # <<<<<<<<<<<<<<
  *     cdef public bint outward
  *     cdef readonly bint failed
@@ -7832,7 +8028,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6inward___get__(struct 
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->inward); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 75, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->inward); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 82, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -7905,7 +8101,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_6inward_2__set__(struct __pyx
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 75, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 82, __pyx_L4_error)
         __pyx_v_self->inward = __pyx_t_2;
       }
       /*finally:*/ {
@@ -7935,8 +8131,8 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_6inward_2__set__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":76
- *     cdef bint watched  # that the target blocks has been told
+/* "ivshmem/channel/pumps.pyx":83
+ *     cdef bint abort_told
  *     cdef public bint inward
  *     cdef public bint outward             # <<<<<<<<<<<<<<
  *     cdef readonly bint failed
@@ -7974,7 +8170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_7outward___get__(struct
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->outward); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 76, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->outward); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8047,7 +8243,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_7outward_2__set__(struct __py
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 76, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_value); if (unlikely((__pyx_t_2 == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 83, __pyx_L4_error)
         __pyx_v_self->outward = __pyx_t_2;
       }
       /*finally:*/ {
@@ -8077,7 +8273,7 @@ static int __pyx_pf_7ivshmem_7channel_5pumps_4Pump_7outward_2__set__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":77
+/* "ivshmem/channel/pumps.pyx":84
  *     cdef public bint inward
  *     cdef public bint outward
  *     cdef readonly bint failed             # <<<<<<<<<<<<<<
@@ -8116,7 +8312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6failed___get__(struct 
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->failed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 77, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->failed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8159,7 +8355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_6failed___get__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":78
+/* "ivshmem/channel/pumps.pyx":85
  *     cdef public bint outward
  *     cdef readonly bint failed
  *     cdef readonly uint64_t into             # <<<<<<<<<<<<<<
@@ -8198,7 +8394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4into___get__(struct __
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->into); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 78, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->into); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 85, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8241,7 +8437,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_4into___get__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/pumps.pyx":79
+/* "ivshmem/channel/pumps.pyx":86
  *     cdef readonly bint failed
  *     cdef readonly uint64_t into
  *     cdef readonly uint64_t out             # <<<<<<<<<<<<<<
@@ -8280,7 +8476,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5pumps_4Pump_3out___get__(struct __p
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->out); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 79, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->out); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 86, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -8678,14 +8874,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5pumps_Pump(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5pumps_Pump.fill = (int (*)(struct __pyx_obj_7ivshmem_7channel_5pumps_Pump *))__pyx_f_7ivshmem_7channel_5pumps_4Pump_fill;
   __pyx_vtable_7ivshmem_7channel_5pumps_Pump.drain = (int (*)(struct __pyx_obj_7ivshmem_7channel_5pumps_Pump *))__pyx_f_7ivshmem_7channel_5pumps_4Pump_drain;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5pumps_Pump_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5pumps_Pump_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump)) __PYX_ERR(0, 49, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump = &__pyx_type_7ivshmem_7channel_5pumps_Pump;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump);
@@ -8695,8 +8891,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5pumps_Pump(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_vtabptr_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Pump, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_vtabptr_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Pump, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5pumps_Pump) < (0)) __PYX_ERR(0, 49, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -8938,7 +9134,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) __PYX_ERR(9, 25, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, (void**)&__pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 17, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "StreamListener",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8948,8 +9144,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(10, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(10, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(10, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(10, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "Stream",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
@@ -8958,8 +9154,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(10, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(10, 22, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9273,7 +9469,7 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
   /*--- Execution code ---*/
 
   /* "ivshmem/channel/pumps.pyx":19
- * from .streams cimport ENDED, FD_WAITS, RECEIVE, SEND, Stream
+ * from .streams cimport ABORTED, ENDED, FD_WAITS, RECEIVE, SEND, Stream
  * 
  * import select             # <<<<<<<<<<<<<<
  * 
@@ -9285,68 +9481,92 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_select, __pyx_t_2) < (0)) __PYX_ERR(0, 19, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":34
+  /* "ivshmem/channel/pumps.pyx":37
  * 
  * # What a turn came to, unless nothing can move now. Another turn is due.
  * HAS_MORE = MORE  # its share was used, or a direction has ended             # <<<<<<<<<<<<<<
  * SOURCE_ENDED = NO_SOURCE  # the descriptor has no more to read
  * STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_MORE); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_MORE); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HAS_MORE, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HAS_MORE, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":35
+  /* "ivshmem/channel/pumps.pyx":38
  * # What a turn came to, unless nothing can move now. Another turn is due.
  * HAS_MORE = MORE  # its share was used, or a direction has ended
  * SOURCE_ENDED = NO_SOURCE  # the descriptor has no more to read             # <<<<<<<<<<<<<<
  * STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
  * STREAM_RESET = RESET  # .. or is gone without saying so
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_NO_SOURCE); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_NO_SOURCE); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_SOURCE_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_SOURCE_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":36
+  /* "ivshmem/channel/pumps.pyx":39
  * HAS_MORE = MORE  # its share was used, or a direction has ended
  * SOURCE_ENDED = NO_SOURCE  # the descriptor has no more to read
  * STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more             # <<<<<<<<<<<<<<
  * STREAM_RESET = RESET  # .. or is gone without saying so
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_NO_STREAM); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_NO_STREAM); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_STREAM_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_STREAM_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":37
+  /* "ivshmem/channel/pumps.pyx":40
  * SOURCE_ENDED = NO_SOURCE  # the descriptor has no more to read
  * STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
  * STREAM_RESET = RESET  # .. or is gone without saying so             # <<<<<<<<<<<<<<
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
- * 
+ * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_RESET); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_RESET); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_STREAM_RESET, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_STREAM_RESET, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":38
+  /* "ivshmem/channel/pumps.pyx":41
  * STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
  * STREAM_RESET = RESET  # .. or is gone without saying so
  * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched             # <<<<<<<<<<<<<<
+ * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
+ * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+*/
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_BLOCKED); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TARGET_BLOCKS, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/pumps.pyx":42
+ * STREAM_RESET = RESET  # .. or is gone without saying so
+ * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
+ * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target             # <<<<<<<<<<<<<<
+ * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
+ * 
+*/
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_LEFT); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_RESET_WAITS, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/pumps.pyx":43
+ * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
+ * RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
+ * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end             # <<<<<<<<<<<<<<
  * 
  * assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)
 */
-  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_BLOCKED); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 38, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_HANGUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_TARGET_BLOCKS, __pyx_t_2) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HUNG_UP, __pyx_t_2) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":40
- * TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
+  /* "ivshmem/channel/pumps.pyx":45
+ * HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
  * 
  * assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)             # <<<<<<<<<<<<<<
  * assert select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR == HUNG
@@ -9354,48 +9574,48 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
 */
   #ifndef CYTHON_WITHOUT_ASSERTIONS
   if (unlikely(__pyx_assertions_enabled())) {
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_EPOLLOUT); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_EPOLLOUT); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
       PyObject* __pyx_temp[2] = {__pyx_t_3, __pyx_t_4};
-      __pyx_t_2 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_IN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_IN); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_OUT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_OUT); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     {
       PyObject* __pyx_temp[2] = {__pyx_t_4, __pyx_t_3};
-      __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 40, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_6 = __Pyx_PyObject_RichCompareBool(__pyx_t_2, __pyx_t_5, Py_EQ); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_RichCompareBool(__pyx_t_2, __pyx_t_5, Py_EQ); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (unlikely(!__pyx_t_6)) {
       __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_AssertionError))), 0, 0, 0);
-      __PYX_ERR(0, 40, __pyx_L1_error)
+      __PYX_ERR(0, 45, __pyx_L1_error)
     }
 
   }
   #else
-  if ((1)); else __PYX_ERR(0, 40, __pyx_L1_error)
+  if ((1)); else __PYX_ERR(0, 45, __pyx_L1_error)
   #endif
 
-  /* "ivshmem/channel/pumps.pyx":41
+  /* "ivshmem/channel/pumps.pyx":46
  * 
  * assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)
  * assert select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR == HUNG             # <<<<<<<<<<<<<<
@@ -9404,117 +9624,117 @@ __Pyx_RefNannySetupContext("PyInit_pumps", 0);
 */
   #ifndef CYTHON_WITHOUT_ASSERTIONS
   if (unlikely(__pyx_assertions_enabled())) {
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_EPOLLRDHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_EPOLLRDHUP); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_EPOLLHUP); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_EPOLLHUP); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyNumber_Or_object_object(__pyx_t_2, __pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyNumber_Or_object_object(__pyx_t_2, __pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_select); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_EPOLLERR); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyNumber_Or_object_object(__pyx_t_5, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_HUNG); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5pumps_HUNG); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_t_3, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 41, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_t_3, __pyx_t_2, Py_EQ); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     if (unlikely(!__pyx_t_6)) {
       __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_AssertionError))), 0, 0, 0);
-      __PYX_ERR(0, 41, __pyx_L1_error)
+      __PYX_ERR(0, 46, __pyx_L1_error)
     }
 
   }
   #else
-  if ((1)); else __PYX_ERR(0, 41, __pyx_L1_error)
+  if ((1)); else __PYX_ERR(0, 46, __pyx_L1_error)
   #endif
 
-  /* "ivshmem/channel/pumps.pyx":103
+  /* "ivshmem/channel/pumps.pyx":110
  *         self.sleeper = poll.add(stream, self)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 110, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":106
+  /* "ivshmem/channel/pumps.pyx":113
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def noted(self, int events):             # <<<<<<<<<<<<<<
  *         """Take in what epoll(7) says of the descriptors, and have a turn."""
  *         if events & (IN | HUNG):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_5noted, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_noted, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_5noted, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_noted, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_noted, __pyx_t_2) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_noted, __pyx_t_2) < (0)) __PYX_ERR(0, 113, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":116
- *         self.step()
+  /* "ivshmem/channel/pumps.pyx":125
+ *             self.told(HANGUP, None)  # a direction that waits for the ring does not find out
  * 
  *     def awaken(self, int directions):             # <<<<<<<<<<<<<<
  *         """Take in what the poll says of the stream, and have a turn."""
  *         self.take_in(directions)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_7awaken, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_awaken, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_7awaken, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_awaken, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_awaken, __pyx_t_2) < (0)) __PYX_ERR(0, 116, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_awaken, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":125
- *             self.inward = False  # what the descriptor still has reaches nobody
+  /* "ivshmem/channel/pumps.pyx":136
+ *             self.aborted = True
  * 
  *     def turn(self):             # <<<<<<<<<<<<<<
  *         """Move a fair share, in both directions."""
  *         self.step()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_9turn, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_turn, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_9turn, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_turn, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_turn, __pyx_t_2) < (0)) __PYX_ERR(0, 125, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_turn, __pyx_t_2) < (0)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/pumps.pyx":213
+  /* "ivshmem/channel/pumps.pyx":229
  *         return MORE
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Move no more; may be called twice."""
  *         if self.sleeper is not None:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5pumps_4Pump_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Pump_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_pumps, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5pumps_Pump, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 229, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/pumps.pyx":1
@@ -9593,29 +9813,29 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{179},{2},{8},{7},{6},{2},{9},{25},{8},{8},{7},{8},{10},{8},{4},{15},{11},{10},{10},{9},{12},{12},{12},{13},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{6},{18},{5},{10},{6},{5},{21},{5},{5},{4},{3},{6},{4},{10},{5},{14},{6},{6},{6},{4},{4},{6}};
-    const struct { const unsigned int length: 6; } bytes_length_index[] = {{21},{36},{61},{9},{18}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{179},{2},{8},{7},{6},{2},{9},{25},{8},{8},{7},{8},{10},{8},{7},{4},{15},{11},{10},{10},{9},{11},{12},{12},{12},{13},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{6},{18},{5},{10},{6},{5},{21},{5},{5},{4},{3},{6},{4},{10},{5},{14},{6},{6},{6},{4},{4},{6}};
+    const struct { const unsigned int length: 7; } bytes_length_index[] = {{21},{36},{91},{9},{18}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (569 bytes) */
-static const char cstring[] = "x\332mR\301n\0231\020\025\010A\244V\025\375\003\003B=\261\025R%\270\241\245YHE\232\204Mz\266\034\357\2441\365\332\033\317l\350\336z\314q\217{\314g\365\310\247`;iU$\016\366{\343\231\361\214\337\230Ia\214%6\007&m\245\240`\326\261J\311\033\r\305\227\221%`\264\024\304\316\033ZZ\303\024\262\002\264\232\203\023\004\272aHNI\002\027\202\014\233d\223\017g\237\317\2300\005s\360\013$!\303z.\265@\004dv\301\346\265\322\244\014\243\246\002L\330\305\2025\266f\006|Y\262\254\362qO\023h\t\206!P \354$\366)HY\303}\2722\327\047\254P\316\027Qk\010\331\337\204FH\004\023E\301}$\024\n\305\\\003\230\260_K\205;V\2505.K(O\245o\331\200>\255\352\262\302\244jn\263\311x8\314\362<\342\340j\022\361b\024a|5\213\230\367\275c\220N\371\345\330\307\371\314\260\022\316\035\024\265\004\316\243)~\213\0330\221Jm\021\"\213-EF\2653\323\361U~\236\361l\324\317\372\323Y\236\245\227\377\360<\233f\263Y\232\177\317f\374\353p|\376c\352\257nn\375\352{\275\371\010n)\207\005\347{M|a\316\027\265\221\001K\241LD[\324:z\214(#\3727\3625\005\021\202\265\252\205~\360<\264\317\271\227\3731\236\000\311\203B.\255\263\265\037\034xq\0056F*\233<\236\341\356\275R{\316}mrB\302\\\310\233\370\370\375\214\254AX\203!T\004%\356g\220\354g\220\304\031D\205\374\027\224PY\255+[!\350\360\207@/|W\005,D\255\t\227\302\001.\255\243\320\027\224\0255hk\047}\253\016DI\302]\003\221\325EPy-t\rx\227\336\367\2166\252]u/\272\264\233m\217\267\357\267\253\273\364O\357`s\266i\272W\335\352\376\360u\333\353^v\"\220\203\356\343\316~\266\213\371\324\276k\247\335\363\356M8=\354\374e\341\354m\233\376\317>\362w\364\0167Y{\034\222\237\220A\233\266?\367\256\277SuL\262";
-    PyObject *data = __Pyx_DecompressString(cstring, 569, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (612 bytes) */
+static const char cstring[] = "x\332mR=o\3330\020E\213~\030H\0204@\227nl\213\"S\025\024\010\320n\205\032\253q\320\304v$\031\035\t\232:\307l(R&On\264e\364\250Q\243\307\216\035\373S2\366\247\224\244\235\240\005:H\357\335\361\335\007\357H8SJ#\231\002\341\272\022P\020mH%\370\225\204\342\343P#\020\2343$\307\r\316\265\"\302\222\002\244\230\202a\010\262!\026\215\340\010\306\213\024\031\047\343\267G\037\216\010S\0051\360\r8Zb\353)\227\314Z\260D\317\310\264\026\022\205\"\330T`#r:#\215\256\211\002W\0265\251\234\356\357\000\234\203\"\026\320\023r\020\372d(\264\242.\\\250\313\003R\010\343\212\210%\370\350\317LZ\210\030aEA\235\022\na\331T\002(\377\277\344\302nX!\226v^By\310]\313\n\344aU\227\225\215\252\346:\031\217\316\316\2224\r8\230\214\003\236\016\003\214&y\300\264\357\016\006qF\317Gi2\230\014O\350d<v\t\374\027Qj\240\2509P\032L\366\235]\201\n\224Km!\260\320Y`X\033\225&Y\222\323\257\361i\236e\243Iz\234\320d\330O\372Y\236&\361\371?<(\3638=q\372Og\243\343/\231\253\322\\\273\257\3576@\207p\215)\314(\335N\311\365@\351\254V\334c\311\204\n\250\213Z\206\023\305\312\200\356\326t\211~,\336Z\324L\336\235\334\335\204R\267\200{=\202E\007\302R\256\215\256\335*\301\215\233\331Fq\241\243{\237\335\\\235K\307\251\253\215\206q\2302~\025\346\260\335\232V\026\226\240\320\n\204\322n\267\022m\267\022\205\255\204a\271G\311\241\322RV\272\262 \375\253\0029s]\0250c\265D;g\006\354\\\033\364}AYacum\270k\325\000+\221\231K@\324\262\360\003_2Y\203\275\211o{{+\321.\272G]\334\345\353\375\365\233\365\342&\376\335\333Y\035\255\232\356i\267\270\335}\326\366\272\047\035\363d\247{\267\261\037l4\357\333\327m\326=\354^z\357n\347\222y\337\2536\376\237\275\347r\364vWI\273\177\347>_?_\347?^\374<\370\265\357\005\217\333\213v\3361\237:\3106d\320\306\355\3056\360\017\243\225]\357";
+    PyObject *data = __Pyx_DecompressString(cstring, 612, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (884 bytes) */
-static const char bytes[] = " cannot be copied or pickled?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem/channel/pumps.pyxEPOLLERREPOLLHUPEPOLLINEPOLLOUTEPOLLRDHUPHAS_MOREPumpPump.__reduce__Pump.awakenPump.closePump.notedPump.turnSOURCE_ENDEDSTREAM_ENDEDSTREAM_RESETTARGET_BLOCKS__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinesawakencline_in_tracebackclosedirectionseventsitemsivshmem.channel.pumpsnotedpiecepollpopselectselfsetdefaultshareshort_is_emptysourcestreamtargettoldturnvalues\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\013\2104\210y\230\007\230q\330\014\020\220\010\230\006\230a\330\014\020\220\013\2301\330\014\020\220\010\230\001\200A\340\010\013\2107\220#\220S\230\002\230!\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\016\230a\330\010\014\210E\220\021\200A\340\010\014\210E\220\021\200A\340\010\014\210H\220A\220Q\330\010\014\210E\220\021";
+    #else /* compression: none (932 bytes) */
+static const char bytes[] = " cannot be copied or pickled?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem/channel/pumps.pyxEPOLLERREPOLLHUPEPOLLINEPOLLOUTEPOLLRDHUPHAS_MOREHUNG_UPPumpPump.__reduce__Pump.awakenPump.closePump.notedPump.turnRESET_WAITSSOURCE_ENDEDSTREAM_ENDEDSTREAM_RESETTARGET_BLOCKS__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinesawakencline_in_tracebackclosedirectionseventsitemsivshmem.channel.pumpsnotedpiecepollpopselectselfsetdefaultshareshort_is_emptysourcestreamtargettoldturnvalues\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\013\2104\210y\230\007\230q\330\014\020\220\010\230\006\230a\330\014\020\220\013\2301\330\014\020\220\010\230\001\200A\340\010\013\2107\220#\220S\230\002\230!\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\014\230A\330\010\013\2107\220\"\220A\330\014\020\220\016\230a\330\010\014\210E\220\021\330\010\013\2107\220\"\220M\240\024\240T\250\031\260\047\270\021\330\014\020\220\005\220Q\220h\230a\200A\340\010\014\210E\220\021\200A\340\010\014\210H\220A\220Q\330\010\014\210E\220\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 62; i++) {
+    for (int i = 0; i < 64; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 10) PyUnicode_InternInPlace(&string);
@@ -9626,8 +9846,8 @@ static const char bytes[] = " cannot be copied or pickled?Note that Cython is de
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 62; i < 67; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-62].length;
+    for (int i = 64; i < 69; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-64].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9637,14 +9857,14 @@ static const char bytes[] = " cannot be copied or pickled?Note that Cython is de
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 67; i++) {
+    for (Py_ssize_t i = 0; i < 69; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 62;
+      PyObject **table = stringtab + 64;
       for (Py_ssize_t i=0; i<5; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -9700,27 +9920,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 110};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 106};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 113};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_events};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_noted, __pyx_mstate->__pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_noted, __pyx_mstate->__pyx_kp_b_iso88591_A_7_S_A_7_A_A_7_A_a_E_7_M_T_Qha, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 116};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_awaken, __pyx_mstate->__pyx_kp_b_iso88591_A_HAQ_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 125};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 136};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_turn, __pyx_mstate->__pyx_kp_b_iso88591_A_E, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 213};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 229};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_pumps_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4y_q_a_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }

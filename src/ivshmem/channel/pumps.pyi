@@ -9,6 +9,8 @@ SOURCE_ENDED: int
 STREAM_ENDED: int
 STREAM_RESET: int
 TARGET_BLOCKS: int
+RESET_WAITS: int
+HUNG_UP: int
 
 @final
 class Pump:

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from .header cimport IVSHMEM_AGAIN, IVSHMEM_CLOSED
 from .stream_poll cimport Sleeper, StreamPoll
-from .streams cimport ENDED, FD_WAITS, RECEIVE, SEND, Stream
+from .streams cimport ABORTED, ENDED, FD_WAITS, RECEIVE, SEND, Stream
 
 import select
 
@@ -25,9 +25,12 @@ cdef enum:
     NO_STREAM = 3
     RESET = 4
     BLOCKED = 5
+    LEFT = 6
+    HANGUP = 7
     IN = 1  # as in <sys/epoll.h>
     OUT = 4
     HUNG = 0x2018  # RDHUP, HUP, ERR
+    HUP_OR_ERROR = 0x18
     OUT_OR_ERROR = 0x1c
 
 # What a turn came to, unless nothing can move now. Another turn is due.
@@ -36,6 +39,8 @@ SOURCE_ENDED = NO_SOURCE  # the descriptor has no more to read
 STREAM_ENDED = NO_STREAM  # the other end of the connection sends no more
 STREAM_RESET = RESET  # .. or is gone without saying so
 TARGET_BLOCKS = BLOCKED  # for the first time: from now on its EPOLLOUT is to be watched
+RESET_WAITS = LEFT  # the other end is gone in this way; what it sent before waits for the target
+HUNG_UP = HANGUP  # no turn: epoll(7) said that a descriptor has an error, or nobody at its other end
 
 assert (select.EPOLLIN, select.EPOLLOUT) == (IN, OUT)
 assert select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR == HUNG
@@ -72,6 +77,8 @@ cdef class Pump:
     cdef bint writable
     cdef bint to_the_end  # a short read is followed by another one
     cdef bint watched  # that the target blocks has been told
+    cdef bint aborted  # the other end is gone by a reset
+    cdef bint abort_told
     cdef public bint inward
     cdef public bint outward
     cdef readonly bint failed
@@ -112,6 +119,8 @@ cdef class Pump:
         if events & HUNG:
             self.to_the_end = True
         self.step()
+        if events & HUP_OR_ERROR and self.sleeper is not None:
+            self.told(HANGUP, None)  # a direction that waits for the ring does not find out
 
     def awaken(self, int directions):
         """Take in what the poll says of the stream, and have a turn."""
@@ -121,6 +130,8 @@ cdef class Pump:
     cdef void take_in(self, int directions) noexcept:
         if directions & 1 << ENDED:
             self.inward = False  # what the descriptor still has reaches nobody
+        if directions & 1 << ABORTED:
+            self.aborted = True
 
     def turn(self):
         """Move a fair share, in both directions."""
@@ -156,10 +167,15 @@ cdef class Pump:
                 return found
         if result or found or not (self.inward or self.outward):
             return MORE
+        if self.aborted and not self.abort_told:
+            self.abort_told = True
+            return LEFT
         if self.inward:
             awaited = 1 << ENDED | (1 << SEND if self.readable else 0)
-        if self.outward and self.writable:
-            awaited |= 1 << RECEIVE
+        if self.outward:
+            awaited |= 1 << (RECEIVE if self.writable else ABORTED)
+        if self.aborted:
+            awaited &= ~(1 << ABORTED)
         found = self.sleeper.sleep(awaited)
         if found:
             self.take_in(found)

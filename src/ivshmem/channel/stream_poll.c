@@ -2215,6 +2215,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_SEND = 0,
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1,
   __pyx_e_7ivshmem_7channel_7streams_ENDED = 2,
+  __pyx_e_7ivshmem_7channel_7streams_ABORTED = 3,
   __pyx_e_7ivshmem_7channel_7streams_FD_WAITS = -99L
 };
 struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry;
@@ -2552,7 +2553,7 @@ struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd {
 };
 
 
-/* "streams.pxd":17
+/* "streams.pxd":18
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2565,7 +2566,7 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "streams.pxd":21
+/* "streams.pxd":22
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2932,7 +2933,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd;
 
 
-/* "streams.pxd":17
+/* "streams.pxd":18
  * 
  * 
  * cdef class StreamListener(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2946,7 +2947,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "streams.pxd":21
+/* "streams.pxd":22
  * 
  * 
  * cdef class Stream(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2971,7 +2972,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
 
 
-/* "ivshmem/channel/stream_poll.pyx":44
+/* "ivshmem/channel/stream_poll.pyx":45
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -2985,7 +2986,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll {
 static struct __pyx_vtabstruct_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll;
 
 
-/* "ivshmem/channel/stream_poll.pyx":162
+/* "ivshmem/channel/stream_poll.pyx":163
  * 
  * 
  * @cython.final             # <<<<<<<<<<<<<<
@@ -4215,7 +4216,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     __Pyx_CachedCFunction __pyx_umethod_PyList_Type_pop;
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[79];
+    PyObject *__pyx_string_tab[80];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
@@ -4280,69 +4281,70 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_this_Sleeper_has_left_its_poll __pyx_string_tab[13]
 #define __pyx_n_u_ClosedError __pyx_string_tab[14]
 #define __pyx_n_u_HAS_ENDED __pyx_string_tab[15]
-#define __pyx_n_u_MAY_RECEIVE __pyx_string_tab[16]
-#define __pyx_n_u_MAY_SEND __pyx_string_tab[17]
-#define __pyx_n_u_Sleeper __pyx_string_tab[18]
-#define __pyx_n_u_Sleeper___reduce __pyx_string_tab[19]
-#define __pyx_n_u_Sleeper_close __pyx_string_tab[20]
-#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[21]
-#define __pyx_n_u_StreamPoll __pyx_string_tab[22]
-#define __pyx_n_u_StreamPoll___reduce __pyx_string_tab[23]
-#define __pyx_n_u_StreamPoll_add __pyx_string_tab[24]
-#define __pyx_n_u_StreamPoll_close __pyx_string_tab[25]
-#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[26]
-#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[27]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[28]
-#define __pyx_n_u_annotate __pyx_string_tab[29]
-#define __pyx_n_u_func __pyx_string_tab[30]
-#define __pyx_n_u_main __pyx_string_tab[31]
-#define __pyx_n_u_module __pyx_string_tab[32]
-#define __pyx_n_u_name __pyx_string_tab[33]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[34]
-#define __pyx_n_u_qualname __pyx_string_tab[35]
-#define __pyx_n_u_reduce __pyx_string_tab[36]
-#define __pyx_n_u_set_name __pyx_string_tab[37]
-#define __pyx_n_u_test __pyx_string_tab[38]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[39]
-#define __pyx_n_u_add __pyx_string_tab[40]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[41]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[42]
-#define __pyx_n_u_close __pyx_string_tab[43]
-#define __pyx_n_u_closed __pyx_string_tab[44]
-#define __pyx_n_u_count __pyx_string_tab[45]
-#define __pyx_n_u_directions __pyx_string_tab[46]
-#define __pyx_n_u_end __pyx_string_tab[47]
-#define __pyx_n_u_entry __pyx_string_tab[48]
-#define __pyx_n_u_errors __pyx_string_tab[49]
-#define __pyx_n_u_fileno __pyx_string_tab[50]
-#define __pyx_n_u_found __pyx_string_tab[51]
-#define __pyx_n_u_i __pyx_string_tab[52]
-#define __pyx_n_u_id __pyx_string_tab[53]
-#define __pyx_n_u_items __pyx_string_tab[54]
-#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[55]
-#define __pyx_n_u_larger __pyx_string_tab[56]
-#define __pyx_n_u_last __pyx_string_tab[57]
-#define __pyx_n_u_membership __pyx_string_tab[58]
-#define __pyx_n_u_owner __pyx_string_tab[59]
-#define __pyx_n_u_poll __pyx_string_tab[60]
-#define __pyx_n_u_pop __pyx_string_tab[61]
-#define __pyx_n_u_ready __pyx_string_tab[62]
-#define __pyx_n_u_ref __pyx_string_tab[63]
-#define __pyx_n_u_said __pyx_string_tab[64]
-#define __pyx_n_u_self __pyx_string_tab[65]
-#define __pyx_n_u_setdefault __pyx_string_tab[66]
-#define __pyx_n_u_sleep __pyx_string_tab[67]
-#define __pyx_n_u_sleeper __pyx_string_tab[68]
-#define __pyx_n_u_values __pyx_string_tab[69]
-#define __pyx_n_u_weakref __pyx_string_tab[70]
-#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[71]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[72]
-#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[73]
-#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[74]
-#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[75]
-#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[76]
-#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[77]
-#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85 __pyx_string_tab[78]
+#define __pyx_n_u_HAS_RESET __pyx_string_tab[16]
+#define __pyx_n_u_MAY_RECEIVE __pyx_string_tab[17]
+#define __pyx_n_u_MAY_SEND __pyx_string_tab[18]
+#define __pyx_n_u_Sleeper __pyx_string_tab[19]
+#define __pyx_n_u_Sleeper___reduce __pyx_string_tab[20]
+#define __pyx_n_u_Sleeper_close __pyx_string_tab[21]
+#define __pyx_n_u_Sleeper_sleep __pyx_string_tab[22]
+#define __pyx_n_u_StreamPoll __pyx_string_tab[23]
+#define __pyx_n_u_StreamPoll___reduce __pyx_string_tab[24]
+#define __pyx_n_u_StreamPoll_add __pyx_string_tab[25]
+#define __pyx_n_u_StreamPoll_close __pyx_string_tab[26]
+#define __pyx_n_u_StreamPoll_fileno __pyx_string_tab[27]
+#define __pyx_n_u_StreamPoll_ready __pyx_string_tab[28]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[29]
+#define __pyx_n_u_annotate __pyx_string_tab[30]
+#define __pyx_n_u_func __pyx_string_tab[31]
+#define __pyx_n_u_main __pyx_string_tab[32]
+#define __pyx_n_u_module __pyx_string_tab[33]
+#define __pyx_n_u_name __pyx_string_tab[34]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[35]
+#define __pyx_n_u_qualname __pyx_string_tab[36]
+#define __pyx_n_u_reduce __pyx_string_tab[37]
+#define __pyx_n_u_set_name __pyx_string_tab[38]
+#define __pyx_n_u_test __pyx_string_tab[39]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[40]
+#define __pyx_n_u_add __pyx_string_tab[41]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[42]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[43]
+#define __pyx_n_u_close __pyx_string_tab[44]
+#define __pyx_n_u_closed __pyx_string_tab[45]
+#define __pyx_n_u_count __pyx_string_tab[46]
+#define __pyx_n_u_directions __pyx_string_tab[47]
+#define __pyx_n_u_end __pyx_string_tab[48]
+#define __pyx_n_u_entry __pyx_string_tab[49]
+#define __pyx_n_u_errors __pyx_string_tab[50]
+#define __pyx_n_u_fileno __pyx_string_tab[51]
+#define __pyx_n_u_found __pyx_string_tab[52]
+#define __pyx_n_u_i __pyx_string_tab[53]
+#define __pyx_n_u_id __pyx_string_tab[54]
+#define __pyx_n_u_items __pyx_string_tab[55]
+#define __pyx_n_u_ivshmem_channel_stream_poll __pyx_string_tab[56]
+#define __pyx_n_u_larger __pyx_string_tab[57]
+#define __pyx_n_u_last __pyx_string_tab[58]
+#define __pyx_n_u_membership __pyx_string_tab[59]
+#define __pyx_n_u_owner __pyx_string_tab[60]
+#define __pyx_n_u_poll __pyx_string_tab[61]
+#define __pyx_n_u_pop __pyx_string_tab[62]
+#define __pyx_n_u_ready __pyx_string_tab[63]
+#define __pyx_n_u_ref __pyx_string_tab[64]
+#define __pyx_n_u_said __pyx_string_tab[65]
+#define __pyx_n_u_self __pyx_string_tab[66]
+#define __pyx_n_u_setdefault __pyx_string_tab[67]
+#define __pyx_n_u_sleep __pyx_string_tab[68]
+#define __pyx_n_u_sleeper __pyx_string_tab[69]
+#define __pyx_n_u_values __pyx_string_tab[70]
+#define __pyx_n_u_weakref __pyx_string_tab[71]
+#define __pyx_kp_b_int_struct_ivshmem_stream_look_b __pyx_string_tab[72]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[73]
+#define __pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ __pyx_string_tab[74]
+#define __pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A __pyx_string_tab[75]
+#define __pyx_kp_b_iso88591_A_t7 __pyx_string_tab[76]
+#define __pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x __pyx_string_tab[77]
+#define __pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA __pyx_string_tab[78]
+#define __pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85 __pyx_string_tab[79]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4386,7 +4388,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<79; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<80; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4438,7 +4440,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyList_Type_pop.method);
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<79; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<80; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5185,7 +5187,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/stream_poll.pyx":32
+/* "ivshmem/channel/stream_poll.pyx":33
  * 
  * 
  * cdef int look_at(Entry *entry) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5200,7 +5202,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   long __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/channel/stream_poll.pyx":35
+  /* "ivshmem/channel/stream_poll.pyx":36
  *     """Return which of the awaited directions would not wait; those of an end that fails are all."""
  *     cdef int found
  *     if entry.stream == NULL:             # <<<<<<<<<<<<<<
@@ -5212,7 +5214,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":36
+    /* "ivshmem/channel/stream_poll.pyx":37
  *     cdef int found
  *     if entry.stream == NULL:
  *         found = 1 << RECEIVE if ivshmem_listener_has_caller(entry.listener) else 0             # <<<<<<<<<<<<<<
@@ -5231,7 +5233,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
 
     __pyx_v_found = __pyx_t_2;
 
-    /* "ivshmem/channel/stream_poll.pyx":35
+    /* "ivshmem/channel/stream_poll.pyx":36
  *     """Return which of the awaited directions would not wait; those of an end that fails are all."""
  *     cdef int found
  *     if entry.stream == NULL:             # <<<<<<<<<<<<<<
@@ -5241,7 +5243,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":38
+  /* "ivshmem/channel/stream_poll.pyx":39
  *         found = 1 << RECEIVE if ivshmem_listener_has_caller(entry.listener) else 0
  *     else:
  *         found = look_both(entry.stream)             # <<<<<<<<<<<<<<
@@ -5251,7 +5253,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   /*else*/ {
     __pyx_v_found = __pyx_f_7ivshmem_7channel_7streams_look_both(__pyx_v_entry->stream);
 
-    /* "ivshmem/channel/stream_poll.pyx":39
+    /* "ivshmem/channel/stream_poll.pyx":40
  *     else:
  *         found = look_both(entry.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -5263,7 +5265,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/stream_poll.pyx":40
+      /* "ivshmem/channel/stream_poll.pyx":41
  *         found = look_both(entry.stream)
  *         if found < 0:
  *             found = entry.awaited             # <<<<<<<<<<<<<<
@@ -5274,7 +5276,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
 
       __pyx_v_found = __pyx_t_3;
 
-      /* "ivshmem/channel/stream_poll.pyx":39
+      /* "ivshmem/channel/stream_poll.pyx":40
  *     else:
  *         found = look_both(entry.stream)
  *         if found < 0:             # <<<<<<<<<<<<<<
@@ -5285,7 +5287,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/stream_poll.pyx":41
+  /* "ivshmem/channel/stream_poll.pyx":42
  *         if found < 0:
  *             found = entry.awaited
  *     return found & entry.awaited             # <<<<<<<<<<<<<<
@@ -5298,7 +5300,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":32
+  /* "ivshmem/channel/stream_poll.pyx":33
  * 
  * 
  * cdef int look_at(Entry *entry) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5312,7 +5314,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_look_at(struct __pyx_t_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":49
+/* "ivshmem/channel/stream_poll.pyx":50
  *     """The ends for which a loop waits. One thread uses it, and closes it before the channels."""
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5342,32 +5344,32 @@ static int __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_1__cinit__(PyOb
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 49, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 50, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 49, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 50, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 49, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 50, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 49, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 50, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 49, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 50, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 49, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 50, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5378,7 +5380,7 @@ static int __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_1__cinit__(PyOb
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 49, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 50, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -5412,7 +5414,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":50
+  /* "ivshmem/channel/stream_poll.pyx":51
  * 
  *     def __cinit__(self, Membership membership not None):
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -5424,21 +5426,21 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/stream_poll.pyx":51
+  /* "ivshmem/channel/stream_poll.pyx":52
  *     def __cinit__(self, Membership membership not None):
  *         self.membership = membership
  *         self.sleepers = []             # <<<<<<<<<<<<<<
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 51, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->sleepers);
   __Pyx_DECREF_SET(__pyx_v_self->sleepers, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":52
+  /* "ivshmem/channel/stream_poll.pyx":53
  *         self.membership = membership
  *         self.sleepers = []
  *         self.wakeup = Wakeup(membership)             # <<<<<<<<<<<<<<
@@ -5451,7 +5453,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_membership)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_Wakeup, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -5459,7 +5461,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":53
+  /* "ivshmem/channel/stream_poll.pyx":54
  *         self.sleepers = []
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)             # <<<<<<<<<<<<<<
@@ -5467,9 +5469,9 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
  *         self.open = True
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ref); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_3 = 1;
@@ -5489,12 +5491,12 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 54, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   if (unlikely(__pyx_v_membership->ends == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 53, __pyx_L1_error)
+    __PYX_ERR(0, 54, __pyx_L1_error)
   }
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -5502,14 +5504,14 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 53, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 54, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_membership->ends, __pyx_t_5, __pyx_t_1) < 0))) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_membership->ends, __pyx_t_5, __pyx_t_1) < 0))) __PYX_ERR(0, 54, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":54
+  /* "ivshmem/channel/stream_poll.pyx":55
  *         self.wakeup = Wakeup(membership)
  *         membership.ends[id(self)] = weakref.ref(self)
  *         membership.watch(1)             # <<<<<<<<<<<<<<
@@ -5518,7 +5520,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
 */
   ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->watch(__pyx_v_membership, 1);
 
-  /* "ivshmem/channel/stream_poll.pyx":55
+  /* "ivshmem/channel/stream_poll.pyx":56
  *         membership.ends[id(self)] = weakref.ref(self)
  *         membership.watch(1)
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -5527,17 +5529,17 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/stream_poll.pyx":56
+  /* "ivshmem/channel/stream_poll.pyx":57
  *         membership.watch(1)
  *         self.open = True
  *         membership.hurry()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->hurry(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->hurry(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/stream_poll.pyx":49
+  /* "ivshmem/channel/stream_poll.pyx":50
  *     """The ends for which a loop waits. One thread uses it, and closes it before the channels."""
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -5561,7 +5563,7 @@ static int __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll___cinit__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":58
+/* "ivshmem/channel/stream_poll.pyx":59
  *         membership.hurry()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5584,7 +5586,7 @@ static void __pyx_pw_7ivshmem_7channel_11stream_poll_10StreamPoll_3__dealloc__(P
 
 static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *__pyx_v_self) {
 
-  /* "ivshmem/channel/stream_poll.pyx":59
+  /* "ivshmem/channel/stream_poll.pyx":60
  * 
  *     def __dealloc__(self):
  *         free(self.entries)             # <<<<<<<<<<<<<<
@@ -5593,7 +5595,7 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
 */
   free(__pyx_v_self->entries);
 
-  /* "ivshmem/channel/stream_poll.pyx":58
+  /* "ivshmem/channel/stream_poll.pyx":59
  *         membership.hurry()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -5605,7 +5607,7 @@ static void __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_2__dealloc__(s
 
 }
 
-/* "ivshmem/channel/stream_poll.pyx":61
+/* "ivshmem/channel/stream_poll.pyx":62
  *         free(self.entries)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5672,7 +5674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":62
+  /* "ivshmem/channel/stream_poll.pyx":63
  * 
  *     def __reduce__(self):
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -5680,9 +5682,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce
  *     def fileno(self):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -5697,7 +5699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 62, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 63, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -5706,14 +5708,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 62, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 63, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 62, __pyx_L1_error)
+  __PYX_ERR(0, 63, __pyx_L1_error)
 
-  /* "ivshmem/channel/stream_poll.pyx":61
+  /* "ivshmem/channel/stream_poll.pyx":62
  *         free(self.entries)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -5734,7 +5736,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_4__reduce
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":64
+/* "ivshmem/channel/stream_poll.pyx":65
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5796,7 +5798,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":69
+  /* "ivshmem/channel/stream_poll.pyx":70
  *         It is readable after a ring. To be watched for edges: then nothing has to read from it.
  *         """
  *         return self.wakeup.fileno()             # <<<<<<<<<<<<<<
@@ -5810,7 +5812,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fileno, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 69, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 70, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -5824,7 +5826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":64
+  /* "ivshmem/channel/stream_poll.pyx":65
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -5844,7 +5846,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_6fileno(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":71
+/* "ivshmem/channel/stream_poll.pyx":72
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5893,39 +5895,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_end,&__pyx_mstate_global->__pyx_n_u_owner,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 71, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 72, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 71, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 72, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 71, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "add", 0) < (0)) __PYX_ERR(0, 72, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 71, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, i); __PYX_ERR(0, 72, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 71, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 72, __pyx_L3_error)
     }
     __pyx_v_end = ((struct __pyx_obj_7ivshmem_7channel_4ends_ChannelEnd *)values[0]);
     __pyx_v_owner = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 71, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("add", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 72, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5936,7 +5938,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 72, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, 0, "end", 0))) __PYX_ERR(0, 73, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_v_self), __pyx_v_end, __pyx_v_owner);
 
   /* function exit code */
@@ -5980,7 +5982,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":77
+        /* "ivshmem/channel/stream_poll.pyx":78
  *         cdef Entry *entry
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)             # <<<<<<<<<<<<<<
@@ -5991,13 +5993,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         __Pyx_INCREF(__pyx_t_2);
         if (unlikely(__pyx_t_2 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 77, __pyx_L4_error)
+          __PYX_ERR(0, 78, __pyx_L4_error)
         }
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 77, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_t_2); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 78, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         __pyx_v_count = __pyx_t_3;
 
-        /* "ivshmem/channel/stream_poll.pyx":78
+        /* "ivshmem/channel/stream_poll.pyx":79
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -6009,7 +6011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":79
+          /* "ivshmem/channel/stream_poll.pyx":80
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))             # <<<<<<<<<<<<<<
@@ -6018,7 +6020,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_larger = ((struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *)realloc(__pyx_v_self->entries, (((2 * __pyx_v_count) + 8) * (sizeof(struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry)))));
 
-          /* "ivshmem/channel/stream_poll.pyx":80
+          /* "ivshmem/channel/stream_poll.pyx":81
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -6030,16 +6032,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
           if (unlikely(__pyx_t_4)) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":81
+            /* "ivshmem/channel/stream_poll.pyx":82
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:
  *                 raise MemoryError             # <<<<<<<<<<<<<<
  *             self.entries = larger
  *             self.room = 2 * count + 8
 */
-            PyErr_NoMemory(); __PYX_ERR(0, 81, __pyx_L4_error)
+            PyErr_NoMemory(); __PYX_ERR(0, 82, __pyx_L4_error)
 
-            /* "ivshmem/channel/stream_poll.pyx":80
+            /* "ivshmem/channel/stream_poll.pyx":81
  *         if count == self.room:
  *             larger = <Entry *>realloc(self.entries, (2 * count + 8) * sizeof(Entry))
  *             if larger == NULL:             # <<<<<<<<<<<<<<
@@ -6048,7 +6050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":82
+          /* "ivshmem/channel/stream_poll.pyx":83
  *             if larger == NULL:
  *                 raise MemoryError
  *             self.entries = larger             # <<<<<<<<<<<<<<
@@ -6057,7 +6059,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_self->entries = __pyx_v_larger;
 
-          /* "ivshmem/channel/stream_poll.pyx":83
+          /* "ivshmem/channel/stream_poll.pyx":84
  *                 raise MemoryError
  *             self.entries = larger
  *             self.room = 2 * count + 8             # <<<<<<<<<<<<<<
@@ -6066,7 +6068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_self->room = ((2 * __pyx_v_count) + 8);
 
-          /* "ivshmem/channel/stream_poll.pyx":78
+          /* "ivshmem/channel/stream_poll.pyx":79
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t count = len(self.sleepers)
  *         if count == self.room:             # <<<<<<<<<<<<<<
@@ -6075,19 +6077,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":84
+        /* "ivshmem/channel/stream_poll.pyx":85
  *             self.entries = larger
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)             # <<<<<<<<<<<<<<
  *         sleeper.poll = self
  *         sleeper.end = end
 */
-        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_11stream_poll_Sleeper(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 85, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":85
+        /* "ivshmem/channel/stream_poll.pyx":86
  *             self.room = 2 * count + 8
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self             # <<<<<<<<<<<<<<
@@ -6099,7 +6101,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->poll);
         __Pyx_DECREF_SET(__pyx_v_sleeper->poll, __pyx_v_self);
 
-        /* "ivshmem/channel/stream_poll.pyx":86
+        /* "ivshmem/channel/stream_poll.pyx":87
  *         sleeper = Sleeper.__new__(Sleeper)
  *         sleeper.poll = self
  *         sleeper.end = end             # <<<<<<<<<<<<<<
@@ -6111,7 +6113,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->end);
         __Pyx_DECREF_SET(__pyx_v_sleeper->end, __pyx_v_end);
 
-        /* "ivshmem/channel/stream_poll.pyx":87
+        /* "ivshmem/channel/stream_poll.pyx":88
  *         sleeper.poll = self
  *         sleeper.end = end
  *         sleeper.owner = owner             # <<<<<<<<<<<<<<
@@ -6123,7 +6125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         __Pyx_GOTREF(__pyx_v_sleeper->owner);
         __Pyx_DECREF_SET(__pyx_v_sleeper->owner, __pyx_v_owner);
 
-        /* "ivshmem/channel/stream_poll.pyx":88
+        /* "ivshmem/channel/stream_poll.pyx":89
  *         sleeper.end = end
  *         sleeper.owner = owner
  *         sleeper.index = count             # <<<<<<<<<<<<<<
@@ -6132,7 +6134,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         __pyx_v_sleeper->index = __pyx_v_count;
 
-        /* "ivshmem/channel/stream_poll.pyx":89
+        /* "ivshmem/channel/stream_poll.pyx":90
  *         sleeper.owner = owner
  *         sleeper.index = count
  *         entry = &self.entries[count]             # <<<<<<<<<<<<<<
@@ -6141,7 +6143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_count]));
 
-        /* "ivshmem/channel/stream_poll.pyx":90
+        /* "ivshmem/channel/stream_poll.pyx":91
  *         sleeper.index = count
  *         entry = &self.entries[count]
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -6150,7 +6152,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         __pyx_v_entry->awaited = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":91
+        /* "ivshmem/channel/stream_poll.pyx":92
  *         entry = &self.entries[count]
  *         entry.awaited = 0
  *         entry.channel = &end.channel             # <<<<<<<<<<<<<<
@@ -6159,7 +6161,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         __pyx_v_entry->channel = (&__pyx_v_end->channel);
 
-        /* "ivshmem/channel/stream_poll.pyx":92
+        /* "ivshmem/channel/stream_poll.pyx":93
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6170,7 +6172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":93
+          /* "ivshmem/channel/stream_poll.pyx":94
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL             # <<<<<<<<<<<<<<
@@ -6179,7 +6181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_entry->stream = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":94
+          /* "ivshmem/channel/stream_poll.pyx":95
  *         if isinstance(end, StreamListener):
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener             # <<<<<<<<<<<<<<
@@ -6188,7 +6190,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_entry->listener = (&((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_end)->listener);
 
-          /* "ivshmem/channel/stream_poll.pyx":95
+          /* "ivshmem/channel/stream_poll.pyx":96
  *             entry.stream = NULL
  *             entry.listener = &(<StreamListener>end).listener
  *             entry.sleep = &entry.listener.sleep             # <<<<<<<<<<<<<<
@@ -6197,7 +6199,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_entry->sleep = (&__pyx_v_entry->listener->sleep);
 
-          /* "ivshmem/channel/stream_poll.pyx":92
+          /* "ivshmem/channel/stream_poll.pyx":93
  *         entry.awaited = 0
  *         entry.channel = &end.channel
  *         if isinstance(end, StreamListener):             # <<<<<<<<<<<<<<
@@ -6207,7 +6209,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
           goto __pyx_L8;
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":97
+        /* "ivshmem/channel/stream_poll.pyx":98
  *             entry.sleep = &entry.listener.sleep
  *         else:
  *             entry.stream = &(<Stream?>end).stream             # <<<<<<<<<<<<<<
@@ -6215,10 +6217,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
  *             entry.sleep = &entry.stream.sleep
 */
         /*else*/ {
-          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 97, __pyx_L4_error)
+          if (!(likely(__Pyx_TypeTest(((PyObject *)__pyx_v_end), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream)))) __PYX_ERR(0, 98, __pyx_L4_error)
           __pyx_v_entry->stream = (&((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_v_end)->stream);
 
-          /* "ivshmem/channel/stream_poll.pyx":98
+          /* "ivshmem/channel/stream_poll.pyx":99
  *         else:
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL             # <<<<<<<<<<<<<<
@@ -6227,7 +6229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
           __pyx_v_entry->listener = NULL;
 
-          /* "ivshmem/channel/stream_poll.pyx":99
+          /* "ivshmem/channel/stream_poll.pyx":100
  *             entry.stream = &(<Stream?>end).stream
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep             # <<<<<<<<<<<<<<
@@ -6238,7 +6240,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         }
         __pyx_L8:;
 
-        /* "ivshmem/channel/stream_poll.pyx":100
+        /* "ivshmem/channel/stream_poll.pyx":101
  *             entry.listener = NULL
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)             # <<<<<<<<<<<<<<
@@ -6247,12 +6249,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
 */
         if (unlikely(__pyx_v_self->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-          __PYX_ERR(0, 100, __pyx_L4_error)
+          __PYX_ERR(0, 101, __pyx_L4_error)
         }
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_self->sleepers, ((PyObject *)__pyx_v_sleeper)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 101, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":101
+        /* "ivshmem/channel/stream_poll.pyx":102
  *             entry.sleep = &entry.stream.sleep
  *         self.sleepers.append(sleeper)
  *         return sleeper             # <<<<<<<<<<<<<<
@@ -6272,7 +6274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":71
+      /* "ivshmem/channel/stream_poll.pyx":72
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6314,7 +6316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_8add(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":103
+/* "ivshmem/channel/stream_poll.pyx":104
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6398,7 +6400,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":115
+        /* "ivshmem/channel/stream_poll.pyx":116
  *         cdef Sleeper sleeper
  *         cdef Py_ssize_t i
  *         cdef int said = 0             # <<<<<<<<<<<<<<
@@ -6407,17 +6409,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
         __pyx_v_said = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":117
+        /* "ivshmem/channel/stream_poll.pyx":118
  *         cdef int said = 0
  *         cdef int found
  *         self.membership.check()             # <<<<<<<<<<<<<<
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":118
+        /* "ivshmem/channel/stream_poll.pyx":119
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6433,9 +6435,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 
           goto __pyx_L7_bool_binop_done;
         }
-        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 118, __pyx_L4_error)
+        __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 119, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 118, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_5); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 119, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
         __pyx_t_3 = __pyx_t_4;
@@ -6444,7 +6446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":119
+          /* "ivshmem/channel/stream_poll.pyx":120
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -6452,7 +6454,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
  *         for i in range(len(self.sleepers)):
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 119, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 120, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -6471,14 +6473,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
             __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 119, __pyx_L4_error)
+            if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 120, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
           }
           __Pyx_Raise(__pyx_t_5, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __PYX_ERR(0, 119, __pyx_L4_error)
+          __PYX_ERR(0, 120, __pyx_L4_error)
 
-          /* "ivshmem/channel/stream_poll.pyx":118
+          /* "ivshmem/channel/stream_poll.pyx":119
  *         cdef int found
  *         self.membership.check()
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -6487,19 +6489,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":120
+        /* "ivshmem/channel/stream_poll.pyx":121
  *         if self.membership.doorbells is not None and self.membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         ready = []             # <<<<<<<<<<<<<<
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
 */
-        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 120, __pyx_L4_error)
+        __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 121, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_v_ready = ((PyObject*)__pyx_t_5);
         __pyx_t_5 = 0;
 
-        /* "ivshmem/channel/stream_poll.pyx":121
+        /* "ivshmem/channel/stream_poll.pyx":122
  *             raise ClosedError("the endpoint is closed")
  *         ready = []
  *         for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6510,16 +6512,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
         __Pyx_INCREF(__pyx_t_5);
         if (unlikely(__pyx_t_5 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 121, __pyx_L4_error)
+          __PYX_ERR(0, 122, __pyx_L4_error)
         }
-        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 121, __pyx_L4_error)
+        __pyx_t_9 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1))) __PYX_ERR(0, 122, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __pyx_t_10 = __pyx_t_9;
 
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":122
+          /* "ivshmem/channel/stream_poll.pyx":123
  *         ready = []
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6528,7 +6530,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":123
+          /* "ivshmem/channel/stream_poll.pyx":124
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6540,7 +6542,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":124
+            /* "ivshmem/channel/stream_poll.pyx":125
  *             entry = &self.entries[i]
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -6549,7 +6551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
             ivshmem_sleep_say(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-            /* "ivshmem/channel/stream_poll.pyx":125
+            /* "ivshmem/channel/stream_poll.pyx":126
  *             if entry.awaited:
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1             # <<<<<<<<<<<<<<
@@ -6558,7 +6560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
             __pyx_v_said = (__pyx_v_said + 1);
 
-            /* "ivshmem/channel/stream_poll.pyx":123
+            /* "ivshmem/channel/stream_poll.pyx":124
  *         for i in range(len(self.sleepers)):
  *             entry = &self.entries[i]
  *             if entry.awaited:             # <<<<<<<<<<<<<<
@@ -6570,7 +6572,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":126
+        /* "ivshmem/channel/stream_poll.pyx":127
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6582,7 +6584,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":127
+          /* "ivshmem/channel/stream_poll.pyx":128
  *                 said += 1
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)             # <<<<<<<<<<<<<<
@@ -6591,7 +6593,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
           ivshmem_full_fence((&__pyx_v_self->membership->member.area.memory));
 
-          /* "ivshmem/channel/stream_poll.pyx":126
+          /* "ivshmem/channel/stream_poll.pyx":127
  *                 ivshmem_sleep_say(entry.channel, entry.sleep)
  *                 said += 1
  *         if said:             # <<<<<<<<<<<<<<
@@ -6600,7 +6602,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":128
+        /* "ivshmem/channel/stream_poll.pyx":129
  *         if said:
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):             # <<<<<<<<<<<<<<
@@ -6614,9 +6616,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
           __Pyx_INCREF(__pyx_t_5);
           if (unlikely(__pyx_t_5 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 128, __pyx_L4_error)
+            __PYX_ERR(0, 129, __pyx_L4_error)
           }
-          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 128, __pyx_L4_error)
+          __pyx_t_10 = __Pyx_PyList_GET_SIZE(__pyx_t_5); if (unlikely(__pyx_t_10 == ((Py_ssize_t)-1))) __PYX_ERR(0, 129, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __pyx_t_9 = __pyx_t_10;
         } else {
@@ -6629,7 +6631,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
         for (__pyx_t_11 = 0; __pyx_t_11 < __pyx_t_10; __pyx_t_11+=1) {
           __pyx_v_i = __pyx_t_11;
 
-          /* "ivshmem/channel/stream_poll.pyx":129
+          /* "ivshmem/channel/stream_poll.pyx":130
  *             ivshmem_full_fence(&self.membership.member.area.memory)
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]             # <<<<<<<<<<<<<<
@@ -6638,7 +6640,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
           __pyx_v_entry = (&(__pyx_v_self->entries[__pyx_v_i]));
 
-          /* "ivshmem/channel/stream_poll.pyx":130
+          /* "ivshmem/channel/stream_poll.pyx":131
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6650,7 +6652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":131
+            /* "ivshmem/channel/stream_poll.pyx":132
  *             entry = &self.entries[i]
  *             if not entry.awaited:
  *                 continue             # <<<<<<<<<<<<<<
@@ -6659,7 +6661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
             goto __pyx_L13_continue;
 
-            /* "ivshmem/channel/stream_poll.pyx":130
+            /* "ivshmem/channel/stream_poll.pyx":131
  *         for i in range(len(self.sleepers) if said else 0):
  *             entry = &self.entries[i]
  *             if not entry.awaited:             # <<<<<<<<<<<<<<
@@ -6668,7 +6670,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
           }
 
-          /* "ivshmem/channel/stream_poll.pyx":132
+          /* "ivshmem/channel/stream_poll.pyx":133
  *             if not entry.awaited:
  *                 continue
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
@@ -6677,7 +6679,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
           __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-          /* "ivshmem/channel/stream_poll.pyx":133
+          /* "ivshmem/channel/stream_poll.pyx":134
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6689,7 +6691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/stream_poll.pyx":134
+            /* "ivshmem/channel/stream_poll.pyx":135
  *             found = look_at(entry)
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]             # <<<<<<<<<<<<<<
@@ -6698,9 +6700,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 */
             if (unlikely(__pyx_v_self->sleepers == Py_None)) {
               PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-              __PYX_ERR(0, 134, __pyx_L4_error)
+              __PYX_ERR(0, 135, __pyx_L4_error)
             }
-            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L4_error)
+            __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_self->sleepers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_7 = __pyx_t_5;
             __Pyx_INCREF(__pyx_t_7);
@@ -6708,38 +6710,38 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
             __Pyx_XDECREF_SET(__pyx_v_sleeper, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_7));
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":135
+            /* "ivshmem/channel/stream_poll.pyx":136
  *             if found:
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)             # <<<<<<<<<<<<<<
  *                 ready.append((sleeper.owner, found))
  *         return ready
 */
-            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L4_error)
+            __pyx_t_2 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_sleeper, __pyx_v_entry); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/stream_poll.pyx":136
+            /* "ivshmem/channel/stream_poll.pyx":137
  *                 sleeper = <Sleeper>self.sleepers[i]
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))             # <<<<<<<<<<<<<<
  *         return ready
  * 
 */
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 136, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_found); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 137, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 136, __pyx_L4_error)
+            __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 137, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_5);
             __Pyx_INCREF(__pyx_v_sleeper->owner);
             __Pyx_GIVEREF(__pyx_v_sleeper->owner);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 136, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_v_sleeper->owner) != (0)) __PYX_ERR(0, 137, __pyx_L4_error);
             __Pyx_GIVEREF(__pyx_t_7);
-            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 136, __pyx_L4_error);
+            if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_7) != (0)) __PYX_ERR(0, 137, __pyx_L4_error);
             __pyx_t_7 = 0;
-            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
+            __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_ready, __pyx_t_5); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L4_error)
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-            /* "ivshmem/channel/stream_poll.pyx":133
+            /* "ivshmem/channel/stream_poll.pyx":134
  *                 continue
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -6752,7 +6754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
 
 
 
-        /* "ivshmem/channel/stream_poll.pyx":137
+        /* "ivshmem/channel/stream_poll.pyx":138
  *                 sleeper.wake_up(entry)
  *                 ready.append((sleeper.owner, found))
  *         return ready             # <<<<<<<<<<<<<<
@@ -6772,7 +6774,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":103
+      /* "ivshmem/channel/stream_poll.pyx":104
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6818,7 +6820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_10ready(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":139
+/* "ivshmem/channel/stream_poll.pyx":140
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -6843,7 +6845,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("beat", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":142
+  /* "ivshmem/channel/stream_poll.pyx":143
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6857,7 +6859,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":143
+        /* "ivshmem/channel/stream_poll.pyx":144
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6879,7 +6881,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":144
+          /* "ivshmem/channel/stream_poll.pyx":145
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):             # <<<<<<<<<<<<<<
@@ -6890,16 +6892,16 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
           __Pyx_INCREF(__pyx_t_4);
           if (unlikely(__pyx_t_4 == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-            __PYX_ERR(0, 144, __pyx_L4_error)
+            __PYX_ERR(0, 145, __pyx_L4_error)
           }
-          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 144, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_4); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 145, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_6 = __pyx_t_5;
 
           for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_6; __pyx_t_7+=1) {
             __pyx_v_i = __pyx_t_7;
 
-            /* "ivshmem/channel/stream_poll.pyx":145
+            /* "ivshmem/channel/stream_poll.pyx":146
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6925,17 +6927,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
             if (__pyx_t_2) {
 
 
-              /* "ivshmem/channel/stream_poll.pyx":146
+              /* "ivshmem/channel/stream_poll.pyx":147
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()             # <<<<<<<<<<<<<<
  *                         break
  *         return 0
 */
-              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
+              __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L4_error)
 
 
-              /* "ivshmem/channel/stream_poll.pyx":147
+              /* "ivshmem/channel/stream_poll.pyx":148
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):
  *                         self.membership.kick_all()
  *                         break             # <<<<<<<<<<<<<<
@@ -6944,7 +6946,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 */
               goto __pyx_L10_break;
 
-              /* "ivshmem/channel/stream_poll.pyx":145
+              /* "ivshmem/channel/stream_poll.pyx":146
  *             if self.open and self.membership.has_place():
  *                 for i in range(len(self.sleepers)):
  *                     if self.entries[i].awaited and look_at(&self.entries[i]):             # <<<<<<<<<<<<<<
@@ -6957,7 +6959,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
 
 
 
-          /* "ivshmem/channel/stream_poll.pyx":143
+          /* "ivshmem/channel/stream_poll.pyx":144
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):
  *             if self.open and self.membership.has_place():             # <<<<<<<<<<<<<<
@@ -6967,7 +6969,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":142
+      /* "ivshmem/channel/stream_poll.pyx":143
  *         """Wake the loop if there is something for it: a ring may have been lost."""
  *         cdef Py_ssize_t i
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -6988,7 +6990,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":148
+  /* "ivshmem/channel/stream_poll.pyx":149
  *                         self.membership.kick_all()
  *                         break
  *         return 0             # <<<<<<<<<<<<<<
@@ -7001,7 +7003,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":139
+  /* "ivshmem/channel/stream_poll.pyx":140
  *         return ready
  * 
  *     cdef int beat(self) except -1:             # <<<<<<<<<<<<<<
@@ -7022,7 +7024,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":150
+/* "ivshmem/channel/stream_poll.pyx":151
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7095,7 +7097,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":153
+        /* "ivshmem/channel/stream_poll.pyx":154
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7104,7 +7106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
 */
         if (__pyx_v_self->open) {
 
-          /* "ivshmem/channel/stream_poll.pyx":154
+          /* "ivshmem/channel/stream_poll.pyx":155
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:
  *             self.open = False             # <<<<<<<<<<<<<<
@@ -7113,7 +7115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
 */
           __pyx_v_self->open = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":155
+          /* "ivshmem/channel/stream_poll.pyx":156
  *         if self.open:
  *             self.open = False
  *             self.membership.watch(-1)             # <<<<<<<<<<<<<<
@@ -7122,7 +7124,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
 */
           ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->watch(__pyx_v_self->membership, -1);
 
-          /* "ivshmem/channel/stream_poll.pyx":156
+          /* "ivshmem/channel/stream_poll.pyx":157
  *             self.open = False
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)             # <<<<<<<<<<<<<<
@@ -7131,7 +7133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
 */
           if (unlikely(__pyx_v_self->membership->ends == Py_None)) {
             PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-            __PYX_ERR(0, 156, __pyx_L4_error)
+            __PYX_ERR(0, 157, __pyx_L4_error)
           }
           __pyx_t_3 = NULL;
           __pyx_t_4 = 1;
@@ -7139,14 +7141,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
             PyObject *__pyx_callargs[2] = {__pyx_t_3, ((PyObject *)__pyx_v_self)};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_id, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 157, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->membership->ends, __pyx_t_2, Py_None); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 157, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
 
-          /* "ivshmem/channel/stream_poll.pyx":157
+          /* "ivshmem/channel/stream_poll.pyx":158
  *             self.membership.watch(-1)
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None             # <<<<<<<<<<<<<<
@@ -7158,14 +7160,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
           __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_4ends_Wakeup *)Py_None));
 
-          /* "ivshmem/channel/stream_poll.pyx":158
+          /* "ivshmem/channel/stream_poll.pyx":159
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
  *                 (<Sleeper>sleeper).close()
  * 
 */
-          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L4_error)
+          __pyx_t_2 = PySequence_List(__pyx_v_self->sleepers); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __pyx_t_3 = __pyx_t_2; __Pyx_INCREF(__pyx_t_3);
           __pyx_t_6 = 0;
@@ -7174,18 +7176,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
             {
               Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
               #if !CYTHON_ASSUME_SAFE_SIZE
-              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 158, __pyx_L4_error)
+              if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 159, __pyx_L4_error)
               #endif
               if (__pyx_t_6 >= __pyx_temp) break;
             }
             __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
             ++__pyx_t_6;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
             __Pyx_XDECREF_SET(__pyx_v_sleeper, __pyx_t_2);
             __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":159
+            /* "ivshmem/channel/stream_poll.pyx":160
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):
  *                 (<Sleeper>sleeper).close()             # <<<<<<<<<<<<<<
@@ -7199,12 +7201,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
               PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
               __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 159, __pyx_L4_error)
+              if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 160, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_2);
             }
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-            /* "ivshmem/channel/stream_poll.pyx":158
+            /* "ivshmem/channel/stream_poll.pyx":159
  *             self.membership.ends.pop(id(self), None)
  *             self.wakeup = None
  *             for sleeper in list(self.sleepers):             # <<<<<<<<<<<<<<
@@ -7214,7 +7216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":153
+          /* "ivshmem/channel/stream_poll.pyx":154
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -7224,7 +7226,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
         }
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":150
+      /* "ivshmem/channel/stream_poll.pyx":151
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7262,7 +7264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_10StreamPoll_12close(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":167
+/* "ivshmem/channel/stream_poll.pyx":168
  *     """An end in a StreamPoll."""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7329,7 +7331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":168
+  /* "ivshmem/channel/stream_poll.pyx":169
  * 
  *     def __reduce__(self):
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -7337,9 +7339,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(st
  *     cpdef int sleep(self, int directions) except -1:
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -7354,7 +7356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(st
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 169, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -7363,14 +7365,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(st
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 168, __pyx_L1_error)
+  __PYX_ERR(0, 169, __pyx_L1_error)
 
-  /* "ivshmem/channel/stream_poll.pyx":167
+  /* "ivshmem/channel/stream_poll.pyx":168
  *     """An end in a StreamPoll."""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -7391,7 +7393,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper___reduce__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":170
+/* "ivshmem/channel/stream_poll.pyx":171
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
@@ -7423,7 +7425,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":181
+  /* "ivshmem/channel/stream_poll.pyx":182
  *         cdef Entry *entry
  *         cdef int found
  *         if self.poll is None:             # <<<<<<<<<<<<<<
@@ -7434,7 +7436,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":182
+    /* "ivshmem/channel/stream_poll.pyx":183
  *         cdef int found
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")             # <<<<<<<<<<<<<<
@@ -7442,7 +7444,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
  *             self.end.enter()
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 183, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -7461,14 +7463,14 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 183, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 182, __pyx_L1_error)
+    __PYX_ERR(0, 183, __pyx_L1_error)
 
-    /* "ivshmem/channel/stream_poll.pyx":181
+    /* "ivshmem/channel/stream_poll.pyx":182
  *         cdef Entry *entry
  *         cdef int found
  *         if self.poll is None:             # <<<<<<<<<<<<<<
@@ -7477,7 +7479,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":183
+  /* "ivshmem/channel/stream_poll.pyx":184
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
@@ -7491,17 +7493,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":184
+        /* "ivshmem/channel/stream_poll.pyx":185
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):
  *             self.end.enter()             # <<<<<<<<<<<<<<
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_4ends_ChannelEnd *)__pyx_v_self->end->__pyx_base.__pyx_vtab)->enter(__pyx_v_self->end); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/stream_poll.pyx":185
+        /* "ivshmem/channel/stream_poll.pyx":186
  *         with cython.critical_section(self.poll):
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]             # <<<<<<<<<<<<<<
@@ -7510,7 +7512,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_entry = (&(__pyx_v_self->poll->entries[__pyx_v_self->index]));
 
-        /* "ivshmem/channel/stream_poll.pyx":186
+        /* "ivshmem/channel/stream_poll.pyx":187
  *             self.end.enter()
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions             # <<<<<<<<<<<<<<
@@ -7519,7 +7521,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_entry->awaited = __pyx_v_directions;
 
-        /* "ivshmem/channel/stream_poll.pyx":187
+        /* "ivshmem/channel/stream_poll.pyx":188
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
  *             if entry.stream != NULL:             # <<<<<<<<<<<<<<
@@ -7531,7 +7533,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":188
+          /* "ivshmem/channel/stream_poll.pyx":189
  *             entry.awaited = directions
  *             if entry.stream != NULL:
  *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM             # <<<<<<<<<<<<<<
@@ -7550,7 +7552,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 
           __pyx_v_entry->sleep->more = __pyx_t_7;
 
-          /* "ivshmem/channel/stream_poll.pyx":187
+          /* "ivshmem/channel/stream_poll.pyx":188
  *             entry = &self.poll.entries[self.index]
  *             entry.awaited = directions
  *             if entry.stream != NULL:             # <<<<<<<<<<<<<<
@@ -7559,7 +7561,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":189
+        /* "ivshmem/channel/stream_poll.pyx":190
  *             if entry.stream != NULL:
  *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7568,7 +7570,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         ivshmem_sleep_begin(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-        /* "ivshmem/channel/stream_poll.pyx":190
+        /* "ivshmem/channel/stream_poll.pyx":191
  *                 entry.sleep.more = 0 if directions & 1 << SEND else IVSHMEM_HAS_ROOM
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)             # <<<<<<<<<<<<<<
@@ -7577,7 +7579,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         __pyx_v_found = __pyx_f_7ivshmem_7channel_11stream_poll_look_at(__pyx_v_entry);
 
-        /* "ivshmem/channel/stream_poll.pyx":191
+        /* "ivshmem/channel/stream_poll.pyx":192
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7589,17 +7591,17 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":192
+          /* "ivshmem/channel/stream_poll.pyx":193
  *             found = look_at(entry)
  *             if found:
  *                 self.wake_up(entry)             # <<<<<<<<<<<<<<
  *             return found
  * 
 */
-          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L5_error)
+          __pyx_t_6 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(__pyx_v_self, __pyx_v_entry); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L5_error)
 
 
-          /* "ivshmem/channel/stream_poll.pyx":191
+          /* "ivshmem/channel/stream_poll.pyx":192
  *             ivshmem_sleep_begin(entry.channel, entry.sleep)
  *             found = look_at(entry)
  *             if found:             # <<<<<<<<<<<<<<
@@ -7608,7 +7610,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":193
+        /* "ivshmem/channel/stream_poll.pyx":194
  *             if found:
  *                 self.wake_up(entry)
  *             return found             # <<<<<<<<<<<<<<
@@ -7623,7 +7625,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
         goto __pyx_L4_return;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":183
+      /* "ivshmem/channel/stream_poll.pyx":184
  *         if self.poll is None:
  *             raise ClosedError("this Sleeper has left its poll")
  *         with cython.critical_section(self.poll):             # <<<<<<<<<<<<<<
@@ -7645,7 +7647,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(struct __pyx_o
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":170
+  /* "ivshmem/channel/stream_poll.pyx":171
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
@@ -7708,32 +7710,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_directions,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 170, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 171, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 171, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 170, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sleep", 0) < (0)) __PYX_ERR(0, 171, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 170, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, i); __PYX_ERR(0, 171, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 171, __pyx_L3_error)
     }
-    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 170, __pyx_L3_error)
+    __pyx_v_directions = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_directions == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 171, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 170, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sleep", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 171, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7764,8 +7766,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sleep", 0);
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(__pyx_v_self, __pyx_v_directions, 1); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep(__pyx_v_self, __pyx_v_directions, 1); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_t_1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -7790,7 +7792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_2sleep(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":195
+/* "ivshmem/channel/stream_poll.pyx":196
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7802,7 +7804,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/stream_poll.pyx":196
+  /* "ivshmem/channel/stream_poll.pyx":197
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0             # <<<<<<<<<<<<<<
@@ -7811,7 +7813,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   __pyx_v_entry->awaited = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":197
+  /* "ivshmem/channel/stream_poll.pyx":198
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7823,7 +7825,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":198
+    /* "ivshmem/channel/stream_poll.pyx":199
  *         entry.awaited = 0
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)             # <<<<<<<<<<<<<<
@@ -7832,7 +7834,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
     ivshmem_sleep_end(__pyx_v_entry->channel, __pyx_v_entry->sleep);
 
-    /* "ivshmem/channel/stream_poll.pyx":197
+    /* "ivshmem/channel/stream_poll.pyx":198
  *     cdef int wake_up(self, Entry *entry) except -1:
  *         entry.awaited = 0
  *         if self.end.usable():             # <<<<<<<<<<<<<<
@@ -7841,7 +7843,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":199
+  /* "ivshmem/channel/stream_poll.pyx":200
  *         if self.end.usable():
  *             ivshmem_sleep_end(entry.channel, entry.sleep)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7854,7 +7856,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/stream_poll.pyx":195
+  /* "ivshmem/channel/stream_poll.pyx":196
  *             return found
  * 
  *     cdef int wake_up(self, Entry *entry) except -1:             # <<<<<<<<<<<<<<
@@ -7868,7 +7870,7 @@ static int __pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/stream_poll.pyx":201
+/* "ivshmem/channel/stream_poll.pyx":202
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -7933,7 +7935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/stream_poll.pyx":203
+  /* "ivshmem/channel/stream_poll.pyx":204
  *     def close(self):
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll             # <<<<<<<<<<<<<<
@@ -7945,7 +7947,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __pyx_v_poll = ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":205
+  /* "ivshmem/channel/stream_poll.pyx":206
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7956,7 +7958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/stream_poll.pyx":206
+    /* "ivshmem/channel/stream_poll.pyx":207
  *         cdef Py_ssize_t last
  *         if poll is None:
  *             return             # <<<<<<<<<<<<<<
@@ -7973,7 +7975,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/stream_poll.pyx":205
+    /* "ivshmem/channel/stream_poll.pyx":206
  *         cdef StreamPoll poll = self.poll
  *         cdef Py_ssize_t last
  *         if poll is None:             # <<<<<<<<<<<<<<
@@ -7982,7 +7984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":207
+  /* "ivshmem/channel/stream_poll.pyx":208
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -7991,13 +7993,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
   {
       __Pyx_PyCriticalSection __pyx_cs;
-      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 207, __pyx_L1_error) }
+      if (unlikely(!__pyx_v_poll)) { __Pyx_RaiseUnboundLocalError("poll"); __PYX_ERR(0, 208, __pyx_L1_error) }
       __pyx_t_1 = ((PyObject *)__pyx_v_poll);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/stream_poll.pyx":208
+        /* "ivshmem/channel/stream_poll.pyx":209
  *             return
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1             # <<<<<<<<<<<<<<
@@ -8008,14 +8010,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
         __Pyx_INCREF(__pyx_t_3);
         if (unlikely(__pyx_t_3 == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-          __PYX_ERR(0, 208, __pyx_L5_error)
+          __PYX_ERR(0, 209, __pyx_L5_error)
         }
-        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 208, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 209, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         __pyx_v_last = (__pyx_t_4 - 1);
 
 
-        /* "ivshmem/channel/stream_poll.pyx":209
+        /* "ivshmem/channel/stream_poll.pyx":210
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -8027,7 +8029,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/stream_poll.pyx":210
+          /* "ivshmem/channel/stream_poll.pyx":211
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]             # <<<<<<<<<<<<<<
@@ -8036,7 +8038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
           (__pyx_v_poll->entries[__pyx_v_self->index]) = (__pyx_v_poll->entries[__pyx_v_last]);
 
-          /* "ivshmem/channel/stream_poll.pyx":211
+          /* "ivshmem/channel/stream_poll.pyx":212
  *             if self.index != last:
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]             # <<<<<<<<<<<<<<
@@ -8045,18 +8047,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 211, __pyx_L5_error)
+            __PYX_ERR(0, 212, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 211, __pyx_L5_error)
+            __PYX_ERR(0, 212, __pyx_L5_error)
           }
-          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 211, __pyx_L5_error)
+          if (unlikely((__Pyx_SetItemInt(__pyx_v_poll->sleepers, __pyx_v_self->index, __pyx_t_3, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 212, __pyx_L5_error)
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":212
+          /* "ivshmem/channel/stream_poll.pyx":213
  *                 poll.entries[self.index] = poll.entries[last]
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index             # <<<<<<<<<<<<<<
@@ -8067,14 +8069,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 
           if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
             PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 212, __pyx_L5_error)
+            __PYX_ERR(0, 213, __pyx_L5_error)
           }
-          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 212, __pyx_L5_error)
+          __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_poll->sleepers, __pyx_v_last, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 213, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
           ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *)__pyx_t_3)->index = __pyx_t_4;
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/stream_poll.pyx":209
+          /* "ivshmem/channel/stream_poll.pyx":210
  *         with cython.critical_section(poll):
  *             last = len(poll.sleepers) - 1
  *             if self.index != last:             # <<<<<<<<<<<<<<
@@ -8083,7 +8085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
         }
 
-        /* "ivshmem/channel/stream_poll.pyx":213
+        /* "ivshmem/channel/stream_poll.pyx":214
  *                 poll.sleepers[self.index] = poll.sleepers[last]
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()             # <<<<<<<<<<<<<<
@@ -8092,14 +8094,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
 */
         if (unlikely(__pyx_v_poll->sleepers == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 213, __pyx_L5_error)
+          __PYX_ERR(0, 214, __pyx_L5_error)
         }
-        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 213, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyList_Pop(__pyx_v_poll->sleepers); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 214, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       }
 
-      /* "ivshmem/channel/stream_poll.pyx":207
+      /* "ivshmem/channel/stream_poll.pyx":208
  *         if poll is None:
  *             return
  *         with cython.critical_section(poll):             # <<<<<<<<<<<<<<
@@ -8120,7 +8122,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/stream_poll.pyx":214
+  /* "ivshmem/channel/stream_poll.pyx":215
  *                 (<Sleeper>poll.sleepers[last]).index = self.index
  *             poll.sleepers.pop()
  *         self.poll = None             # <<<<<<<<<<<<<<
@@ -8131,7 +8133,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->poll);
   __Pyx_DECREF_SET(__pyx_v_self->poll, ((struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll *)Py_None));
 
-  /* "ivshmem/channel/stream_poll.pyx":215
+  /* "ivshmem/channel/stream_poll.pyx":216
  *             poll.sleepers.pop()
  *         self.poll = None
  *         self.owner = None             # <<<<<<<<<<<<<<
@@ -8141,7 +8143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_11stream_poll_7Sleeper_4close(struct
   __Pyx_GOTREF(__pyx_v_self->owner);
   __Pyx_DECREF_SET(__pyx_v_self->owner, Py_None);
 
-  /* "ivshmem/channel/stream_poll.pyx":201
+  /* "ivshmem/channel/stream_poll.pyx":202
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8620,11 +8622,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
   __pyx_vtable_7ivshmem_7channel_11stream_poll_StreamPoll.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_Dependent;
   __pyx_vtable_7ivshmem_7channel_11stream_poll_StreamPoll.__pyx_base.beat = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Dependent *))__pyx_f_7ivshmem_7channel_11stream_poll_10StreamPoll_beat;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_StreamPoll_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll)) __PYX_ERR(0, 45, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll = &__pyx_type_7ivshmem_7channel_11stream_poll_StreamPoll;
   #endif
@@ -8632,7 +8634,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Dependent;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll);
@@ -8642,8 +8644,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Strea
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamPoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamPoll, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_base.__weakref__);
   #endif
@@ -8667,14 +8669,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
   __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.wake_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, struct __pyx_t_7ivshmem_7channel_11stream_poll_Entry *))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_wake_up;
   __pyx_vtable_7ivshmem_7channel_11stream_poll_Sleeper.sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_11stream_poll_Sleeper *, int, int __pyx_skip_dispatch))__pyx_f_7ivshmem_7channel_11stream_poll_7Sleeper_sleep;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 162, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper)) __PYX_ERR(0, 163, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper = &__pyx_type_7ivshmem_7channel_11stream_poll_Sleeper;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper);
@@ -8684,8 +8686,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_11stream_poll_Sleep
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 162, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_vtabptr_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Sleeper, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -8894,7 +8896,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd) __PYX_ERR(8, 21, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_4ends_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_4ends_ChannelEnd) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 17, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.streams"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 18, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "StreamListener",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -8904,8 +8906,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(9, 17, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(9, 17, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) __PYX_ERR(9, 18, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) != 1)) __PYX_ERR(9, 18, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.streams", "Stream",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
@@ -8914,8 +8916,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_7streams_Stream),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(9, 21, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) __PYX_ERR(9, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, (void**)&__pyx_vtabptr_7ivshmem_7channel_7streams_Stream) != 1)) __PYX_ERR(9, 22, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -9269,7 +9271,7 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   /*--- Execution code ---*/
 
   /* "ivshmem/channel/stream_poll.pyx":22
- * from .streams cimport ENDED, look_both, RECEIVE, SEND, Stream, StreamListener
+ * from .streams cimport ABORTED, ENDED, look_both, RECEIVE, SEND, Stream, StreamListener
  * 
  * import weakref             # <<<<<<<<<<<<<<
  * 
@@ -9322,7 +9324,7 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
  * MAY_SEND = 1 << SEND
  * MAY_RECEIVE = 1 << RECEIVE  # also of a listener: that it may accept             # <<<<<<<<<<<<<<
  * HAS_ENDED = 1 << ENDED  # the other end receives no more, or is gone
- * 
+ * HAS_RESET = 1 << ABORTED  # it is gone, and what it sent before can still be received
 */
   __pyx_t_2 = __Pyx_PyLong_From_long((1 << __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 28, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -9333,7 +9335,7 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
  * MAY_SEND = 1 << SEND
  * MAY_RECEIVE = 1 << RECEIVE  # also of a listener: that it may accept
  * HAS_ENDED = 1 << ENDED  # the other end receives no more, or is gone             # <<<<<<<<<<<<<<
- * 
+ * HAS_RESET = 1 << ABORTED  # it is gone, and what it sent before can still be received
  * 
 */
   __pyx_t_2 = __Pyx_PyLong_From_long((1 << __pyx_e_7ivshmem_7channel_7streams_ENDED)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 29, __pyx_L1_error)
@@ -9341,124 +9343,136 @@ __Pyx_RefNannySetupContext("PyInit_stream_poll", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HAS_ENDED, __pyx_t_2) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":61
+  /* "ivshmem/channel/stream_poll.pyx":30
+ * MAY_RECEIVE = 1 << RECEIVE  # also of a listener: that it may accept
+ * HAS_ENDED = 1 << ENDED  # the other end receives no more, or is gone
+ * HAS_RESET = 1 << ABORTED  # it is gone, and what it sent before can still be received             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = __Pyx_PyLong_From_long((1 << __pyx_e_7ivshmem_7channel_7streams_ABORTED)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_HAS_RESET, __pyx_t_2) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/stream_poll.pyx":62
  *         free(self.entries)
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 61, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_5__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 61, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 62, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":64
+  /* "ivshmem/channel/stream_poll.pyx":65
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return a descriptor, which stays this object's.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 65, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 64, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 65, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":71
+  /* "ivshmem/channel/stream_poll.pyx":72
  *         return self.wakeup.fileno()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def add(self, ChannelEnd end not None, owner):
  *         """Return the Sleeper of a Stream or StreamListener; `owner` is what `ready` tells."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_9add, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_add, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_add, __pyx_t_2) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":103
+  /* "ivshmem/channel/stream_poll.pyx":104
  *         return sleeper
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def ready(self):
  *         """Return a list of (owner, directions) of those that slept and can continue.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_11ready, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_ready, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_ready, __pyx_t_2) < (0)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":150
+  /* "ivshmem/channel/stream_poll.pyx":151
  *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def close(self):
  *         """Forget all; may be called twice. The ends stay their owners'."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 150, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_10StreamPoll_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamPoll_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 150, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_StreamPoll, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":167
+  /* "ivshmem/channel/stream_poll.pyx":168
  *     """An end in a StreamPoll."""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_1__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":170
+  /* "ivshmem/channel/stream_poll.pyx":171
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     cpdef int sleep(self, int directions) except -1:             # <<<<<<<<<<<<<<
  *         """Wait for these directions, until `ready` tells of one.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_3sleep, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_sleep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_sleep, __pyx_t_2) < (0)) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/stream_poll.pyx":201
+  /* "ivshmem/channel/stream_poll.pyx":202
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Leave the poll, before the end is closed; may be called twice."""
  *         cdef StreamPoll poll = self.poll
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_11stream_poll_7Sleeper_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Sleeper_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_stream_poll, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_11stream_poll_Sleeper, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/stream_poll.pyx":1
@@ -9511,7 +9525,7 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 53, __pyx_L1_error)
+  __pyx_builtin_id = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_id); if (!__pyx_builtin_id) __PYX_ERR(0, 54, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -9543,38 +9557,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{11},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{28},{1},{1},{179},{2},{8},{7},{6},{2},{9},{14},{31},{22},{30},{11},{9},{9},{11},{8},{7},{18},{13},{13},{10},{21},{14},{16},{17},{16},{20},{12},{8},{8},{10},{8},{14},{12},{10},{12},{8},{13},{3},{18},{18},{5},{6},{5},{10},{3},{5},{6},{6},{5},{1},{2},{5},{27},{6},{4},{10},{5},{4},{3},{5},{3},{4},{4},{10},{5},{7},{6},{7}};
     const struct { const unsigned int length: 8; } bytes_length_index[] = {{39},{21},{130},{77},{15},{251},{232},{140}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1139 bytes) */
-static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\3300\021#\002\216\047)22\210@<a\0200\266q\212\233\325\335\nm8\335J\267{ %3\031J\225[n\271\345\225W\252\244L\351R%?\201\237\220\267w\222a\234Bz\273\357\275\375\336\373\336\367\016\331\330\363\230@u\202l\326\246\304A\314Gmj\237\272\304)\375\262\307\004A\242\211\005\332\354\211&\363\020\345\310!.\255\023\037\013\342\366\020\027>\265\005\361M\222\207\366\253\373\337\257\277\\G\330s\220O\376$\266\340\210\007u\333\305\234\023\216X\003\325\003\352\n\352!\321k\023^B\273\r\324c\001\362\010\324\025\014\265!\357\366\003\321$\036\342D\230\003Z\212\033\305\2022\317\202\347\324;YB\016\365\241\010=#\346\3656v9)a\204\035\307\202L\342P\216\353.!\236\371?\261)ON\016=\343\315\026i\225\210\3573\237\217n\2536\020\360\210\273\n\214\010nYm\346\272\245v\257k*\023\317i3\352\t\303\336v\031\047\216h\302\361\020\260\333@\275\2119rI\003\302@\327\274\333\214s\252\006~\247rhU\367\266\252[\277W\216\255\203\352fu\367M\325\034\017\3019z?2%\313\362\211\023\330\304\262\306\236\270\326\370\302\215=\214\233\333\207\0327\247\333\017o\2340\204[\267\004\351\346\336\240.\361\330-\007\034\234\236e\355\367\272\360\333\002I\255=\322\025\007\244aY\243\261\003\274e5\002\3176\266\205\251\027[\346\004n\034\361p+\26602\353L\2309\233[\047\300\35682n\322\262@\321\217\371\202p\001\206r\313f>\013`7\240\023\007\363\236gSV\372\350\343\266\013\377\026T\025>\266I\035\333\2471\247D\016\233\005\236\030\355\002\363@g\207x\302\357%\002\047\\\033\220\342P\352PAZc\315K#\315K\2674w\261\177B|\330?\001\t\260\346\274I\333\354\334#\276\t\266Y;\036\224O\032\034S\207\023\267\001\\\034\322\300\201+b\201x\242\326\031v\003\302\317\t>\205T\2639\317\240D`\303\212$\225\255\244\"Z~>\3412vj\325\231h^T\206\351/\372Tv\324\244\252\250#\235\327Ou\347\242r\225^TB\227\257\322S\375\ryG\226\207\331\351\341\364S]\033fg\345\017\022K\241~\326\36505\314>\350\013\371\243\372F\325\206\271\202\334\211!\026\302\365\260\033u\006)\343\332U5\345\350\345p+\312\014\362\203\3420\277\240\276UTw\302\273!\215\304\000""\200s2\243\n\360>\235\355\357\310\2121\273\262vQ\271\276;\221\311\366\327\373\035\223\221V)c\246\324\013=\243\313\311qCO\352\212>\000\250{a\234t_\025\223\310\272\352\230\230\251\365L\177\027\246\000\354\376D&\027w\272\244\363p\315Nd\212\372\216.\353-\340\000\034_\310Y\271ej\314\311cu\242k\332\tW\242\203\310\037<\034\370\227\263\227\257.\261az.m\225\037\346\362I\225r\322\330g\352\211\332\326O\240\\zF.\251y\230`q\230~\320\357\312\2161\347\022\033\323\003\360\261\311\311\224,\310w0\030\010M\367\3770\276\330\250YU1\335\374$k\222\030\374\274\\H\314W\352\340\303\342j(\242\370\366H\025\201}&\314_\305\031k\352\030\372-&y\265\233\204{\272\223L\363-\310R3\345A\330\353\371\211\314#\225\272\202\300kyf\334S0\344\277\325\212~\033V\243Bt4x|\371\333\277@wF\256$\035B\273\006\246*\347@w\016\3100\336a\266 +\362h\304\026F\023\200r\271b\274=\177Es\021\036\346\346U<Yh\370k\205cA^\207\347\021\001\305?\001\373\047|\037\375\037P\310\r\0000\263.\310_U\031\006\003\316\3160\267\240\236\353u\335\213R\021(\361\245\354\0022\244\315\001\307W \334\2730\341\371ar-*^?L6\350L\036\032i\307\204`\215\217\302X\303I\271mV&\251<\247\232\032k\021\306\023~\234\324\013`\2437\201-\340\277Q/\365F8\025\255\301Z\360\301\362%\304\027\241\366\347\372}\030D\225O\273L>\205\370k)\377\007e\047\256\377";
-    PyObject *data = __Pyx_DecompressString(cstring, 1139, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1144 bytes) */
+static const char cstring[] = "x\332eS1S\033G\024F1\261%#b\t\204\203q&\254\2348\3300\021#\002\216\047)22\210@<a\020bl\343\0247\253\273\025\332p\334J\267{ %3\031J\225[n\271\345\225W\252\244L\351R%?\201\237\220\267w\222a\234Bzo\367\275\375\336\373\336\367\016\331\330\363\230@\r\202l\326\246\304A\314Gmj\237\270\304)\375\262\307\004A\242\205\005\332\354\211\026\363\020\345\310!.m\020\037\013\342\366\020\027>\265\005\361M\222\207\366\253\373\337\257\277\\G\330s\220O\376$\266\340\210\007\r\333\305\234\023\216X\0235\002\352\n\352!\321k\023^B\273M\324c\001\362\010\324\025\014\265!\357\366\003\321\"\036\342D\030\007-\305\215bA\231g\301s\352\035/!\207\372P\204\236\021\363z\033\273\234\2240\302\216cA&q(\307\r\227\020\317\374\037\333\224\047\236C\317x\353\224\234\226\210\3573\237\217N\2536\020\360\210\273\n\214\010>\265\332\314uK\355^\327T&\236\323f\324\023\206\275\3552N\034\321\002\267\016\330m\240\336\302\034\271\244\ta\240k\336m\3069U\003\277S\251[\325\275\255\352\226q\016\252\365\352\341\357\225#p6\253\273o\252\306\255Ct\00442%\313\362\211\023\330\304\262\3067q\321\361\201\033[\217\273\334\207b7\336\355\2077\2270\215[\247\004\351\346\334\244.\361\330\255\013p\234\236e\355\367\272\360\333\002m\255=\322\025\007\244iY\243\371\003\274e5\003\3176\366\024S/\266\314\t\3348\342\341\323\330\302\354\2543a\006nN\235\000\273\343\310\270I\313\002i?\346\013\302\005\030\312-\233\371,\200%\201N\034\314{\236MY\351\343\035\267]\370\267\240\252\360\261M\032\330>\2119%\272\330,\360\304h)\230\007\202;\304\023~/Q:\341\332\204\024\207R\207\nr:\026\2774\022\277tK|\027\373\307\304\207E\024\220\000\373\316[\264\315\316=\342\233`\233\265\343A\371\244\3111u8q\233\300\305!M\034\270\"\026\210\047j\235a7 \374\234\340\023H5+\364\014J\0046\354JR\331J*\242\345\347\023.c\047V\203\211\326Ee\230\376\242OeGM\252\212:\324y\375Tw.*W\351E%t\371*=\325\337\220wdy\230\235\036N?\325\265avV\376 \261\024\352g\335\010S\303\354\203\276\220?\252oTm\230+\310\235\030b!\\\017\273Qg\2202W\273\252\246\034\275\034nE\231A~P\034\346\027\324\267\212\352Nx7\244""\221\030\000pNfT\001\336\247\263\375\035Y1fW\326.*\327w\0472\331\376z\277c2\322*e\314\224z\241gt9q7\364\244\256\350\003\200\272\027\306I\367U1\211\254\253\216\211\231Z\317\364wa\n\300\356Odrq\247K:\017\307\354D\246\250\357\350\262\336\002\016\300\361\205\234\225[\246\306\234<R\307\272\246\235p%:\210\374\301\303\201\1779{\371\352\022\033\246\347\322V\371a.\237T)\047\215}\246\236\250m\375\004\312\245g\344\222\232\207\t\026\207\351\007\375\256\354\030s.\2611=\000\037\233\234L\311\202|\007\203\201\320t\377\017s\027\0335\253*\246\233\237dM\022\203\237\227\013\211\371J\035|X\\\rE\024\237\036\251\"\260\317\204\371\2538cM\035A\277\305$\257v\223pOw\222i\276\005Yj\246<\010{=?\221y\244RW\020x-\317\314\365\024\014\371o\265\242\337\206\325\250\020\035\016\036_\376\366/\320\235\221+I\207\320\256\201\251\3129\320\235\0032\214w\230-\310\212<\034\261\205\321\004\240\\\256\030o\317_\321\\\204\207\271y\025O\026\032\376Z\341X\220\327\341yD@\361O\300\376\t\337G\377\007\024r\003\000\314\254\013\362WU\206\301\300eg\230[P\317\365\272\356E\251\010\224\370Rv\001\031\322\346\200\343+\020\356]\230\360\3740\271\026\025\257\037&\033t&\353F\3321!X\343\3030\326pRn\233\225I*\317\251\226\306Z\204\361\204\037\047\365\002\330\350M`\013\370o\324K\275\021NEk\260\026|\260|\t\361E\250\375\271~\037\006Q\345\323.\223O!\376Z\312\377\001Fv\261\275";
+    PyObject *data = __Pyx_DecompressString(cstring, 1144, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1451 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\377ENDEDMAY\377_RECEIVE\342\007\001S\022\0009\004@\004.__\377reduce__\350\n\005g\002\027\005sj\001StrB\232\000P\231\000\000\007-\t\026\006.\202 \370\030\010D\003\024\007filen\371o9\010T\000dy__P\353yx\001\000D\320@_Ne\177xtRef__\360$\376\225\000__func_\177___main\003\002\357odul\025\002nam\234\035\002\260 _vt\364!$\001qgual\022\005\326\005__\317@\275_(\005testO\000i\177s_corou\231`\375e\275@asynci\373o.\013\006sclin\373e_s\000trace\317back\205B\211Cco\267unt\205don\345@d\237entry\333C\346\003f\376 \000diidite\325m\354E.\355D.\351Hla\377rgerlast\376\240`bership\337owner\215apo\375p\244\"refsai\377dselfset\177default\234B\376\241Bervalue\237sweak(\000\266a(\237struc\277`\366c_\376\340c *)\000loo\377k_both\200A\377\330\010\016\210i\220q\230\377\004\230A\230T\240\021\240\377%\240q\200A\340\010\037\377\230t\2401\340\010\013\210\3775\220\003\2201\330\014\r\377\330\r%\240Q\330\014\023\377\2203\220a\220t\230;\377\240b\250\001\330\014\017\210\377t\2207\230#\230Q\330\357\020\024\220H>\002\032\2504\277\250x\260q\270\001\017\001I\377\230Q\230d\240*\250D\377\260\t\270\021\270!\330\021\377\032\230$\230i\240q\250\277\006\250i\260t\270V\000\020\357\220\t\230\024=\000\010\014\210\373H\220\213\000\014\210I\220Q\377\200A\360\006\000\t\014\210\3774\210q\330\014\020\220\010\375\230h\000\020\220\013\2306\240\373\022\240/\002\013\2305\240\004o\240A\240RH\000\007\250 \002\367\n\230!(\001\013\2304\230\371q\030\001h\001(\240&\250\001\336J""\000\n\000\t\020\245\002\047\240\375\021Y\000\014\000\t!\240\003\317\2401\240D\301\000\341\0006\220\367\023\220D`\001\025\220Y\230\377g\240Q\240d\250+\260\377R\260r\270\026\270r\300\337\023\300B\300a\346\001w\220?c\230\021\330\020\021`\003\266\002\377\010\230\002\230\"\230F\240\373\"\240\305 \022\220\047\230\030\376\277 !\330\010\017\210x\220]q\003\001w\220a\n\001y\276\000\374\022\000\002\002\020\220\001\220\024\2209X\226 \030\000\r\210[\027\001\002\002\367\230\023\230\213@\013\210:\220\357Q\220e\230\361 \021\220\032\376\001\003\034\230R\320\037/\250\273t\260\020\002\031\230!\373\000\t\357\250\021\340\014\036\0012\230Y\034\255\000\371\000\021\220\034\205@\021\000\033\003S\007\240\177\000\312!W\327@Q\220\001\376\326@\360\030\000\t\031\230\001]\340\353 K\220v\363!\013\342 \377{\230+\240W\250E\260\377\024\260T\270\033\300J\310N\354\000\022\220+\234\003\254\000\330\231@\227E\220\025\365@sx\000\334 \330?\014\024\220A\220T\347\004\202`\355u\267@\020!\271bz\260\025\337\260a\330\020\030\356\001\013\210\356\267`\036\230a\214BK\250w\363\260e\357@>\014~\250Z\260\235q@\016t\2205\361@\350!\024\317\220G\2301\226 \350`q\330\377\020\032\230)\2404\240yw\260\001\260\207@\027\220x\350@\276\345`\025\220W\230B\266@X\375\250\342\003\320\0042\260!\360\235\026\274cv\220S\273a\311\005\r\357%\240T\250\277B\004\220F\374\257a\305\003\025\230h\240a\240\353t\250\362\"\033j\003u\220H\367\230C\230s\000\025\220V\230\1778\2405\250\013\2602\224`\377s\270*\300A\330\014\037~\344`\005\240Z\250u\260\n\000\010\230\013\205\205\003\251\205\0021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1451, 1772);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1459 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\377kled.?No\377te that \377Cython i\377s delibe\377rately s\177tricter!\001\377n PEP-48\3774 and re\377jects su\377bclasses\377 of buil\377tin type\377s. If yo\357u neu\000to \371p%\000%\tthen wset\200\000e \047\244\002\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\377se.a add\375_\320\000edisab\357leen\002\001gci\375s\004\003divshm\377em.error\335s\007\004/ch\206 el\375/\317\000eam_po\277ll.pyx\200\000 \377endpoint\376\372\001closedt\325h\206 SY\000p\370\000ha\037s lef\034\000\354\0004\001\365C\037\002E[\001HAS_\337ENDED\005\001RE\377SETMAY_R\277ECEIVE\007\001S\370\033\000B\004I\004.__re?duce__\n\005p\002\272\027\005ss\001Str\243\000P\020\242\000\000\007-\t\026\006.\213 \030\010D\003~\024\007fileno9\010\376T\000dy__Pyx\372\001\000D\331@_Next\237Ref__\371$\225\000_\377_func___\337_main\003\002od;ul\025\002nam\035\002\271 \347_vt\375!$\001quaYl\022\005\326\005__\330@_(\005\357testO\000is__corou\242`e\306@\377asyncio.\376\013\006scline_\376s\000traceba\363ck\216B\222Ccoun\355t\216don\356@den\247try\344C\346\003f \000d\177iiditem\365E\365.\366D.\362Hlarg\277erlast\251`b\377ershipowwner\226apop\244\"\377refsaids\377elfsetde\237fault\234B\241Be\377rvaluesw\347eak(\000\277a(st\247ruc\310`\377c_\351c \377*)\000look_\377both\200A\330\010\377\016\210i\220q\230\004\230\377A\230T\240\021\240%\240\377q\200A\340\010\037\230t\377\2401\340\010\013\2105\220\377\003\2201\330\014\r\330\r\377%\240Q\330\014\023\2203\377\220a\220t\230;\240b\377\250\001\330\014\017\210t\220\3777\230#\230Q\330\020\024\373\220H>\002\032\2504\250x\357\260q\270\001\017\001I\230Q\377\230d\240*\250D\260\t\377\270\021\270!\330\021\032\230\377$\230i\240q\250\006\250\357i\260t\270V\000\020\220\t\373\230\024=\000\010\014\210H\220\376\213\000\014\210I\220Q\200A\377\360\006\000\t\014\2104\210\177q\330\014\020\220\010\230h\000\377\020\220\013\2306\240\022\240\376/\002\013\2305\240\004\240A\333\240RH\000\007\250 \002\n\230}!(\001\013\2304\230q\030\001\276h\001(\240&\250""\001J\000\nw\000\t\020\245\002\047\240\021Y\000\377\014\000\t!\240\003\2401\363\240D\301\000\341\0006\220\023\220\375D`\001\025\220Y\230g\240\377Q\240d\250+\260R\260\377r\270\026\270r\300\023\300\367B\300a\346\001w\220c\230\317\021\330\020\021`\003\266\002\010\230\377\002\230\"\230F\240\"\240\276\305 \022\220\047\230\030\277 !\177\330\010\017\210x\220q\003\001\027w\220a\n\001y\276\000\022\000\002\002\177\020\220\001\220\024\220X\226 \316\030\000\r\210[\027\001\002\002\230\023\375\230\213@\013\210:\220Q\220\273e\230\361 \021\220\032\001\003\034\377\230R\320\037/\250t\260\356\020\002\031\230!\373\000\t\250\021;\340\014\036\0012\230Y\255\000\371\000\307\021\220\034\205@\021\000\033\003\007\240\224\177\000\312!W\327@Q\220\001\326@\360\177\030\000\t\031\230\001\340\353 \327K\220v\363!\013\342 {\230\377+\240W\250E\260\024\260\277T\270\033\300J\310\354\000\022\323\220+\234\003\254\000\330\231@E\220\345\025\365@sx\000\334 \330\014\024O\220A\220T\347\004\202`u\267@\373\020!\271bz\260\025\260a\267\330\020\030\356\001\013\210\267`\036\373\230a\214BK\250w\260e|\357@>\014~\250Z\260q@\016\347t\2205\361@\350!\024\220G\363\2301\226 \350`q\330\020\032\377\230)\2404\240y\260\001\235\260\207@\027\220x\350@\345`\025o\220W\230B\266@X\250\342\003\177\320\0042\260!\360\026\274c\347v\220S\273a\311\005\r%\240;T\250\277B\004\220F\257a\305\003\377\025\230h\240a\240t\250\372\362\"\033j\003u\220H\230C\375\230s\000\025\220V\2308\240\3375\250\013\2602\224`s\270\277*\300A\330\014\037\344`\005\037\240Z\250u\260\n\000\230\013\205\205\003\002\251\205\0021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1459, 1781);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1772 bytes) */
-static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240\021\240!""\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\017\210u\220H\230C\230q\330\020\025\220V\2308\2405\250\013\2602\260R\260s\270*\300A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
+    #else /* compression: none (1781 bytes) */
+static const char bytes[] = " cannot be copied or pickled.?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a add_notedisableenablegcisenabledivshmem.errorsivshmem/channel/stream_poll.pyxthe endpoint is closedthis Sleeper has left its pollClosedErrorHAS_ENDEDHAS_RESETMAY_RECEIVEMAY_SENDSleeperSleeper.__reduce__Sleeper.closeSleeper.sleepStreamPollStreamPoll.__reduce__StreamPoll.addStreamPoll.closeStreamPoll.filenoStreamPoll.ready__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____reduce____set_name____test___is_coroutineaddasyncio.coroutinescline_in_tracebackcloseclosedcountdirectionsendentryerrorsfilenofoundiiditemsivshmem.channel.stream_polllargerlastmembershipownerpollpopreadyrefsaidselfsetdefaultsleepsleepervaluesweakrefint (struct ivshmem_stream *)\000look_both\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\340\010\037\230t\2401\340\010\013\2105\220\003\2201\330\014\r\330\r%\240Q\330\014\023\2203\220a\220t\230;\240b\250\001\330\014\017\210t\2207\230#\230Q\330\020\024\220H\230A\230T\240\032\2504\250x\260q\270\001\330\020\024\220I\230Q\230d\240*\250D\260\t\270\021\270!\330\021\032\230$\230i\240q\250\006\250i\260t\2701\330\014\020\220\t\230\024\230Q\330\010\014\210H\220A\330\010\014\210I\220Q\200A\360\006\000\t\014\2104\210q\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\022\2401\330\014\020\220\013\2305\240\004\240A\240R\240q\250\007\250q\330\014\020\220\n\230!\330\014\020\220\013\2304\230q\240\004\240A\330\021\032\230(\240&\250\001\200A\360\n\000\t\020\210t\2207\230\047\240\021\200A\360\014\000\t!\240\003\2401\240D\250\001\330\010\013\2106\220\023\220D\230\001\330\014\025\220Y\230g\240Q\240d\250+\260R\260r\270\026\270r\300\023\300B\300a\330\014\017\210w\220c\230\021\330\020\021\330\014\020\220\013\2301\330\014\020\220\010\230\002\230\"\230F\240\"\240A\330\010\022\220\047\230\030\240""\021\240!\330\010\017\210x\220q\330\010\017\210w\220a\330\010\017\210y\230\001\330\010\017\210y\230\001\330\010\020\220\001\220\024\220X\230Q\230a\330\010\r\210[\230\001\330\010\r\210[\230\001\230\023\230A\330\010\013\210:\220Q\220e\2301\330\014\021\220\032\2301\330\014\021\220\034\230R\320\037/\250t\2601\330\014\021\220\031\230!\2305\240\t\250\021\340\014\021\220\032\2302\230Y\240d\250!\330\014\021\220\034\230Q\330\014\021\220\031\230!\2305\240\007\240q\330\010\014\210I\220W\230A\230Q\330\010\017\210q\200A\360\030\000\t\031\230\001\340\010\014\210K\220v\230Q\330\010\013\2104\210{\230+\240W\250E\260\024\260T\270\033\300J\310a\330\014\022\220+\230Q\230a\330\010\020\220\001\330\010\014\210E\220\025\220a\220s\230!\2304\230q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210u\220A\330\020!\240\021\240%\240z\260\025\260a\330\020\030\230\001\330\010\013\2101\330\014\036\230a\230q\240\004\240K\250w\260e\2701\330\010\014\210E\220\025\220a\220s\230!\2304\230~\250Z\260q\330\014\024\220A\220T\230\030\240\021\240!\330\014\017\210t\2205\230\001\330\020\021\330\014\024\220G\2301\230A\330\014\017\210q\330\020\032\230)\2404\240y\260\001\260\021\330\020\027\220x\230q\240\001\330\020\025\220W\230B\230g\240X\250Q\330\010\017\210q\320\0042\260!\360\026\000\t\014\2104\210v\220S\230\001\330\014\022\220+\230Q\230a\330\r%\240T\250\021\330\014\020\220\004\220F\230!\330\014\024\220A\220T\230\025\230h\240a\240t\2501\330\014\021\220\033\230A\330\014\017\210u\220H\230C\230q\330\020\025\220V\2308\2405\250\013\2602\260R\260s\270*\300A\330\014\037\230q\240\005\240Z\250u\260A\330\014\024\220G\2301\230A\330\014\017\210q\330\020\024\220H\230A\230Q\330\014\023\2201";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 71; i++) {
+    for (int i = 0; i < 72; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 14) PyUnicode_InternInPlace(&string);
@@ -9585,8 +9599,8 @@ static const char bytes[] = " cannot be copied or pickled.?Note that Cython is d
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 71; i < 79; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-71].length;
+    for (int i = 72; i < 80; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-72].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -9596,14 +9610,14 @@ static const char bytes[] = " cannot be copied or pickled.?Note that Cython is d
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 79; i++) {
+    for (Py_ssize_t i = 0; i < 80; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 71;
+      PyObject **table = stringtab + 72;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -9659,42 +9673,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 61};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 62};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 64};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 65};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 71};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 72};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_owner, __pyx_mstate->__pyx_n_u_larger, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_count};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_add, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_6_D_YgQd_Rr_r_Ba_wc_1_F_A_x, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 103};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 104};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_entry, __pyx_mstate->__pyx_n_u_sleeper, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_said, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_ready};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_ready, __pyx_mstate->__pyx_kp_b_iso88591_A_KvQ_4_WE_T_Ja_Qa_E_as_4q_AT_uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 150};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 151};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_6_1_5_ARq_q_4q_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 167};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 168};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 171};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_directions};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_sleep, __pyx_mstate->__pyx_kp_b_iso88591_2_4vS_Qa_T_F_AT_hat1_A_uHCq_V85, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 201};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_poll, __pyx_mstate->__pyx_n_u_last};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_stream_poll_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_t1_5_1_Q_3at_b_t7_Q_HAT_4xq_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

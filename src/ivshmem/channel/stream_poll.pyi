@@ -8,6 +8,7 @@ from .streams import Stream, StreamListener
 MAY_SEND: int
 MAY_RECEIVE: int
 HAS_ENDED: int
+HAS_RESET: int
 
 @final
 class StreamPoll:

@@ -17,7 +17,7 @@ from libc.stdlib cimport free, realloc
 from .ends cimport ChannelEnd, Wakeup
 from .header cimport *
 from .membership cimport Dependent, Membership
-from .streams cimport ENDED, look_both, RECEIVE, SEND, Stream, StreamListener
+from .streams cimport ABORTED, ENDED, look_both, RECEIVE, SEND, Stream, StreamListener
 
 import weakref
 
@@ -27,6 +27,7 @@ from ..errors import ClosedError
 MAY_SEND = 1 << SEND
 MAY_RECEIVE = 1 << RECEIVE  # also of a listener: that it may accept
 HAS_ENDED = 1 << ENDED  # the other end receives no more, or is gone
+HAS_RESET = 1 << ABORTED  # it is gone, and what it sent before can still be received
 
 
 cdef int look_at(Entry *entry) noexcept nogil:

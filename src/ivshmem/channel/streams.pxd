@@ -9,6 +9,7 @@ cdef enum:
     SEND = 0
     RECEIVE = 1
     ENDED = 2  # no direction: the other end receives no more
+    ABORTED = 3  # .. it is gone, and has not said that it sends no more
     FD_WAITS = -99  # no error of the header
 
 cdef int look_both(ivshmem_stream *stream) noexcept nogil

@@ -166,7 +166,7 @@ cdef struct Probed:
 cdef int look_both(ivshmem_stream *stream) noexcept nogil:
     """Return in which directions a call would not wait: 1 << SEND, 1 << RECEIVE; or an error.
 
-    With them 1 << ENDED: the other end receives no more.
+    With them 1 << ENDED: the other end receives no more; 1 << ABORTED: it has reset the connection.
     """
     cdef ivshmem_other_end other
     cdef int found = 0
@@ -175,6 +175,8 @@ cdef int look_both(ivshmem_stream *stream) noexcept nogil:
         return code
     if other.closed or other.receives_no_more:
         found |= 1 << ENDED
+    if other.closed and not other.sends_no_more:
+        found |= 1 << ABORTED
     if (
         other.closed or other.receives_no_more or stream.sends_no_more
         or ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 
 from ..channel import Bytes
-from ..channel.stream_poll import MAY_RECEIVE
+from ..channel.stream_poll import HAS_RESET, MAY_RECEIVE
 from ..channel.streams import Stream
 from ..errors import reason_of
 from ..system import late_logging
@@ -24,7 +24,7 @@ from ..system.uncopied import Uncopied
 from .addresses import SocketPlace, places
 from .config import ForwardConfig
 from .listening import BATCH, PAUSE, SHORT, Join
-from .plugs import quick
+from .plugs import quick, reset
 from .turns import Turns
 
 _log = late_logging.log_of("ivshmem.forward")
@@ -90,7 +90,7 @@ class Connecting(Uncopied):
             if stream is None:
                 return self._sleeper.sleep(MAY_RECEIVE) != 0
             sock, self._spare = self._spare, None
-            self._dials.add(_Dial(self, stream, sock))
+            _Dial(self, stream, sock)
         return True
 
     def _resume(self) -> None:
@@ -113,7 +113,10 @@ class Connecting(Uncopied):
 
 
 class _Dial:
-    """A connect(2) that is under way, for a stream. It owns both ends until they are joined."""
+    """A connect(2) that is under way, for a stream. It owns both ends until they are joined.
+
+    If the other side resets the stream, nobody waits for the target any more.
+    """
 
     def __init__(self, home: Connecting, stream: Stream, sock: socket.socket) -> None:
         self._home = home
@@ -122,7 +125,22 @@ class _Dial:
         self._left = list(home.places)
         self._over = False
         self._turns = home._turns
+        self._sleeper = self._turns.poll.add(stream, self)
+        home._dials.add(self)
+        self._turns.due(self)
+
+    def awaken(self, directions: int) -> None:
+        """The other side has reset the stream."""
+        self.give_up()
+
+    def turn(self) -> bool:
+        """Begin."""
+        if self._over:
+            return False
         self._connect()
+        if not self._over and self._sleeper.sleep(HAS_RESET):
+            self.give_up()
+        return False
 
     def _connect(self) -> None:
         """Try the first of the places that are left."""
@@ -169,6 +187,7 @@ class _Dial:
     def _succeed(self) -> None:
         self._over = True
         self._home._dials.discard(self)
+        self._sleeper.close()
         quick(self._sock)
         self._home._join(self._home.channel, self._stream, self._sock, "the other side")
 
@@ -177,9 +196,10 @@ class _Dial:
         if not self._over:
             self._over = True
             self._home._dials.discard(self)
+            self._sleeper.close()
             if self._sock.fileno() >= 0:
                 self._turns.poller.unwatch(self._sock.fileno())
-            self._sock.close()
+            reset(self._sock)  # the target can have accepted it already
             self._stream.abort()
 
 

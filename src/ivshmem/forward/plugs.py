@@ -6,6 +6,8 @@ Knows: descriptors, and how each kind ends and is reset. Does not know: the chan
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import select
 import socket
@@ -45,13 +47,20 @@ class SocketPlug(Uncopied):
         source, target: descriptors to read from and to write to.
         is_socket: a read that brings less than was asked for has emptied it; and it can have
             something to say after it takes no more.
+        resets: it takes no more only after a reset. (A Unix socket can be closed in order, while
+            what it sent is still to be read.)
+        input, output: what `source` and `target` are called.
+        lost: what is said if it was reset, or takes no more.
     """
 
     is_socket = True
+    input = output = "the socket"
+    lost = "the socket was reset"
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.source = self.target = sock.fileno()
+        self.resets = sock.family != socket.AF_UNIX
 
     def watch(self, poller: Poller, act: Callable[[int], object]) -> None:
         """Call `act(events)` at each edge; when there is room again, after `watch_output` only.
@@ -63,6 +72,10 @@ class SocketPlug(Uncopied):
     def watch_output(self, poller: Poller) -> None:
         """Call `act` also when there is room to write again."""
         poller.watch_for(self.source, EDGES | select.EPOLLOUT)
+
+    def is_broken(self) -> bool:
+        """Whether it was reset; the error of a read or a write before that can have told it."""
+        return bool(_state(self.source) & select.POLLERR)
 
     def end(self, poller: Poller) -> None:
         """Tell the other side that nothing more comes.
@@ -87,11 +100,24 @@ class StdioPlug(Uncopied):
     Their descriptions can be shared with other processes, a terminal's for one, which a change of
     O_NONBLOCK would disturb. So pipes, terminals and devices are opened again by way of /proc. That
     does not work for sockets, whose flag is set until `close`.
+
+    Raises:
+        OSError: EBADF: one of the two is open in the wrong way.
     """
 
     is_socket = False  # a terminal gives one line at a time
+    resets = True
+    input, output = "standard input", "standard output"
+    lost = "nobody reads standard output any more"
 
     def __init__(self, source: int = 0, target: int = 1) -> None:
+        # To open a pipe again by way of /proc could give its other end.
+        for fd, wrong, text in (
+            (source, os.O_WRONLY, "standard input is open for writing only: redirect it by <"),
+            (target, os.O_RDONLY, "standard output is open for reading only: redirect it by >"),
+        ):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == wrong:
+                raise OSError(errno.EBADF, text)
         self._given = target
         with contextlib.ExitStack() as undo:
             self.source = undo.enter_context(_non_blocking(source, os.O_RDONLY))
@@ -108,6 +134,12 @@ class StdioPlug(Uncopied):
 
     def watch_output(self, poller: Poller) -> None:
         """Do nothing: it is watched from the beginning."""
+
+    def is_broken(self) -> bool:
+        """Whether who uses it is gone: nobody reads its output, and nobody writes its input."""
+        if not _state(self.target) & select.POLLERR:
+            return False
+        return bool(_state(self.source) & (select.POLLHUP | select.POLLERR))
 
     def end(self, poller: Poller) -> None:
         """Close standard output, so that its reader sees the end.
@@ -130,6 +162,13 @@ class StdioPlug(Uncopied):
         for fd in (self.source, self.target):
             poller.unwatch(fd)
         self._undo.close()
+
+
+def _state(fd: int) -> int:
+    """What poll(2) says of a descriptor beside what it can read and write."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return sum(events for _, events in poll.poll(0))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,10 @@ How each end is passed on:
     the stream sends no more                the socket is shut down for sending
     the socket takes no more, or is reset   what it still has is sent; then the stream is aborted
     the stream was aborted, or its process  what came is written; then the socket is reset
-    is gone or silent
+    is gone
+
+After a reset nobody waits for long: what has not moved after RESET_LIMIT is dropped. So a target
+that is stopped keeps no connection whose client is gone. An end in order has no limit.
 """
 
 from __future__ import annotations
@@ -19,8 +22,18 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from functools import partial
 
-from ..channel.pumps import HAS_MORE, SOURCE_ENDED, STREAM_ENDED, STREAM_RESET, TARGET_BLOCKS, Pump
+from ..channel.pumps import (
+    HAS_MORE,
+    HUNG_UP,
+    RESET_WAITS,
+    SOURCE_ENDED,
+    STREAM_ENDED,
+    STREAM_RESET,
+    TARGET_BLOCKS,
+    Pump,
+)
 from ..channel.streams import Stream
 from ..errors import IvshmemError, reason_of
 from ..system.uncopied import Uncopied
@@ -28,6 +41,8 @@ from .plugs import SocketPlug, StdioPlug
 from .turns import Turns
 
 _SHARE = 1 << 18  # bytes that a turn moves in each direction
+RESET_LIMIT = 1.0  # seconds that each side gives to what was sent before a reset
+_GONE = "the other side reset it, or is gone"
 
 
 class SocketRelay(Uncopied):
@@ -60,6 +75,7 @@ class SocketRelay(Uncopied):
         self._plug = plug
         self._on_end = on_end
         self._refuses = False  # the socket takes no more
+        self._is_leaving = False  # a reset is passed on within the limit
         self._pump = Pump(
             turns.poll,
             stream,
@@ -106,7 +122,7 @@ class SocketRelay(Uncopied):
         if self._pump.inward or self._pump.outward:
             self._turns.due(self)
         elif self._refuses:
-            self.reset("the socket takes no more")
+            self.reset(self._plug.lost)
         else:
             self._close(failed=False)
 
@@ -114,38 +130,55 @@ class SocketRelay(Uncopied):
         if result == SOURCE_ENDED:
             self._pump.inward = False
             if self._refuses:
-                self.reset("the socket was closed, and takes no more")
+                self.reset("the socket was closed")
             else:
                 self._stream.shutdown(socket.SHUT_WR)
         elif result == STREAM_ENDED:
             self._pump.outward = False
             self._plug.end(self._turns.poller)
         elif result == STREAM_RESET:
-            self.reset("the other side reset it, or is gone")
-        else:
-            assert result == TARGET_BLOCKS
+            self.reset(_GONE)
+        elif result == RESET_WAITS:
+            self._reset_soon(_GONE)
+        elif result == TARGET_BLOCKS:
             self._plug.watch_output(self._turns.poller)
+        else:
+            assert result == HUNG_UP
+            if self._plug.is_broken():
+                self._reset_soon(self._plug.lost)
 
     def _fail(self, error: Exception) -> None:
         is_gone = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET)
         if not is_gone:
+            if isinstance(error, OSError):
+                which = self._plug.input if self._pump.failed else self._plug.output
+                self.reset(f"{which}: {reason_of(error)}")
+                return
             raise error
         if self._pump.failed:
-            self.reset("the socket was reset")
+            self.reset(f"{self._plug.input} was reset")
         elif self._pump.inward and self._plug.is_socket:
             # It has something to say yet, an end at least.
             self._pump.outward = False
             self._refuses = True
             self._stream.shutdown(socket.SHUT_RD)
             self._pump.readable = True
+            if self._plug.resets:
+                self._reset_soon(self._plug.lost)
         else:
-            self.reset("the socket takes no more")
+            self.reset(self._plug.lost)
 
     # -- the end ----------------------------------------------------------------------------------
 
     def silence(self) -> float:
         """Return for how many seconds the other side has shown no sign of life."""
         return 0.0 if self.over else self._stream._silence()
+
+    def _reset_soon(self, reason: str) -> None:
+        """End it by a reset when all that was sent before it has moved, or in RESET_LIMIT."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._turns.after(RESET_LIMIT, partial(self.reset, reason))
 
     def reset(self, reason: str) -> None:
         """End it at both sides by a reset."""
